@@ -1,0 +1,1 @@
+"""vmoe-attack: attacks on twins and on what was deployed."""

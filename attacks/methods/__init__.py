@@ -1,0 +1,1 @@
+"""Attacks, one file each: `Settings`, `attack(twin, clip, label, settings)`."""

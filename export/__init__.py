@@ -1,0 +1,1 @@
+"""vmoe-export: from a twin to a bundle that really runs sparse."""

@@ -1,0 +1,1 @@
+"""How routing is expressed in what is deployed, one file each."""

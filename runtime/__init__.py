@@ -1,0 +1,1 @@
+"""vmoe-run and vmoe-bench: serving; never torch, never onnx."""

@@ -1,0 +1,1 @@
+"""Backends, one file each: `why_unavailable()` and `open(settings)`."""

@@ -1,0 +1,1 @@
+"""vmoe-train: J-TLAT and the baselines."""

@@ -1,0 +1,263 @@
+"""A bundle: the folder that holds one deployed model. Read with suspicion, written whole.
+
+    vmoe.json            the manifest: model, clip spec, labels, lowering, parts and their hashes
+    router.onnx, ...     the parts, each with its external data beside it
+    report.json          what was measured at export (parity, gates, timings)
+    twin.safetensors     the twin, for attacks on what was deployed (may be left out)
+
+Parts and manifest are the same bytes for the same twin, plan of export and versions. Hashes
+prove that nothing changed since export; they do not prove who made it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vmoe import output
+from vmoe.clips import ClipSpec
+from vmoe.errors import BundleError, CorruptBundleError, EngineMismatchError, VmoeError
+from vmoe.settings import from_mapping, to_mapping
+
+SCHEMA_VERSION = 1
+MANIFEST = "vmoe.json"
+REPORT = "report.json"
+TWIN = "twin.safetensors"
+MAX_MANIFEST_BYTES = 4 << 20
+LOWERINGS = ("split", "if", "plugin", "dense")
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output of a part.
+
+    Attributes:
+        name: as in the graph: `clip`, `logits`, `scores`, `route`.
+        dtype: numpy's name: `uint8`, `float32`, `int64`.
+        shape: None where the size is free.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One graph of a bundle.
+
+    Attributes:
+        file: the graph's file, a plain name inside the folder.
+        format: `onnx`, or later a plan.
+        hashes: sha256 of every file that the part needs (graph and external data), by name.
+        precision: asked and found, such as {"asked": "fp32", "found": "fp32"}.
+    """
+
+    file: str
+    format: str
+    hashes: dict[str, str]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    precision: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A manifest, and where it was read.
+
+    Attributes:
+        path: the folder.
+        model: the architecture, as ModelSettings has it, with a `name`.
+        spec: the clips that it takes.
+        labels: K names.
+        lowering: one of LOWERINGS.
+        parts: `router`, `expert0`, ... of `split`; `moe` of a lowering in one file.
+        twin: sha256 of the twin, and `file` where the bundle carries it.
+        versions: tools that made it.
+        extra: keys that this version does not know; kept when written again.
+    """
+
+    path: Path
+    model: dict[str, Any]
+    spec: ClipSpec
+    labels: tuple[str, ...]
+    lowering: str
+    parts: dict[str, Part]
+    twin: dict[str, str]
+    versions: dict[str, str]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def experts(self) -> int:
+        """How many experts the model has; 1 is a dense model, without a router."""
+        return int(self.model["experts"])
+
+    def report(self) -> dict[str, Any]:
+        """Return what was measured at export; empty where the report is missing."""
+        path = self.path / REPORT
+        if not path.is_file():
+            return {}
+        return _json(path)
+
+
+def sha256(path: Path) -> str:
+    """Return the hash of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_manifest(bundle: Bundle, folder: Path) -> None:
+    """Write a bundle's manifest into a folder (inside of `output.whole_folder`)."""
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "model": bundle.model,
+        "clip": to_mapping(bundle.spec),
+        "labels": list(bundle.labels),
+        "lowering": bundle.lowering,
+        "parts": {name: _part_to_json(part) for name, part in bundle.parts.items()},
+        "twin": bundle.twin,
+        "versions": bundle.versions,
+        **bundle.extra,
+    }
+    output.write_json(folder / MANIFEST, manifest)
+
+
+def read(path: Path) -> Bundle:
+    """Read a bundle, and prove it whole before any of its graphs is parsed.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        BundleError: no bundle there.
+        EngineMismatchError: a manifest of another schema version.
+        CorruptBundleError: a key or a part is missing, a byte changed, a name leaves the folder.
+    """
+    manifest = path / MANIFEST
+    if not path.is_dir() or not manifest.is_file():
+        what = "is no folder" if not path.is_dir() else f"holds no {MANIFEST}"
+        raise BundleError(f"{path} {what}: not a bundle. Make one: vmoe-export CKPT --out {path}")
+    if manifest.stat().st_size > MAX_MANIFEST_BYTES:
+        raise CorruptBundleError(f"{manifest} is over {MAX_MANIFEST_BYTES} bytes: no manifest.")
+    values = _json(manifest)
+    version = values.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise EngineMismatchError(
+            f"{manifest} has schema version {version}; this vmoe reads {SCHEMA_VERSION}. "
+            "Export the model again with this version."
+        )
+    try:
+        bundle = _parse(path, values)
+    except (KeyError, TypeError, ValueError, AttributeError, VmoeError) as e:
+        why = f"key {e} is missing" if isinstance(e, KeyError) else str(e)
+        raise CorruptBundleError(f"{manifest} is damaged: {why}. Export it again.") from e
+    _check_parts(bundle)
+    for name, digest in _files(bundle).items():
+        _check_file(path, name, digest)
+    return bundle
+
+
+def _parse(path: Path, values: Mapping[str, Any]) -> Bundle:
+    known = {"schema_version", "model", "clip", "labels", "lowering", "parts", "twin", "versions"}
+    model = dict(values["model"])
+    if not isinstance(model["experts"], int) or model["experts"] < 1:
+        raise ValueError(f"model.experts is {model['experts']!r}")
+    if values["lowering"] not in LOWERINGS:
+        raise ValueError(f"lowering is {values['lowering']!r}")
+    if not values["labels"] or not all(isinstance(label, str) for label in values["labels"]):
+        raise ValueError("labels must be a list of names")
+    return Bundle(
+        path=path,
+        model=model,
+        spec=from_mapping(ClipSpec, values["clip"], MANIFEST),
+        labels=tuple(values["labels"]),
+        lowering=values["lowering"],
+        parts={name: _part_from_json(part) for name, part in values["parts"].items()},
+        twin=dict(values["twin"]),
+        versions=dict(values["versions"]),
+        extra={key: value for key, value in values.items() if key not in known},
+    )
+
+
+def part_names(lowering: str, experts: int) -> list[str]:
+    """Return the parts that a lowering of so many experts has."""
+    if lowering != "split":
+        return ["moe"]
+    names = [f"expert{i}" for i in range(experts)]
+    return names if experts == 1 else ["router", *names]
+
+
+def _check_parts(bundle: Bundle) -> None:
+    for name in part_names(bundle.lowering, bundle.experts):
+        if name not in bundle.parts:
+            raise CorruptBundleError(f"{bundle.path} lacks part {name!r}. Export it again.")
+
+
+def _files(bundle: Bundle) -> dict[str, str]:
+    files = {}
+    for name, part in bundle.parts.items():
+        if part.file not in part.hashes:
+            raise CorruptBundleError(f"{bundle.path}: part {name!r} has no hash of its file.")
+        files.update(part.hashes)
+    if "file" in bundle.twin:
+        files[bundle.twin["file"]] = bundle.twin["sha256"]
+    return files
+
+
+def _check_file(folder: Path, name: str, digest: str) -> None:
+    if Path(name).name != name or name in ("", ".", "..") or "\\" in name:
+        raise CorruptBundleError(f"{folder}: file {name!r} leaves the bundle's folder; refused.")
+    path = folder / name
+    if path.is_symlink():
+        raise CorruptBundleError(f"{path} is a link; a bundle's files are plain files. Refused.")
+    if not path.is_file():
+        raise CorruptBundleError(f"{path} is missing. Export the bundle again, or copy it whole.")
+    if sha256(path) != digest:
+        raise CorruptBundleError(f"{path} has changed since export (sha256 differs). Refused.")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise CorruptBundleError(f"{path} is not JSON: {e}. Export the bundle again.") from e
+    if not isinstance(values, dict):
+        raise CorruptBundleError(f"{path} is not a JSON object. Export the bundle again.")
+    return values
+
+
+def _part_to_json(part: Part) -> dict[str, Any]:
+    return {
+        "file": part.file,
+        "format": part.format,
+        "sha256": part.hashes,
+        "precision": part.precision,
+        "inputs": [_port_to_json(port) for port in part.inputs],
+        "outputs": [_port_to_json(port) for port in part.outputs],
+    }
+
+
+def _part_from_json(values: Mapping[str, Any]) -> Part:
+    return Part(
+        file=values["file"],
+        format=values["format"],
+        hashes=dict(values["sha256"]),
+        precision=dict(values["precision"]),
+        inputs=tuple(_port_from_json(port) for port in values["inputs"]),
+        outputs=tuple(_port_from_json(port) for port in values["outputs"]),
+    )
+
+
+def _port_to_json(port: Port) -> dict[str, Any]:
+    return {"name": port.name, "dtype": port.dtype, "shape": list(port.shape)}
+
+
+def _port_from_json(values: Mapping[str, Any]) -> Port:
+    return Port(values["name"], values["dtype"], tuple(values["shape"]))

@@ -1,0 +1,146 @@
+"""Checkpoints: weights in safetensors, and beside them settings and provenance as JSON.
+
+No pickle: a file that could run code when it is read is refused before it is read.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmoe import __version__, output
+from vmoe.clips import ClipSpec
+from vmoe.errors import MissingDependencyError, SettingError, VmoeError
+from vmoe.models import ModelSettings, VideoMoE, build
+from vmoe.settings import from_mapping, to_mapping
+
+HEADER = "vmoe"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A twin and what is known of it.
+
+    Attributes:
+        twin: in eval mode.
+        labels: K names.
+        recipe: data, method and settings that trained it.
+        results: what was measured at the end of training.
+    """
+
+    twin: VideoMoE
+    labels: tuple[str, ...]
+    recipe: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+
+
+def save(checkpoint: Checkpoint, path: Path) -> None:
+    """Write a checkpoint whole.
+
+    Raises:
+        OutputError: the disk is full, or the folder cannot be written.
+    """
+    twin = checkpoint.twin
+    header = {
+        "version": __version__,
+        "model": to_mapping(twin.settings),
+        "clip": to_mapping(twin.spec),
+        "labels": list(checkpoint.labels),
+        "recipe": checkpoint.recipe,
+        "results": checkpoint.results,
+    }
+    write_tensors(twin.state_dict(), header, path)
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        VmoeError: missing, a pickle, damaged, or of another kind.
+    """
+    tensors, header = read_tensors(path)
+    try:
+        settings = from_mapping(ModelSettings, header["model"], str(path))
+        spec = from_mapping(ClipSpec, header["clip"], str(path))
+        labels = tuple(header["labels"])
+    except KeyError as e:
+        raise VmoeError(f"{path} is no vmoe checkpoint: its header has no {e}.") from e
+    twin = build(settings, spec)
+    try:
+        twin.load_state_dict(tensors)
+    except RuntimeError as e:
+        raise VmoeError(f"{path} does not fit its own architecture {settings}: damaged.") from e
+    twin.to(device).eval()
+    return Checkpoint(twin, labels, header.get("recipe", {}), header.get("results", {}))
+
+
+def write_tensors(tensors: dict[str, Tensor], header: dict[str, Any], path: Path) -> None:
+    """Write tensors and a JSON header, whole; the same bytes for the same values."""
+    from safetensors.torch import save as serialise
+
+    held = {name: t.detach().cpu().contiguous().clone() for name, t in sorted(tensors.items())}
+    data = serialise(held, {HEADER: json.dumps(header, sort_keys=True)})
+    with output.whole_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read tensors and their JSON header.
+
+    Raises:
+        VmoeError: missing, a pickle, or damaged.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as e:
+        raise MissingDependencyError(
+            "safetensors is not installed: pip install 'vmoe[train]'"
+        ) from e
+    refuse_pickle(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})[HEADER])
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+    except KeyError as e:
+        raise VmoeError(f"{path} holds weights but no vmoe header: no checkpoint of ours.") from e
+    except (SafetensorError, ValueError) as e:
+        raise VmoeError(f"{path} is damaged or no safetensors file: {e}.") from e
+
+
+def refuse_pickle(path: Path) -> None:
+    """Refuse a file that torch.save or pickle wrote, and one that cannot be read.
+
+    Raises:
+        VmoeError: it is one; the message says how to convert it where it is trusted.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as e:
+        raise VmoeError(f"cannot read checkpoint {path}: {e.strerror}.") from e
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        raise VmoeError(
+            f"{path} is a pickle, which can run code when it is read; vmoe reads safetensors only. "
+            "If you trust it: safetensors.torch.save_file(torch.load(PATH, weights_only=True), NEW)"
+        )
+
+
+def device(name: str) -> torch.device:
+    """Return a device by its name; `auto` is CUDA where there is one.
+
+    Raises:
+        SettingError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as e:
+        raise SettingError(f"--device {name} cannot be used here; try auto or cpu.") from e
+    return found

@@ -1,0 +1,221 @@
+"""Command lines: flags from a settings class; an error as one line and an exit code."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import sys
+import traceback
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+import vmoe
+from vmoe import settings as _settings
+from vmoe.errors import SettingError, VmoeError
+from vmoe.settings import Settings
+
+S = TypeVar("S", bound=Settings)
+F = TypeVar("F", bound=Callable[..., Any])
+
+log = logging.getLogger("vmoe")
+
+
+class Command(click.Command):
+    """A command that shows a user's mistake as one line, and ends with its exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run; turn our errors, a full disk and an interrupt into a line and an exit code."""
+        verbose = bool(ctx.params.get("verbose"))
+        try:
+            return super().invoke(ctx)
+        except VmoeError as e:
+            self._fail(ctx, str(e), e.exit_code, verbose)
+        except BrokenPipeError:  # `vmoe-run ... | head`: whoever read has left
+            sys.stderr.close()
+            ctx.exit(0)
+        except OSError as e:
+            place = f"{e.filename}: " if e.filename else ""
+            self._fail(ctx, f"{place}{e.strerror or e}.", 1, verbose)
+        except KeyboardInterrupt:
+            self._fail(ctx, "interrupted.", 130, verbose)
+
+    def _fail(self, ctx: click.Context, message: str, code: int, verbose: bool) -> None:
+        if verbose:
+            traceback.print_exc()
+        click.echo(f"{ctx.command_path}: {message}", err=True)
+        ctx.exit(code)
+
+
+class EpsType(click.ParamType):
+    """`8/255`, `8` or `0.0314`; several with commas give a tuple."""
+
+    name = "eps"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return one budget on pixels in [0, 1]."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return _settings.parse_eps(value)
+        except SettingError as e:
+            self.fail(str(e), param, ctx)
+
+
+class ListType(click.ParamType):
+    """Comma-separated values of another type."""
+
+    def __init__(self, member: click.ParamType) -> None:
+        """Take the type of the members."""
+        self.member = member
+        self.name = f"{member.name},..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return a tuple of what stands between the commas."""
+        if not isinstance(value, str):
+            return value
+        return tuple(self.member.convert(v.strip(), param, ctx) for v in value.split(","))
+
+
+def command(name: str, *examples: str) -> Callable[[F], Command]:
+    """Make a function a command with the options that all commands share.
+
+    The function gets `as_json` and `config` only if it names them; -v and -q set the log level.
+
+    Args:
+        name: what the user types.
+        examples: command lines that can be pasted, shown by --help.
+    """
+
+    def wrap(function: F) -> Command:
+        lines = "\n".join(["\b", "Examples:", *(f"  {line}" for line in examples)])
+        made = click.command(
+            name,
+            cls=Command,
+            epilog=lines,
+            context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+        )(_shared(function))
+        return click.version_option(vmoe.__version__, prog_name=name)(made)
+
+    return wrap
+
+
+def _shared(function: F) -> F:
+    @functools.wraps(function)
+    def run(*args: Any, verbose: bool, quiet: bool, **kwargs: Any) -> Any:
+        level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+        _talk(level)
+        return function(*args, **kwargs)
+
+    run = click.option("-q", "--quiet", is_flag=True, help="Warnings and errors only.")(run)
+    run = click.option("-v", "--verbose", is_flag=True, help="More, and tracebacks.")(run)
+    return typing.cast(F, run)
+
+
+def _talk(level: int) -> None:
+    """Send our log to stderr, one plain line each."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(level)
+    log.propagate = False
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="One JSON object on stdout; all else on stderr."
+)
+config_option = click.option(
+    "--config", type=click.Path(dir_okay=False, path_type=Path), help="TOML file of these options."
+)
+seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Random seed.")
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu or cuda:N."
+)
+
+
+def options(cls: type[Settings], *, skip: Iterable[str] = ()) -> Callable[[F], F]:
+    """Give a command one flag for each field of a settings class.
+
+    Every flag's default is None in the call, so that `resolve` can tell what was given.
+    """
+    hints = typing.get_type_hints(cls)
+
+    def wrap(function: F) -> F:
+        for field in reversed([f for f in dataclasses.fields(cls) if f.name not in set(skip)]):
+            function = _option(field, hints[field.name])(function)
+        return function
+
+    return wrap
+
+
+def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[F], F]:
+    flag = "--" + field.name.replace("_", "-")
+    kinds = _settings._kinds(hint)
+    text = field.metadata["help"]
+    shown = _shown(field.default)
+    if bool in kinds:
+        return click.option(f"{flag}/--no-{flag[2:]}", default=None, help=f"{text} {shown}")
+    member: Any = typing.get_args(hint)[0] if tuple in kinds else kinds[0]
+    kind = _click_type(field.name, member, field.metadata["choices"])
+    if tuple in kinds:
+        kind = ListType(kind)
+    return click.option(flag, type=kind, default=None, help=f"{text} {shown}")
+
+
+def _shown(default: Any) -> str:
+    if default is None or default == ():
+        return ""
+    if isinstance(default, tuple):
+        default = ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in default)
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    return f" [default: {default:.4g}]" if isinstance(default, float) else f" [default: {default}]"
+
+
+def _click_type(name: str, kind: type, choices: tuple[str, ...] | None) -> click.ParamType:
+    if name == "eps":
+        return EpsType()
+    if choices:
+        return click.Choice(choices)
+    plain: dict[type, click.ParamType] = {int: click.INT, float: click.FLOAT, str: click.STRING}
+    return plain.get(kind, click.Path(path_type=Path))
+
+
+def resolve(cls: type[S], flags: dict[str, Any], config: Path | None = None, **fixed: Any) -> S:
+    """Make settings: defaults < the TOML file < the flags that were given.
+
+    Args:
+        cls: the settings class.
+        flags: the command's keyword arguments; those that are not fields are left alone.
+        config: the `--config` file.
+        fixed: values that the command itself decides.
+    """
+    names = {field.name for field in dataclasses.fields(cls)}
+    table = _settings.read_toml(config) if config else {}
+    given = {k: v for k, v in flags.items() if k in names and v is not None}
+    return _settings.from_mapping(cls, {**table, **given, **fixed}, str(config or "flags"))
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object on stdout."""
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T], label: str, total: int) -> Iterator[T]:
+    """Yield the items, with a bar on a terminal and a line at the end elsewhere."""
+    if log.getEffectiveLevel() > logging.INFO:
+        yield from items
+    elif sys.stderr.isatty():
+        with click.progressbar(items, length=total, label=label, file=sys.stderr) as bar:
+            yield from bar
+    else:
+        yield from items
+        log.info("%s: %d done", label, total)

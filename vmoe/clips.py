@@ -1,0 +1,122 @@
+"""The clip spec: what a model wants to see, and how frames and times are made into it.
+
+Training data, export checks and the live runtime all prepare frames and choose them by true
+timestamps with the functions of this file, so that a model sees live what it saw in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vmoe.errors import SettingError
+from vmoe.settings import Settings, opt
+
+Frame = NDArray[np.uint8]  # [H, W, 3], RGB
+Clips = NDArray[np.uint8]  # [N, T, H, W, 3], RGB
+
+
+@dataclass(frozen=True)
+class ClipSpec(Settings):
+    """What one clip is: how many frames, how far apart in time, and their size.
+
+    A frame is scaled so that it covers height x width, keeping its shape, and cropped at the
+    centre. Pixels stay uint8 until the model, which scales them to [0, 1] and normalises.
+    """
+
+    frames: int = opt(8, "frames of a clip (T)", at_least=1)
+    spacing_s: float = opt(0.1, "time between two frames of a clip, in seconds", above=0)
+    height: int = opt(64, "height of a clip, in pixels", at_least=8)
+    width: int = opt(64, "width of a clip, in pixels", at_least=8)
+    resize: str = opt("cover", "how a frame is fitted: cover, then crop the centre; or stretch",
+                      choices=("cover", "stretch"))  # fmt: skip
+    interpolation: str = opt("area", "how a frame is scaled", choices=("area", "linear"))
+    mean: tuple[float, ...] = opt((0.45, 0.45, 0.45), "mean per channel (RGB), pixels in [0, 1]")
+    std: tuple[float, ...] = opt((0.225, 0.225, 0.225), "deviation per channel (RGB)", above=0)
+
+    @property
+    def window_s(self) -> float:
+        """Time from the first frame of a clip to its last, in seconds."""
+        return (self.frames - 1) * self.spacing_s
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape of one clip at an engine's door, [T, H, W, 3]."""
+        return (self.frames, self.height, self.width, 3)
+
+
+def prepare(frame: Frame, spec: ClipSpec) -> Frame:
+    """Fit one frame of any size to the spec: scale, then crop the centre.
+
+    Args:
+        frame: uint8 [H, W, 3].
+        spec: the size wanted.
+
+    Returns:
+        uint8 [spec.height, spec.width, 3], contiguous; channels in the order given.
+    """
+    import cv2
+
+    height, width = frame.shape[:2]
+    if (height, width) == (spec.height, spec.width):
+        return np.ascontiguousarray(frame)
+    if spec.resize == "stretch":
+        size = (spec.width, spec.height)
+    else:
+        scale = max(spec.height / height, spec.width / width)
+        size = (max(spec.width, round(width * scale)), max(spec.height, round(height * scale)))
+    smaller = size[0] < width or size[1] < height
+    area = spec.interpolation == "area" and smaller  # INTER_AREA enlarges by repeating pixels
+    fitted = cv2.resize(frame, size, interpolation=cv2.INTER_AREA if area else cv2.INTER_LINEAR)
+    top, left = (size[1] - spec.height) // 2, (size[0] - spec.width) // 2
+    return np.ascontiguousarray(fitted[top : top + spec.height, left : left + spec.width])
+
+
+def choose(
+    times_s: Sequence[float], end_s: float, spec: ClipSpec, *, nearest: bool = False
+) -> list[int] | None:
+    """Choose the frames of the clip that ends at a time, by their true timestamps.
+
+    The frame for each wanted time is the nearest one; it must lie within half a spacing, and
+    (so that no frame stands twice in a clip) each wanted time must find a frame of its own.
+
+    Args:
+        times_s: timestamps of the frames at hand, rising, in seconds.
+        end_s: the time of the clip's last frame, in seconds.
+        spec: frames and spacing.
+        nearest: take the nearest frame however far away, also twice (`--sampling nearest`).
+
+    Returns:
+        T indices into `times_s`, or None where the times cannot be honoured.
+    """
+    if not len(times_s):
+        return None
+    times = np.asarray(times_s, dtype=np.float64)
+    wanted = end_s - spec.spacing_s * np.arange(spec.frames - 1, -1, -1)
+    right = np.clip(np.searchsorted(times, wanted), 1, max(len(times) - 1, 1))
+    left = right - 1
+    right = np.minimum(right, len(times) - 1)
+    index = np.where(wanted - times[left] <= times[right] - wanted, left, right)
+    if not nearest:
+        far = np.abs(times[index] - wanted) > spec.spacing_s / 2 + 1e-6
+        if far.any() or (np.diff(index) < 1).any():
+            return None
+    return [int(i) for i in index]
+
+
+def too_slow(frame_s: float, spec: ClipSpec) -> bool:
+    """Return whether frames this far apart, in seconds, cannot fill a clip of the spec."""
+    return frame_s > spec.spacing_s * 1.02  # a camera's clock may differ by some per cent
+
+
+def check_clips(clips: Clips, spec: ClipSpec) -> None:
+    """Raise SettingError unless clips are uint8 [N, T, H, W, 3] as the spec has them."""
+    if clips.dtype != np.uint8 or clips.ndim != 5 or clips.shape[1:] != spec.shape:
+        t, h, w, c = spec.shape
+        raise SettingError(
+            f"clips are {clips.dtype} {list(clips.shape)}; this model takes uint8 "
+            f"[N, {t}, {h}, {w}, {c}]: {t} frames of {h}x{w}, RGB. Use vmoe.clips.prepare."
+        )

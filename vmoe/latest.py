@@ -1,0 +1,51 @@
+"""What a command works on where the user names nothing: the newest of runs/, else what ships."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from vmoe.errors import VmoeError
+
+RUNS = Path("runs")
+SHIPPED = Path(__file__).parent / "shipped" / "camera-motion"  # a bundle, with its twin
+
+
+def bundle(named: Path | None) -> tuple[Path, str]:
+    """Return the bundle to use, and the line that says which it is.
+
+    Args:
+        named: what the user named, or None.
+    """
+    if named is not None:
+        return named, f"bundle: {named}"
+    found = _newest(path.parent for path in RUNS.glob("**/vmoe.json"))
+    if found:
+        return found, f"bundle: {found} (the newest under {RUNS}/)"
+    return _shipped(SHIPPED), f"bundle: {SHIPPED.name} (the one that ships)"
+
+
+def checkpoint(named: Path | None) -> tuple[Path, str]:
+    """Return the checkpoint to use, and the line that says which it is.
+
+    Args:
+        named: what the user named, or None; a bundle stands for the twin that it carries.
+    """
+    if named is not None:
+        inside = named / "twin.safetensors"
+        return (inside if named.is_dir() else named), f"checkpoint: {named}"
+    found = _newest(RUNS.glob("**/best.safetensors"))
+    if found:
+        return found, f"checkpoint: {found} (the newest under {RUNS}/)"
+    return _shipped(SHIPPED / "twin.safetensors"), "checkpoint: camera-motion (the one that ships)"
+
+
+def _newest(paths: Iterable[Path]) -> Path | None:
+    found = [path for path in paths if not path.name.startswith(".")]  # not half-written ones
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _shipped(path: Path) -> Path:
+    if not path.exists():
+        raise VmoeError(f"this installation ships no model ({path} is missing): name a path.")
+    return path

@@ -1,0 +1,1 @@
+"""Expert families, one file each: `build(width, classes) -> nn.Module`, clip -> logits."""

@@ -1,0 +1,60 @@
+"""What a clip costs, by torch's own counter."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vmoe.models.moe import ModelSettings, VideoMoE, dense_counterpart
+
+
+class Flops(NamedTuple):
+    """Floating-point operations (two to a multiply-add) of one clip.
+
+    Attributes:
+        router: of the router.
+        expert: of one expert.
+        dense: of the dense counterpart; None for a model that is dense itself.
+    """
+
+    router: int
+    expert: int
+    dense: int | None
+
+    @property
+    def moe(self) -> int:
+        """Router and one expert: what a clip costs."""
+        return self.router + self.expert
+
+    @property
+    def saved(self) -> float | None:
+        """Share of the dense counterpart's FLOPs that is not spent."""
+        return None if self.dense is None else 1 - self.moe / self.dense
+
+
+def count(twin: VideoMoE) -> Flops:
+    """Count the FLOPs of one clip, on shapes alone."""
+    router = 0 if twin.router is None else _forward(twin.router, twin)
+    expert = _forward(twin.experts[0], twin)
+    if twin.router is None:
+        return Flops(router, expert, None)
+    return Flops(router, expert, count_dense(twin.settings, twin))
+
+
+def count_dense(settings: ModelSettings, twin: VideoMoE) -> int:
+    """Count the FLOPs of the dense counterpart of an architecture."""
+    with torch.device("meta"):
+        dense = VideoMoE(dense_counterpart(settings), twin.spec)
+    return _forward(dense.experts[0], dense)
+
+
+def _forward(module: torch.nn.Module, twin: VideoMoE) -> int:
+    spec = twin.spec
+    clip = torch.empty(1, 3, spec.frames, spec.height, spec.width, device="meta")
+    shadow = copy.deepcopy(module).to("meta").eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        shadow(clip)
+    return int(counter.get_total_flops())
