@@ -52,7 +52,7 @@ class Command(click.Command):
         ctx.exit(code)
 
 
-class EpsType(click.ParamType):
+class EpsType(click.ParamType):  # type: ignore[type-arg]
     """`8/255`, `8` or `0.0314`; several with commas give a tuple."""
 
     name = "eps"
@@ -67,10 +67,10 @@ class EpsType(click.ParamType):
             self.fail(str(e), param, ctx)
 
 
-class ListType(click.ParamType):
+class ListType(click.ParamType):  # type: ignore[type-arg]
     """Comma-separated values of another type."""
 
-    def __init__(self, member: click.ParamType) -> None:
+    def __init__(self, member: click.ParamType[Any]) -> None:
         """Take the type of the members."""
         self.member = member
         self.name = f"{member.name},..."
@@ -177,12 +177,16 @@ def _shown(default: Any) -> str:
     return f" [default: {default:.4g}]" if isinstance(default, float) else f" [default: {default}]"
 
 
-def _click_type(name: str, kind: type, choices: tuple[str, ...] | None) -> click.ParamType:
+def _click_type(name: str, kind: type, choices: tuple[str, ...] | None) -> click.ParamType[Any]:
     if name == "eps":
         return EpsType()
     if choices:
         return click.Choice(choices)
-    plain: dict[type, click.ParamType] = {int: click.INT, float: click.FLOAT, str: click.STRING}
+    plain: dict[type, click.ParamType[Any]] = {
+        int: click.INT,
+        float: click.FLOAT,
+        str: click.STRING,
+    }
     return plain.get(kind, click.Path(path_type=Path))
 
 

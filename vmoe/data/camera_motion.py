@@ -40,11 +40,12 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 SPLIT_KEYS = {"train": 0, "val": 1, "test": 2}
 SPLIT_SHARES = (0.7, 0.85)  # of a user's pictures: up to here train, then val, then test
 
+Floats = NDArray[np.floating]
 # One row for each frame: right and down in shorter sides, log of the zoom, roll in radians.
-Poses = NDArray[np.float64]
+Poses = NDArray[np.floating]
 
 
-def camera_path(label: str, times_s: NDArray[np.float64], rng: np.random.Generator) -> Poses:
+def camera_path(label: str, times_s: Floats, rng: np.random.Generator) -> Poses:
     """Return where the camera looks at each time.
 
     Args:
@@ -80,7 +81,7 @@ _AXES = {
 _SPEEDS = (PAN_PER_S, PAN_PER_S, ZOOM_PER_S, ROLL_PER_S)
 
 
-def _shake(t: NDArray[np.float64], rng: np.random.Generator) -> Poses:
+def _shake(t: Floats, rng: np.random.Generator) -> Poses:
     """Return a shake, [T, 4]: a few oscillations of 1.5 to 4.5 Hz on every axis, without drift."""
     amplitude = SHAKE[0] * (SHAKE[1] / SHAKE[0]) ** rng.uniform()
     total = np.zeros((len(t), 4))
@@ -88,12 +89,11 @@ def _shake(t: NDArray[np.float64], rng: np.random.Generator) -> Poses:
         hertz = rng.uniform(1.5, 4.5, 4)
         phase = rng.uniform(0, 2 * np.pi, 4)
         total += np.sin(2 * np.pi * hertz * t[:, None] + phase)
-    return amplitude * total * np.array([1.0, 1.0, 0.4, 0.7]) / np.sqrt(1.5)
+    poses: Poses = amplitude * total * np.array([1.0, 1.0, 0.4, 0.7]) / np.sqrt(1.5)
+    return poses
 
 
-def look(
-    image: Frame, pose: NDArray[np.float64], size: tuple[int, int], view: float = 0.5
-) -> Frame:
+def look(image: Frame, pose: Floats, size: tuple[int, int], view: float = 0.5) -> Frame:
     """Return what the camera sees, uint8 [height, width, 3].
 
     Args:
@@ -111,9 +111,9 @@ def look(
     y = image.shape[0] / 2 + down * unit - sin * width / 2 - cos * height / 2
     where = np.array([[cos, -sin, x], [sin, cos, y]])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(
-        image, where, (width, height), flags=flags, borderMode=cv2.BORDER_REFLECT_101
-    )
+    border = cv2.BORDER_REFLECT_101
+    seen: Frame = cv2.warpAffine(image, where, (width, height), flags=flags, borderMode=border)
+    return seen
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def render_clip(label: str, image: Frame, spec: ClipSpec, rng: np.random.Generat
     return _sensor(np.stack(frames), rng)
 
 
-def _after(start: NDArray[np.float64], move: NDArray[np.float64]) -> NDArray[np.float64]:
+def _after(start: Floats, move: Floats) -> Floats:
     """Return the pose after a move in the camera's own axes, from where it started."""
     _, _, zoom, roll = start
     right, down = move[:2] * np.exp(-zoom)
@@ -182,15 +182,15 @@ def _after(start: NDArray[np.float64], move: NDArray[np.float64]) -> NDArray[np.
         np.cos(roll) * right - np.sin(roll) * down,
         np.sin(roll) * right + np.cos(roll) * down,
     )
-    pose: NDArray[np.float64] = start + np.array([*turned, move[2], move[3]])
+    pose: Floats = start + np.array([*turned, move[2], move[3]])
     return pose
 
 
-def _objects(frames: list[Frame], times: NDArray[np.float64], rng: np.random.Generator) -> None:
+def _objects(frames: list[Frame], times: Floats, rng: np.random.Generator) -> None:
     """Draw one to three textured things that move by themselves, each up to a third as wide."""
     height, width = frames[0].shape[:2]
     for _ in range(int(rng.integers(1, 4))):
-        texture = picture(rng, 64)
+        texture = picture(rng, 64, leaves=(5, 30))
         radius = rng.uniform(0.06, 0.17) * min(height, width)
         axes = (int(radius), max(1, int(radius * rng.uniform(0.5, 1.6))))
         texture = cv2.resize(texture, (2 * axes[0] + 1, 2 * axes[1] + 1))
@@ -225,8 +225,13 @@ def _sensor(clip: Frame, rng: np.random.Generator) -> Frame:
     if rng.uniform() < 0.5:
         quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(35, 95))]
         coded = (cv2.imencode(".jpg", frame, quality)[1] for frame in out)
-        out = np.stack([cv2.imdecode(data, cv2.IMREAD_COLOR) for data in coded])
+        out = np.stack([_decoded(data) for data in coded])
     return np.ascontiguousarray(out)
+
+
+def _decoded(data: NDArray[np.uint8]) -> Frame:
+    frame: Frame = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    return frame
 
 
 def read_picture(path: Path) -> Frame:
@@ -241,7 +246,8 @@ def read_picture(path: Path) -> Frame:
     scale = 512 / min(found.shape[:2])
     if scale < 1:
         found = cv2.resize(found, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    return cv2.cvtColor(found, cv2.COLOR_BGR2RGB)
+    image: Frame = cv2.cvtColor(found, cv2.COLOR_BGR2RGB)
+    return image
 
 
 def open_clips(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
-
-from torch import Tensor, nn
+from torch import nn
 
 
 class Router(nn.Sequential):
-    """Three 3-D convolutions over the clip at a quarter of its size; about 1 M multiply-adds.
+    """Scores, [B, M], of a normalised clip, [B, 3, T, H, W].
+
+    Three 3-D convolutions over the clip at a quarter of its size; about 1 M multiply-adds.
 
     Averaging 4x4 pixels first makes it cheap, and leaves little of a pixel-wise perturbation.
     """
@@ -24,10 +24,6 @@ class Router(nn.Sequential):
             nn.Flatten(),
             nn.Linear(16, experts),
         )
-
-    def forward(self, clip: Tensor) -> Tensor:
-        """Return scores, [B, M], of a normalised clip, [B, 3, T, H, W]."""
-        return cast(Tensor, super().forward(clip))
 
 
 def _block(inner: int, outer: int, stride: tuple[int, int, int]) -> list[nn.Module]:

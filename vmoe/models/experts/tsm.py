@@ -49,7 +49,8 @@ class Block(nn.Module):
         moved = shift(x).flatten(0, 1)
         y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(moved)))))
         y = self.relu(y + self.downsample(x.flatten(0, 1)))
-        return y.unflatten(0, (-1, frames))
+        out: Tensor = y.unflatten(0, (-1, frames))
+        return out
 
 
 class TSM18(nn.Module):

@@ -1,0 +1,135 @@
+"""What the attacks maximise, in the paper's letters: R router, E_i expert, F whole model.
+
+Source: arXiv 2602.01369. Each loss is per sample, [B]; METHOD and the paper average over a batch,
+which would make a sample's step depend on the others, so here it is never averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from vmoe.attacks.loop import Judged, LoopSettings, Objective, TemporalSettings
+from vmoe.lipschitz import l_lip
+from vmoe.models import VideoMoE
+
+# From what a part answers to an adversarial clip, and the clip, to a loss.
+Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+def ce(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the cross-entropy of each sample, [B]."""
+    return cross_entropy(logits, target, reduction="none")
+
+
+def lipschitz_ce(clip: Tensor, clean: Tensor, target: Tensor, settings: LoopSettings) -> Loss:
+    """Return CE(g(x+d), target) + lam L_Lip(g), g being any part; TLA's loss.
+
+    Args:
+        clip: x, [B, C, T, H, W].
+        clean: g(x).
+        target: what to leave, [B]: the label, or for the router its clean route.
+        settings: lam, and whether a gradient passes the term's denominator.
+    """
+
+    def loss(moved: Tensor, adversarial: Tensor) -> Tensor:
+        value = ce(moved, target)
+        if isinstance(settings, TemporalSettings) and settings.lam:
+            quotient = settings.lip == "quotient"
+            value = value + settings.lam * l_lip(clean, moved, clip, adversarial, quotient=quotient)
+        return value
+
+    return loss
+
+
+def guided(leave: Loss, weakest: Tensor, gamma1: float) -> Loss:
+    """Return TLGA-R's loss: leave the clean route, towards the expert of the lowest score.
+
+    TLA-R's loss - gamma1 CE(R(x+d), weakest(x)).
+    """
+
+    def loss(scores: Tensor, adversarial: Tensor) -> Tensor:
+        value = leave(scores, adversarial)
+        return value - gamma1 * ce(scores, weakest) if gamma1 else value
+
+    return loss
+
+
+def router(twin: VideoMoE, clip: Tensor, settings: LoopSettings, gamma1: float = 0.0) -> Objective:
+    """Return TLGA-R's objective on the router alone; success: the route has changed."""
+    scores = _detached(twin.scores, clip)
+    loss = _router_loss(clip, scores, settings, gamma1)
+    top1 = scores.argmax(dim=1)
+
+    def objective(adversarial: Tensor) -> Judged:
+        moved = twin.scores(adversarial)
+        return Judged(loss(moved, adversarial), moved.argmax(dim=1) != top1)
+
+    return objective
+
+
+def expert(
+    twin: VideoMoE, clip: Tensor, label: Tensor, index: int, settings: LoopSettings
+) -> Objective:
+    """Return TLA-E_i's objective on one expert alone; success: that expert is wrong."""
+    clean = _detached(lambda x: twin.run_expert(index, x), clip)
+    loss = lipschitz_ce(clip, clean, label, settings)
+
+    def objective(adversarial: Tensor) -> Judged:
+        logits = twin.run_expert(index, adversarial)
+        return Judged(loss(logits, adversarial), logits.argmax(dim=1) != label)
+
+    return objective
+
+
+def whole(
+    twin: VideoMoE,
+    clip: Tensor,
+    label: Tensor,
+    settings: LoopSettings,
+    *,
+    route_grad: str,
+    gamma1: float = 0.0,
+    gamma2: float = 0.0,
+) -> Objective:
+    """Return J-TLGA's objective: TLA-M's loss + gamma2 TLGA-R's; success: the label is wrong.
+
+    gamma2 = 0 is TLA-M, gamma1 = 0 is J-TLA.
+    """
+    with torch.no_grad():
+        clean = twin(clip, route_grad)
+    model_loss = lipschitz_ce(clip, clean.logits, label, settings)
+    router_loss = _router_loss(clip, clean.scores, settings, gamma1)
+
+    def objective(adversarial: Tensor) -> Judged:
+        out = twin(adversarial, route_grad)
+        loss = model_loss(out.logits, adversarial)
+        if gamma2:
+            loss = loss + gamma2 * router_loss(out.scores, adversarial)
+        return Judged(loss, wrong(twin, adversarial, label, out.logits, route_grad))
+
+    return objective
+
+
+def wrong(twin: VideoMoE, clip: Tensor, label: Tensor, logits: Tensor, route_grad: str) -> Tensor:
+    """Return which clips the model gets wrong, judged with the hard choice, bool [B].
+
+    `soft` is the only route_grad whose logits are not those of the hard choice.
+    """
+    if route_grad == "soft":
+        logits = _detached(lambda x: twin(x, "frozen").logits, clip)
+    return logits.argmax(dim=1) != label
+
+
+def _router_loss(clip: Tensor, scores: Tensor, settings: LoopSettings, gamma1: float) -> Loss:
+    leave = lipschitz_ce(clip, scores, scores.argmax(dim=1), settings)
+    return guided(leave, scores.argmin(dim=1), gamma1)
+
+
+def _detached(part: Callable[[Tensor], Tensor], clip: Tensor) -> Tensor:
+    with torch.no_grad():
+        return part(clip)

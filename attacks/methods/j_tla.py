@@ -1,0 +1,37 @@
+"""J-TLA: TLA-M and TLA-R jointly. Source: arXiv 2602.01369."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vmoe.attacks import losses
+from vmoe.attacks.loop import AttackResult, TemporalSettings, ascend
+from vmoe.models import ROUTE_GRADS, VideoMoE
+from vmoe.settings import opt
+
+
+@dataclass(frozen=True)
+class Settings(TemporalSettings):
+    """J-TLA's settings."""
+
+    gamma2: float = opt(0.1, "weight of the router's loss", at_least=0)
+    route_grad: str = opt(
+        "straight-through", "how a gradient passes the hard choice", choices=ROUTE_GRADS
+    )
+
+
+def attack(
+    twin: VideoMoE, clip: Tensor, label: Tensor, settings: Settings, indices: Tensor | None = None
+) -> AttackResult:
+    """Maximise TLA-M's loss + gamma2 TLA-R's loss; success: the label is wrong."""
+    return ascend(
+        twin,
+        clip,
+        settings,
+        lambda x: losses.whole(
+            twin, x, label, settings, route_grad=settings.route_grad, gamma2=settings.gamma2
+        ),
+        indices,
+    )

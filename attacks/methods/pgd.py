@@ -1,0 +1,34 @@
+"""PGD on the whole model. Source: Madry et al., ICLR 2018."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vmoe.attacks import losses
+from vmoe.attacks.loop import AttackResult, LoopSettings, ascend
+from vmoe.models import ROUTE_GRADS, VideoMoE
+from vmoe.settings import opt
+
+
+@dataclass(frozen=True)
+class Settings(LoopSettings):
+    """PGD's settings."""
+
+    route_grad: str = opt(
+        "straight-through", "how a gradient passes the hard choice", choices=ROUTE_GRADS
+    )
+
+
+def attack(
+    twin: VideoMoE, clip: Tensor, label: Tensor, settings: Settings, indices: Tensor | None = None
+) -> AttackResult:
+    """Maximise CE(F(x+d), y); success: the label is wrong."""
+    return ascend(
+        twin,
+        clip,
+        settings,
+        lambda x: losses.whole(twin, x, label, settings, route_grad=settings.route_grad),
+        indices,
+    )

@@ -1,0 +1,23 @@
+"""PGD-R: PGD on the router; leave the clean route. Source: arXiv 2602.01369."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vmoe.attacks import losses
+from vmoe.attacks.loop import AttackResult, LoopSettings, ascend
+from vmoe.models import VideoMoE
+
+
+@dataclass(frozen=True)
+class Settings(LoopSettings):
+    """PGD-R's settings."""
+
+
+def attack(
+    twin: VideoMoE, clip: Tensor, label: Tensor, settings: Settings, indices: Tensor | None = None
+) -> AttackResult:
+    """Maximise CE(R(x+d), top1(x)); success: the route has changed."""
+    return ascend(twin, clip, settings, lambda x: losses.router(twin, x, settings), indices)

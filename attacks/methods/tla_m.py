@@ -1,0 +1,34 @@
+"""TLA-M: the temporal Lipschitz attack on the whole model. Source: arXiv 2602.01369."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vmoe.attacks import losses
+from vmoe.attacks.loop import AttackResult, TemporalSettings, ascend
+from vmoe.models import ROUTE_GRADS, VideoMoE
+from vmoe.settings import opt
+
+
+@dataclass(frozen=True)
+class Settings(TemporalSettings):
+    """TLA-M's settings."""
+
+    route_grad: str = opt(
+        "straight-through", "how a gradient passes the hard choice", choices=ROUTE_GRADS
+    )
+
+
+def attack(
+    twin: VideoMoE, clip: Tensor, label: Tensor, settings: Settings, indices: Tensor | None = None
+) -> AttackResult:
+    """Maximise CE(F(x+d), y) + lam L_Lip(F); success: the label is wrong."""
+    return ascend(
+        twin,
+        clip,
+        settings,
+        lambda x: losses.whole(twin, x, label, settings, route_grad=settings.route_grad),
+        indices,
+    )
