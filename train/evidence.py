@@ -1,0 +1,6 @@
+def report(*a):
+    return {}
+
+
+def markdown(r):
+    return ""

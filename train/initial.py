@@ -1,0 +1,41 @@
+"""Where a training begins: fresh weights, or those of another checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vmoe import checkpoint
+from vmoe.errors import SettingError
+from vmoe.models import VideoMoE
+
+
+def take_weights(twin: VideoMoE, path: Path) -> str:
+    """Copy a checkpoint's weights into a twin of the same experts; return what was taken.
+
+    A model of one expert becomes every expert of a mixture ("sparse upcycling"): the experts
+    learn to see first, with all of the data, and part when they are routed.
+
+    Source: Komatsuzaki et al., "Sparse Upcycling", ICLR 2023.
+
+    Raises:
+        SettingError: other experts, other labels, or another number of experts (but one).
+    """
+    other = checkpoint.load(path).twin
+    mine, theirs = twin.settings, other.settings
+    for name in ("arch", "width", "classes"):
+        if getattr(mine, name) != getattr(theirs, name):
+            raise SettingError(
+                f"--init-from {path} has {name} {getattr(theirs, name)}; this model has "
+                f"{getattr(mine, name)}. Give the same --arch, --width and labels."
+            )
+    if theirs.experts not in (1, mine.experts):
+        raise SettingError(
+            f"--init-from {path} has {theirs.experts} experts; this model has {mine.experts}. "
+            "Give the same --experts, or start from a model of 1 expert."
+        )
+    for i, expert in enumerate(twin.experts):
+        expert.load_state_dict(other.experts[i % theirs.experts].state_dict())
+    if twin.router is not None and other.router is not None:
+        twin.router.load_state_dict(other.router.state_dict())
+        return f"router and {mine.experts} experts from {path}"
+    return f"each of {mine.experts} experts from the one of {path}; a fresh router"

@@ -1,0 +1,25 @@
+"""standard: training on clean clips."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vmoe.batches import Batch
+from vmoe.models import VideoMoE
+from vmoe.train.passes import Pass, RecipeSettings, Update, clean_clips, whole_update
+
+
+@dataclass(frozen=True)
+class Settings(RecipeSettings):
+    """What standard training takes."""
+
+
+def passes(settings: Settings) -> list[Pass]:
+    """Minimise CE(F(x), y) + balance."""
+
+    def update(twin: VideoMoE, batch: Batch, clip: Tensor) -> Update:
+        return whole_update(twin, batch, clip, balance=settings.balance)
+
+    return [Pass("whole", "whole", update, clean_clips)]
