@@ -1,1 +1,50 @@
-"""Backends, one file each: `why_unavailable()` and `open(settings)`."""
+"""Backends, one file each: `why_unavailable()` and `open(settings)`.
+
+A file of this folder also names the `FORMATS` of parts that it reads, such as ("onnx",).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from vmoe.bundle import Part
+from vmoe.clips import Clips
+
+Outputs = dict[str, NDArray[Any]]  # by the names that the graph gives them
+Run = Callable[[Mapping[str, Any]], Outputs]  # takes inputs by name: numpy, or what `put` gave
+
+
+@dataclass(frozen=True)
+class BackendSettings:
+    """What a backend needs to know.
+
+    Attributes:
+        folder: the bundle's folder, where the parts' files lie.
+        device: auto, cpu or cuda:N.
+        threads: CPU threads of one run; None is the backend's own choice.
+    """
+
+    folder: Path
+    device: str = "auto"
+    threads: int | None = None
+
+
+class Backend(Protocol):
+    """What runs single graphs; it knows nothing of routes."""
+
+    def load(self, part: Part) -> Run:
+        """Make one part ready to run."""
+        ...
+
+    def put(self, clips: Clips) -> Any:
+        """Bring clips, uint8 [N, T, H, W, 3], to the device, once for all parts that see them."""
+        ...
+
+    def close(self) -> None:
+        """Free what is held; a second call does nothing."""
+        ...

@@ -1,1 +1,83 @@
-"""Where frames come from, one file each."""
+"""Where frames come from, one file each: `claims(name)` and `open(name, settings)`.
+
+`open` only looks whether the source can be there (and raises SourceError if not); the thread
+that iterates `frames` opens the capture, reads it and releases it. OpenCV crashes otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Protocol
+
+from vmoe import registry
+from vmoe.errors import SourceError
+from vmoe.runtime.frames import Frame, Stop
+
+SOURCES = "vmoe.runtime.sources"
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """How sources are read.
+
+    Attributes:
+        loop: start a file again when it ends.
+        reconnect: tries to reopen a live source that was lost.
+        read_timeout_s: a live source that is silent for so long is lost.
+        seed: of the test pattern.
+    """
+
+    loop: bool = False
+    reconnect: int = 5
+    read_timeout_s: float = 3.0
+    seed: int = 0
+
+
+class Source(Protocol):
+    """One source of frames.
+
+    Attributes:
+        name: as the user named it.
+        live: frames come whether or not somebody takes them, so the newest wins.
+        fps: frames per second that it claims; 0 where it does not say. Known once frames flow.
+    """
+
+    name: str
+    live: bool
+    fps: float
+
+    def frames(self, stop: Stop) -> Generator[Frame, None, None]:
+        """Open, yield frames until the end or until `stop`, release.
+
+        Raises:
+            SourceError: it cannot be opened, breaks in the middle, or was lost for good.
+        """
+        ...
+
+
+def open(name: str, settings: SourceSettings | None = None) -> Source:
+    """Return the source that a name stands for.
+
+    Args:
+        name: a video file; a camera's number, or its device as /dev/video0; or `test`.
+        settings: how it is read.
+
+    Raises:
+        SourceError: no source of this kind, or it is not there.
+    """
+    settings = settings or SourceSettings()
+    modules = {kind: registry.load(SOURCES, kind, "source") for kind in registry.names(SOURCES)}
+    for module in _file_last(modules):
+        if module.claims(name):
+            source: Source = module.open(name, settings)
+            return source
+    raise SourceError(
+        f"source {name!r}: cannot read this kind. Name a video file, a camera's number, or test."
+    )
+
+
+def _file_last(modules: dict[str, ModuleType]) -> list[ModuleType]:
+    """Return the modules with the file source last: any name may be a file's."""
+    return sorted(modules.values(), key=lambda module: module.__name__.endswith(".file"))

@@ -1,0 +1,305 @@
+"""A loaded bundle that answers clips: route, group by expert, run, scatter; written once here.
+
+A backend (engines/) runs single graphs; which graphs there are and how they make one answer
+is the lowering's matter and stands in this file.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vmoe import bundle as bundles
+from vmoe import registry
+from vmoe.bundle import Bundle, Part
+from vmoe.clips import Clips, check_clips
+from vmoe.errors import (
+    EngineMismatchError,
+    MissingDependencyError,
+    SettingError,
+    UnknownNameError,
+)
+
+from .engines import Backend, BackendSettings, Outputs, Run
+
+ENGINES = "vmoe.runtime.engines"
+
+
+class Prediction(NamedTuple):
+    """What an engine answers.
+
+    Attributes:
+        logits: float32 [N, K], of the routed expert.
+        scores: float32 [N, M], the router's logits; zeros [N, 1] of a model without a router.
+        route: int64 [N], the expert that answered.
+    """
+
+    logits: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    route: NDArray[np.int64]
+
+
+def load(
+    bundle: Path | str | Bundle,
+    backend: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    *,
+    all_parts: bool = False,
+) -> Engine:
+    """Load a bundle: prove it whole, and open a backend for it.
+
+    Args:
+        bundle: the folder, or a manifest that `vmoe.bundle.read` gave.
+        backend: a file of engines/, or auto: the first that reads the bundle's parts here.
+        device: auto, cpu or cuda:N.
+        threads: CPU threads of one run; None is the backend's own choice.
+        all_parts: load every part now; else an expert is loaded when it is first routed to.
+
+    Raises:
+        BundleError: no bundle, or one that is not what its manifest says.
+        UnknownNameError: no such backend.
+        MissingDependencyError: the backend is not installed.
+    """
+    if threads is not None and threads < 1:
+        raise SettingError(f"--threads is {threads}; it must be at least 1.")
+    read = bundle if isinstance(bundle, Bundle) else bundles.read(Path(bundle))
+    name = _choose(backend, read)
+    settings = BackendSettings(folder=read.path, device=device, threads=threads)
+    opened = registry.load(ENGINES, name, "backend").open(settings)
+    engine = Engine(read, opened, name)
+    try:
+        engine.load_parts(
+            None if all_parts else [bundles.part_names(read.lowering, read.experts)[0]]
+        )
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def _choose(backend: str, bundle: Bundle) -> str:
+    formats = {part.format for part in bundle.parts.values()}
+    if backend != "auto":
+        module = registry.load(ENGINES, backend, "backend")
+        why = module.why_unavailable()
+        if why:
+            raise MissingDependencyError(why)
+        if not formats <= set(module.FORMATS):
+            raise EngineMismatchError(
+                f"{bundle.path} has parts in {', '.join(sorted(formats))}; backend {backend} "
+                f"reads {', '.join(module.FORMATS)}. Use --backend auto."
+            )
+        return backend
+    whys = []
+    for name in registry.names(ENGINES):
+        module = registry.load(ENGINES, name, "backend")
+        if formats <= set(module.FORMATS):
+            why = module.why_unavailable()
+            if not why:
+                return name
+            whys.append(why)
+    if whys:
+        raise MissingDependencyError(" ".join(whys))
+    raise EngineMismatchError(
+        f"{bundle.path} has parts in {', '.join(sorted(formats))}; no backend here reads them. "
+        "Export the model again with --onnx."
+    )
+
+
+class Engine:
+    """A loaded bundle. Use it as a context manager, or call `close`.
+
+    Attributes:
+        bundle: the manifest.
+        backend_name: what runs its graphs.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, backend_name: str) -> None:
+        """Take an open backend; `load` is the way to make one."""
+        self.bundle = bundle
+        self.backend_name = backend_name
+        self._backend = backend
+        self._runs: dict[str, Run] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def infer(self, clips: Clips, force_route: int | Sequence[int] | None = None) -> Prediction:
+        """Answer clips.
+
+        Args:
+            clips: uint8 [N, T, H, W, 3], RGB, as the bundle's clip spec has them; N may be 0.
+            force_route: the expert to take, for all clips or for each; None routes freely.
+
+        Raises:
+            SettingError: clips of another shape, an expert that does not exist, or a closed engine.
+        """
+        self._check(clips)
+        forced = self._forced(force_route, len(clips))
+        if not len(clips):
+            k, m = len(self.bundle.labels), self.bundle.experts
+            return Prediction(*_empty(k, m), np.zeros(0, np.int64))
+        if self.bundle.lowering == "split":
+            return self._split(clips, forced)
+        return self._one_file(clips, forced)
+
+    def run_part(self, name: str, clips: Clips) -> Outputs:
+        """Run one part alone; return its outputs by name, each [N, ...].
+
+        Raises:
+            UnknownNameError: the bundle has no such part.
+        """
+        self._check(clips)
+        return self._run(name, clips)
+
+    def run_all(self, clips: Clips) -> NDArray[np.float32]:
+        """Run every expert on every clip; return the logits, float32 [N, M, K]."""
+        logits = [self.infer(clips, force_route=i).logits for i in range(self.bundle.experts)]
+        return np.stack(logits, axis=1)
+
+    def load_parts(self, names: Sequence[str] | None = None) -> None:
+        """Load parts now; None is all of them."""
+        lowering, experts = self.bundle.lowering, self.bundle.experts
+        for name in bundles.part_names(lowering, experts) if names is None else names:
+            self._run_of(name)
+
+    def close(self) -> None:
+        """Free the backend; a second call does nothing."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._runs.clear()
+                self._backend.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _check(self, clips: Clips) -> None:
+        if self._closed:
+            raise SettingError("this engine is closed; load the bundle again.")
+        check_clips(clips, self.bundle.spec)
+
+    def _forced(self, force_route: int | Sequence[int] | None, n: int) -> NDArray[np.int64] | None:
+        if force_route is None:
+            return None
+        experts = self.bundle.experts
+        route = np.asarray(force_route, dtype=np.int64)
+        if route.ndim > 1 or (route.ndim == 1 and len(route) != n):
+            raise SettingError(
+                f"force_route has shape {list(route.shape)} for {n} clips; give one."
+            )
+        if ((route < 0) | (route >= experts)).any():
+            raise SettingError(
+                f"force_route is {force_route}; this model has experts 0 to {experts - 1}."
+            )
+        return np.broadcast_to(route, (n,)).copy()
+
+    def _split(self, clips: Clips, forced: NDArray[np.int64] | None) -> Prediction:
+        """Route on the host; one upload serves the router and, where all agree, the expert."""
+        n = len(clips)
+        put = self._backend.put(clips)
+        if self.bundle.experts == 1:
+            scores = np.zeros((n, 1), np.float32)
+        else:
+            scores = self._output(
+                self._run("router", clips, put), "scores", (n, self.bundle.experts)
+            )
+        route = forced if forced is not None else scores.argmax(axis=1).astype(np.int64)
+        logits = np.empty((n, len(self.bundle.labels)), np.float32)
+        for expert in np.unique(route):
+            rows = np.flatnonzero(route == expert)
+            every = len(rows) == n
+            some = clips if every else clips[rows]
+            out = self._run(f"expert{expert}", some, put if every else None)
+            logits[rows] = self._output(out, "logits", (len(rows), logits.shape[1]))
+        return Prediction(logits, scores, route)
+
+    def _one_file(self, clips: Clips, forced: NDArray[np.int64] | None) -> Prediction:
+        """Let the graph route; where routes are forced, one run for each that occurs."""
+        if forced is None:
+            return self._answer(self._run("moe", clips), len(clips))
+        k, m = len(self.bundle.labels), self.bundle.experts
+        logits, scores = (
+            np.empty((len(clips), k), np.float32),
+            np.empty((len(clips), m), np.float32),
+        )
+        for expert in np.unique(forced):
+            rows = np.flatnonzero(forced == expert)
+            extra = {"force_route": np.asarray(expert, np.int64)} if m > 1 else {}
+            got = self._answer(self._run("moe", clips[rows], None, extra), len(rows))
+            if (got.route != expert).any():
+                raise EngineMismatchError(
+                    f"{self.bundle.path} does not follow force_route {expert}. Export it again."
+                )
+            logits[rows], scores[rows] = got.logits, got.scores
+        return Prediction(logits, scores, forced)
+
+    def _answer(self, out: Outputs, n: int) -> Prediction:
+        return Prediction(
+            self._output(out, "logits", (n, len(self.bundle.labels))),
+            self._output(out, "scores", (n, self.bundle.experts)),
+            self._output(out, "route", (n,)).astype(np.int64, copy=False),
+        )
+
+    def _output(self, out: Outputs, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+        value = out.get(name)
+        if value is None or value.shape != shape:
+            has = "nothing" if value is None else list(value.shape)
+            raise EngineMismatchError(
+                f"{self.bundle.path} gives {has} as {name}; its manifest means {list(shape)}. "
+                "Export it again."
+            )
+        return value
+
+    def _run(
+        self,
+        name: str,
+        clips: Clips,
+        put: Any = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Outputs:
+        """Run a part on clips, in pieces where the part was made for a fixed batch."""
+        run = self._run_of(name)
+        size = _batch(self.bundle.parts[name])
+        if size is None or size == len(clips):
+            put = self._backend.put(clips) if put is None else put
+            return run({"clip": put, **(extra or {})})
+        pieces = []
+        for start in range(0, len(clips), size):
+            piece = clips[start : start + size]
+            filled = np.concatenate([piece, np.repeat(piece[-1:], size - len(piece), axis=0)])
+            out = run({"clip": self._backend.put(filled), **(extra or {})})
+            pieces.append({key: value[: len(piece)] for key, value in out.items()})
+        return {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
+
+    def _run_of(self, name: str) -> Run:
+        with self._lock:
+            run = self._runs.get(name)
+            if run is None:
+                if name not in self.bundle.parts:
+                    raise UnknownNameError("part", name, self.bundle.parts)
+                run = self._runs[name] = self._backend.load(self.bundle.parts[name])
+            return run
+
+
+def _batch(part: Part) -> int | None:
+    """Return the batch that a part was made for, or None where it is free."""
+    return next((port.shape[0] for port in part.inputs if port.name == "clip"), None)
+
+
+def _empty(k: int, m: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    return np.zeros((0, k), np.float32), np.zeros((0, m), np.float32)

@@ -1,0 +1,162 @@
+"""ONNX Runtime: on the CPU, and on CUDA where the installed package has it."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vmoe.bundle import Part
+from vmoe.clips import Clips
+from vmoe.errors import BundleError, EngineMismatchError, MissingDependencyError, SettingError
+
+from . import BackendSettings, Outputs, Run
+
+FORMATS = ("onnx",)
+CUDA = "CUDAExecutionProvider"
+CPU = "CPUExecutionProvider"
+ERRORS_ONLY = 4  # ORT's own lines would stand beside ours: fatal only
+
+
+def why_unavailable() -> str | None:
+    """Return why this backend cannot run here, and what mends it; None where it can."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return "onnxruntime is not installed: pip install 'vmoe[cpu]' or 'vmoe[gpu]'."
+    return None
+
+
+def open(settings: BackendSettings) -> OnnxRuntime:
+    """Open the backend.
+
+    Raises:
+        MissingDependencyError: onnxruntime is not installed, or has no CUDA and CUDA is asked.
+        SettingError: a device that is no device.
+    """
+    why = why_unavailable()
+    if why:
+        raise MissingDependencyError(why)
+    return OnnxRuntime(settings)
+
+
+def _cuda_index(device: str) -> int | None:
+    """Return N of cuda:N (cuda alone is 0), or None for the CPU."""
+    if device in ("auto", "cpu"):
+        return None
+    found = re.fullmatch(r"cuda(?::(\d+))?", device)
+    if not found:
+        raise SettingError(f"--device is {device!r}; it is auto, cpu or cuda:N.")
+    return int(found[1] or 0)
+
+
+class OnnxRuntime:
+    """Sessions of one bundle, all on one device."""
+
+    def __init__(self, settings: BackendSettings) -> None:
+        """Choose the device; no graph is read yet."""
+        import onnxruntime
+
+        self._ort = onnxruntime
+        onnxruntime.set_default_logger_severity(ERRORS_ONLY)
+        self._folder = settings.folder
+        self._threads = settings.threads
+        self._cuda = _cuda_index(settings.device)
+        self._asked = settings.device != "auto"
+        has_cuda = CUDA in onnxruntime.get_available_providers()
+        if self._cuda is not None and not has_cuda:
+            raise MissingDependencyError(
+                f"--device {settings.device}: the installed onnxruntime "
+                f"{onnxruntime.__version__} has no CUDA: pip install 'vmoe[gpu]'."
+            )
+        if settings.device == "auto" and has_cuda and Path("/dev/nvidiactl").exists():
+            self._cuda = 0
+
+    def load(self, part: Part) -> Run:
+        """Make a session of one part.
+
+        Raises:
+            BundleError: the graph is not one that ONNX Runtime reads.
+            EngineMismatchError: its inputs or outputs are not what the manifest says.
+            SettingError: the device asked cannot be used.
+        """
+        path = self._folder / part.file
+        try:
+            session = self._session(str(path))
+        except Exception as e:  # ORT's errors share no base class but Exception
+            raise BundleError(f"{path}: onnxruntime cannot load it: {_first_line(e)}") from e
+        if self._cuda is not None and CUDA not in session.get_providers():
+            if self._asked:
+                raise SettingError(
+                    f"--device cuda:{self._cuda}: onnxruntime cannot use it here (its CUDA and "
+                    "cuDNN libraries, or the GPU, are missing). Use --device cpu."
+                )
+            self._cuda = None
+        self._check_ports(session, part)
+        outputs = [port.name for port in part.outputs]
+
+        def run(inputs: Mapping[str, Any]) -> Outputs:
+            return self._run(session, outputs, inputs, str(path))
+
+        return run
+
+    def _session(self, path: str) -> Any:
+        ort = self._ort
+        options = ort.SessionOptions()
+        options.log_severity_level = ERRORS_ONLY
+        options.intra_op_num_threads = self._threads or 0
+        options.inter_op_num_threads = 1
+        # One part runs at a time: threads of the others must not spin beside it.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        cuda = [(CUDA, {"device_id": str(self._cuda)})] if self._cuda is not None else []
+        return ort.InferenceSession(path, options, providers=[*cuda, CPU])
+
+    def _check_ports(self, session: Any, part: Part) -> None:
+        has_in = {port.name: port.type for port in session.get_inputs()}
+        has_out = {port.name for port in session.get_outputs()}
+        missing = {p.name for p in part.inputs} - set(has_in) - {"force_route"}
+        missing |= {p.name for p in part.outputs} - has_out
+        if missing or has_in.get("clip") != "tensor(uint8)":
+            raise EngineMismatchError(
+                f"{self._folder / part.file} has inputs {sorted(has_in)} and outputs "
+                f"{sorted(has_out)}; the manifest says "
+                f"{sorted(p.name for p in part.inputs)} and "
+                f"{sorted(p.name for p in part.outputs)}, clip as uint8. Export it again."
+            )
+
+    def _run(
+        self, session: Any, outputs: list[str], inputs: Mapping[str, Any], path: str
+    ) -> Outputs:
+        try:
+            if self._cuda is None:
+                values = session.run(outputs, dict(inputs))
+            else:
+                uploaded = {name: self._uploaded(value) for name, value in inputs.items()}
+                values = [v.numpy() for v in session.run_with_ort_values(outputs, uploaded)]
+        except Exception as e:  # as above
+            raise EngineMismatchError(f"{path} does not run: {_first_line(e)}") from e
+        return dict(zip(outputs, values, strict=True))
+
+    def _uploaded(self, value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return self._ort.OrtValue.ortvalue_from_numpy(value, "cpu", 0)
+        return value
+
+    def put(self, clips: Clips) -> Any:
+        """Bring clips, uint8 [N, T, H, W, 3], to the device; on the CPU they stay as they are."""
+        contiguous = np.ascontiguousarray(clips)
+        if self._cuda is None:
+            return contiguous
+        return self._ort.OrtValue.ortvalue_from_numpy(contiguous, "cuda", self._cuda)
+
+    def close(self) -> None:
+        """Do nothing: sessions are freed with the runs that hold them."""
+
+
+def _first_line(e: Exception) -> str:
+    """Return an ORT error as one line, without paths into ORT's own sources."""
+    text = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
+    text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    return re.sub(r"/\S*onnxruntime/\S+\s*", "", text)[:300]

@@ -1,0 +1,147 @@
+"""What one window came to: label, expert, times; as a line of JSON."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .engine import Prediction
+from .windows import Window
+
+
+@dataclass(frozen=True)
+class Result:
+    """The label of one window, and how it came about.
+
+    Attributes:
+        window: its number, from 0.
+        source: the source's name.
+        epoch: of its frames; changes at every reconnect and loop.
+        t_first_s: timestamp of its first frame, on the source's own clock, in seconds.
+        t_s: timestamp of its last frame.
+        t_capture: when its last frame was there, in seconds since 1970.
+        t_label: when its label was there, in seconds since 1970.
+        age_ms: t_label - t_capture, in milliseconds.
+        frame_first: sequence of its first frame.
+        frame_last: sequence of its last frame.
+        gap: whether the stream was broken between the window before and this one.
+        dropped: frames of the source that were lost since the window before.
+        label: the most likely label.
+        score: its share of the softmax over the logits, in [0, 1].
+        top: the most likely labels with their shares, best first.
+        expert: the expert that answered (the route).
+        weights: softmax of the router's scores, one for each expert.
+        route_margin: weight of the best expert less that of the second, in [0, 1].
+        route_entropy: of the weights, in nats; 0 is sure, log M is no idea.
+        stage_ms: `decode_ms`, `prepare_ms` (both of its last frame), `wait_ms` (until the engine
+            was free), `infer_ms`.
+    """
+
+    window: int
+    source: str
+    epoch: int
+    t_first_s: float
+    t_s: float
+    t_capture: float
+    t_label: float
+    age_ms: float
+    frame_first: int
+    frame_last: int
+    gap: bool
+    dropped: int
+    label: str
+    score: float
+    top: tuple[tuple[str, float], ...]
+    expert: int
+    weights: tuple[float, ...]
+    route_margin: float
+    route_entropy: float
+    stage_ms: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON can hold it; numbers are rounded to what they mean."""
+        return {
+            "window": self.window,
+            "source": self.source,
+            "epoch": self.epoch,
+            "t_first_s": round(self.t_first_s, 6),
+            "t_s": round(self.t_s, 6),
+            "t_capture": round(self.t_capture, 6),
+            "t_label": round(self.t_label, 6),
+            "age_ms": round(self.age_ms, 3),
+            "frame_first": self.frame_first,
+            "frame_last": self.frame_last,
+            "gap": self.gap,
+            "dropped": self.dropped,
+            "label": self.label,
+            "score": round(self.score, 6),
+            "top": [{"label": label, "score": round(score, 6)} for label, score in self.top],
+            "expert": self.expert,
+            "weights": [round(weight, 6) for weight in self.weights],
+            "route_margin": round(self.route_margin, 6),
+            "route_entropy": round(self.route_entropy, 6),
+            "stage_ms": {stage: round(ms, 3) for stage, ms in self.stage_ms.items()},
+        }
+
+
+def make(
+    window: Window,
+    prediction: Prediction,
+    labels: tuple[str, ...],
+    source: str,
+    *,
+    top: int,
+    began_s: float,
+    ended_s: float,
+) -> Result:
+    """Make the result of one window.
+
+    Args:
+        window: the window.
+        prediction: of its clip alone (N = 1).
+        labels: K names.
+        source: the source's name.
+        top: how many labels to list.
+        began_s: when the engine began, on `time.monotonic`'s clock.
+        ended_s: when the label was there.
+    """
+    shares, weights = softmax(prediction.logits[0]), softmax(prediction.scores[0])
+    best = np.argsort(-shares, kind="stable")[:top]
+    listed = tuple((labels[i], float(shares[i])) for i in best)
+    ordered = np.sort(weights)[::-1]
+    to_wall_s = time.time() - time.monotonic()
+    waited_ms = (began_s - window.arrived_s) * 1000 - window.stage_ms["prepare_ms"]
+    stages = {"wait_ms": max(0.0, waited_ms), "infer_ms": (ended_s - began_s) * 1000}
+    return Result(
+        window=window.number,
+        source=source,
+        epoch=window.epoch,
+        t_first_s=window.t_first_s,
+        t_s=window.t_s,
+        t_capture=window.arrived_s + to_wall_s,
+        t_label=ended_s + to_wall_s,
+        age_ms=(ended_s - window.arrived_s) * 1000,
+        frame_first=window.frame_first,
+        frame_last=window.frame_last,
+        gap=window.gap,
+        dropped=window.dropped,
+        label=listed[0][0],
+        score=listed[0][1],
+        top=listed,
+        expert=int(prediction.route[0]),
+        weights=tuple(float(weight) for weight in weights),
+        route_margin=float(ordered[0] - ordered[1]) if len(ordered) > 1 else 1.0,
+        route_entropy=max(0.0, float(-(weights * np.log(np.maximum(weights, 1e-30))).sum())),
+        stage_ms={**window.stage_ms, **stages},
+    )
+
+
+def softmax(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the softmax of one row."""
+    raised = np.exp(values.astype(np.float64) - float(values.max()))
+    share: NDArray[np.float64] = raised / raised.sum()
+    return share

@@ -1,0 +1,107 @@
+"""JSON lines: one object per window, whole lines only.
+
+window         number of the window, from 0
+source         the source's name
+epoch          changes at every reconnect and loop
+t_first_s      timestamp of its first frame, on the source's own clock, in seconds
+t_s            timestamp of its last frame
+t_capture      when its last frame was there, in seconds since 1970
+t_label        when its label was there, in seconds since 1970
+age_ms         t_label - t_capture, in milliseconds
+frame_first    sequence of its first frame
+frame_last     sequence of its last frame
+gap            whether the stream was broken since the window before
+dropped        frames that were lost since the window before
+label, score   the most likely label and its share of the softmax, in [0, 1]
+top            [{"label", "score"}, ...], best first
+expert         the expert that answered
+weights        softmax of the router's scores, one for each expert
+route_margin   weight of the best expert less that of the second, in [0, 1]
+route_entropy  entropy of the weights, in nats
+stage_ms       {"decode_ms", "prepare_ms", "wait_ms", "infer_ms"}, milliseconds
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+
+from vmoe.errors import OutputError, SettingError
+
+from . import Step
+
+
+def open(path: Path | None, *, overwrite: bool = False) -> JsonLines:
+    """Return a sink that writes a file, or stdout where `path` is None.
+
+    A file grows line by line, so that it can be followed while the run goes on.
+
+    Raises:
+        SettingError: the file exists and `overwrite` is off.
+    """
+    if path is not None and path.is_dir():
+        raise SettingError(f"--jsonl {path} is a folder; name a file.")
+    if path is not None and path.is_file() and not overwrite:
+        raise SettingError(f"{path} exists. Choose another --jsonl, or say --overwrite.")
+    return JsonLines(path)
+
+
+class JsonLines:
+    """See `Sink`."""
+
+    wants_frames = False
+
+    def __init__(self, path: Path | None) -> None:
+        """Take the file; it is opened when the run begins."""
+        self._path = path
+        self._handle = -1
+        self._whole_bytes = 0
+
+    def take(self, step: Step) -> None:
+        """Write the result, if there is one.
+
+        Raises:
+            OutputError: the disk is full; the line that did not fit is taken back.
+        """
+        if step.result is None:
+            return
+        text = json.dumps(step.result.to_json(), ensure_ascii=False) + "\n"
+        if self._path is None:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            return
+        data = text.encode()
+        try:
+            while data:
+                data = data[os.write(self._handle, data) :]
+        except OSError as e:
+            with contextlib.suppress(OSError):  # a pipe or device has no length to cut
+                os.ftruncate(self._handle, self._whole_bytes)
+            raise OutputError(
+                f"cannot write {self._path}: {e.strerror}. It holds whole lines up to here."
+            ) from e
+        self._whole_bytes += len(text.encode())
+
+    def __enter__(self) -> JsonLines:
+        if self._path is not None:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+                self._handle = os.open(self._path, flags, 0o666)
+            except OSError as e:
+                raise OutputError(f"cannot write {self._path}: {e.strerror}.") from e
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1

@@ -1,0 +1,135 @@
+"""A video file: every frame, by its true timestamp; a file that breaks in the middle says so."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+from vmoe.errors import SourceError
+from vmoe.runtime.frames import Frame, Stop
+
+from . import SourceSettings, _container, _opencv
+
+log = logging.getLogger("vmoe")
+
+OPEN_TIMEOUT_MS = 5000
+MISSING_SHARE = 0.02  # of a file's length, that its last frames may lack before it counts as broken
+UNKNOWN_FPS = 25.0  # of a file that gives neither timestamps nor a rate
+
+
+def claims(name: str) -> bool:
+    """Return whether a name is a path: everything that is no URL."""
+    return "://" not in name
+
+
+def open(name: str, settings: SourceSettings) -> FileSource:
+    """Look whether the file is there and can be read.
+
+    Raises:
+        SourceError: it cannot.
+    """
+    path = Path(name)
+    try:
+        if path.is_dir():
+            raise SourceError(f"{name} is a folder; name a video file.")
+        if path.exists() and not path.is_file():  # reading a pipe here would eat its first byte
+            raise SourceError(f"{name} is no plain file; name a video file.")
+        with path.open("rb") as file:
+            empty = not file.read(1)
+    except OSError as e:
+        raise SourceError(f"{name}: {e.strerror}. Name a video file that can be read.") from e
+    if empty:
+        raise SourceError(f"{name} is empty (0 bytes); name a video file.")
+    return FileSource(name, settings)
+
+
+class FileSource:
+    """See `Source`."""
+
+    live = False
+
+    def __init__(self, name: str, settings: SourceSettings) -> None:
+        """Take a path that `open` has looked at."""
+        self.name = name
+        self.fps = 0.0
+        self._loop = settings.loop
+        self._timeout_ms = math.ceil(settings.read_timeout_s * 1000)
+
+    def frames(self, stop: Stop) -> Generator[Frame, None, None]:
+        """Yield every frame; with `loop` again and again, each round an epoch, time going on."""
+        count, start_s = 0, 0.0
+        for epoch in itertools.count():
+            end_s = start_s
+            for frame in self._once(epoch, count, start_s, stop):
+                count, end_s = frame.sequence + 1, frame.t_s
+                yield frame
+            if stop.asked() or not self._loop:
+                return
+            start_s = end_s + 1 / self.fps
+
+    def _once(self, epoch: int, first: int, start_s: float, stop: Stop) -> Iterator[Frame]:
+        cv2 = _opencv.setup()
+        capture = self._open(cv2)
+        try:
+            read, last_s = 0, -math.inf
+            while not stop.asked():
+                began = time.monotonic()
+                ok, bgr = capture.read()
+                if not ok:
+                    self._judge(capture.get(cv2.CAP_PROP_FRAME_COUNT), read, last_s)
+                    return
+                at_s = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+                if not at_s > last_s:  # some formats carry no timestamps, or step back
+                    at_s = last_s + 1 / self.fps if read else 0.0
+                pixels = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+                now = time.monotonic()
+                ms = (now - began) * 1000
+                yield Frame(pixels, start_s + at_s, first + read, epoch, now, ms)
+                read, last_s = read + 1, at_s
+        finally:
+            capture.release()
+
+    def _open(self, cv2: Any) -> Any:
+        wanted = [
+            cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, OPEN_TIMEOUT_MS,
+            cv2.CAP_PROP_READ_TIMEOUT_MSEC, self._timeout_ms,
+            cv2.CAP_PROP_N_THREADS, 1,
+        ]  # fmt: skip
+        capture = cv2.VideoCapture(self.name, cv2.CAP_FFMPEG, wanted)
+        if not capture.isOpened():
+            capture.release()
+            raise SourceError(
+                f"{self.name} is no video that can be decoded here (damaged, or cut before its "
+                "index). Play it with ffplay to see, or convert it with ffmpeg."
+            )
+        fps = capture.get(cv2.CAP_PROP_FPS)
+        self.fps = fps if 0 < fps < 10000 else UNKNOWN_FPS
+        return capture
+
+    def _judge(self, counted: float, read: int, last_s: float) -> None:
+        """Tell a file's end from a break; a mere estimate of its length gives only a warning."""
+        path = Path(self.name)
+        frames = round(counted) if 0 < counted < 1e12 else 0
+        expected_s = frames / self.fps
+        lacks = read < frames and _lacks(last_s, expected_s, self.fps)
+        cut, exact_s = _container.is_cut(path), _container.duration_s(path)
+        of = f"{read} of {frames} frames" if frames else f"{read} frames"
+        if not read:
+            raise SourceError(f"{self.name}: none of its frames can be decoded.")
+        if (cut and (lacks or not frames)) or (exact_s and _lacks(last_s, exact_s, self.fps)):
+            raise SourceError(
+                f"{self.name} breaks off: {of} could be read, up to {last_s:.2f} s. "
+                "Copy or record it again."
+            )
+        if lacks:
+            log.warning("%s: %s were read; its length may be an estimate.", self.name, of)
+
+
+def _lacks(last_s: float, expected_s: float, fps: float) -> bool:
+    """Return whether frames that end with `last_s` are too few for a length."""
+    return last_s + 1.5 / fps < expected_s * (1 - MISSING_SHARE)

@@ -1,0 +1,195 @@
+"""Frames with true timestamps into windows: the clips of a stream.
+
+A window ends at a frame; its other frames are chosen backwards from there by the clip spec's
+spacing and the true timestamps. Windows are due every hop, counted from the first that could be
+filled. Only prepared (small) frames are kept.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from vmoe import clips
+from vmoe.clips import ClipSpec
+from vmoe.errors import SettingError, SourceError
+
+from .frames import Frame
+
+EXACT, NEAREST = "exact", "nearest"
+LOOKED_AT = 8  # distances between frames after which a source counts as too slow
+EARLY_S = 1e-6  # timestamps are floats: a frame this much before its time is on time
+
+
+@dataclass(frozen=True)
+class Window:
+    """The frames of one clip of a stream.
+
+    Attributes:
+        number: of the window, from 0.
+        clip: uint8 [T, H, W, 3], prepared as the spec has it.
+        epoch: of its frames.
+        t_first_s: timestamp of its first frame, on the source's clock, in seconds.
+        t_s: timestamp of its last frame.
+        frame_first: sequence of its first frame.
+        frame_last: sequence of its last frame.
+        arrived_s: when its last frame was there, on `time.monotonic`'s clock.
+        gap: whether the stream was broken between the window before and this one.
+        dropped: frames of the source that were lost since the window before.
+        stage_ms: what its last frame took: `decode_ms`, `prepare_ms`.
+    """
+
+    number: int
+    clip: clips.Frame
+    epoch: int
+    t_first_s: float
+    t_s: float
+    frame_first: int
+    frame_last: int
+    arrived_s: float
+    gap: bool
+    dropped: int
+    stage_ms: dict[str, float]
+
+
+class _Kept(NamedTuple):
+    """A prepared frame in the ring."""
+
+    t_s: float
+    sequence: int
+    pixels: clips.Frame
+
+
+def default_hop_s(spec: ClipSpec) -> float:
+    """Return the hop where none is given: half a window, and at least one spacing."""
+    return max(spec.window_s / 2, spec.spacing_s)
+
+
+class Windows:
+    """Takes the frames of one source, in order, and gives its windows.
+
+    Attributes:
+        frames: how many were taken.
+        made: how many windows were.
+        incomplete: windows that were due, but whose times the frames could not honour.
+        dropped: frames that the source or its queue lost.
+        frame_s: median distance between the first frames, in seconds; 0 before it is known.
+    """
+
+    def __init__(
+        self, spec: ClipSpec, source: str, *, hop_s: float | None = None, sampling: str = EXACT
+    ) -> None:
+        """Take how windows are made.
+
+        Args:
+            spec: of the clips.
+            source: its name, for the error.
+            hop_s: time between two windows, in seconds; None is half a window.
+            sampling: `exact` refuses a source whose frames are too far apart; `nearest` takes
+                the nearest frame, also twice.
+        """
+        if sampling not in (EXACT, NEAREST):
+            raise SettingError(f"--sampling is {sampling!r}; it is {EXACT} or {NEAREST}.")
+        self.hop_s = default_hop_s(spec) if hop_s is None else hop_s
+        if not self.hop_s > 0:
+            raise SettingError(f"--hop is {hop_s}; it must be above 0 seconds.")
+        self.frames = self.made = self.incomplete = self.dropped = 0
+        self.frame_s = 0.0
+        self._spec, self._source, self._nearest = spec, source, sampling == NEAREST
+        self._ring: deque[_Kept] = deque()
+        self._distances: list[float] = []
+        self._epoch: int | None = None
+        self._due_s = 0.0
+        self._next = 0  # the sequence that comes next where nothing is lost
+        self._lost = 0
+        self._broken = False
+
+    def push(self, frame: Frame) -> Window | None:
+        """Take a frame; return the window that ends with it, if one is due.
+
+        Raises:
+            SourceError: the source's frames are too far apart for the spec.
+        """
+        self._account(frame)
+        began = time.monotonic()
+        pixels = clips.prepare(frame.pixels, self._spec)
+        prepare_ms = (time.monotonic() - began) * 1000
+        self._ring.append(_Kept(frame.t_s, frame.sequence, pixels))
+        self._forget(frame.t_s)
+        if frame.t_s < self._due_s - EARLY_S:
+            return None
+        late = frame.t_s - self._due_s
+        self._due_s += self.hop_s * (1 + int((late + EARLY_S) // self.hop_s))
+        return self._window(frame, prepare_ms)
+
+    def end(self) -> None:
+        """Say that no frame follows, so that a short source is judged too.
+
+        Raises:
+            SourceError: the source's frames were too far apart for the spec.
+        """
+        self._refuse_slow()
+
+    def _account(self, frame: Frame) -> None:
+        """Count the frame and what was lost before it; begin anew with a new epoch."""
+        lost = max(0, frame.sequence - self._next)
+        self.frames += 1
+        self.dropped += lost
+        self._lost += lost
+        if frame.epoch != self._epoch:
+            self._broken = self._epoch is not None
+            self._epoch = frame.epoch
+            self._ring.clear()
+            self._due_s = frame.t_s + self._spec.window_s
+        elif self.frame_s == 0.0 and self._ring:
+            last = self._ring[-1]  # of two neighbours, however many were lost between them
+            steps = frame.sequence - last.sequence
+            self._distances.append((frame.t_s - last.t_s) / max(1, steps))
+            if len(self._distances) >= LOOKED_AT:
+                self._refuse_slow()
+        self._next = frame.sequence + 1
+
+    def _refuse_slow(self) -> None:
+        if self.frame_s or not self._distances:
+            return
+        self.frame_s = statistics.median(self._distances)
+        if clips.too_slow(self.frame_s, self._spec) and not self._nearest:
+            raise SourceError(
+                f"{self._source} has a frame every {self.frame_s * 1000:.0f} ms; this model wants "
+                f"one every {self._spec.spacing_s * 1000:.0f} ms. Take a faster source, or say "
+                "--sampling nearest (frames are repeated, and labels are less sure)."
+            )
+
+    def _forget(self, now_s: float) -> None:
+        """Drop frames that no window can want any more; one is kept before the oldest wanted."""
+        oldest_s = now_s - self._spec.window_s - self._spec.spacing_s / 2
+        while len(self._ring) > 1 and self._ring[1].t_s < oldest_s:
+            self._ring.popleft()
+
+    def _window(self, frame: Frame, prepare_ms: float) -> Window | None:
+        times = [kept.t_s for kept in self._ring]
+        chosen = clips.choose(times, frame.t_s, self._spec, nearest=self._nearest)
+        if chosen is None:
+            self.incomplete += 1
+            return None
+        kept = [self._ring[i] for i in chosen]
+        window = Window(
+            number=self.made,
+            clip=np.stack([one.pixels for one in kept]),
+            epoch=frame.epoch,
+            t_first_s=kept[0].t_s,
+            t_s=frame.t_s,
+            frame_first=kept[0].sequence,
+            frame_last=frame.sequence,
+            arrived_s=frame.arrived_s,
+            gap=self._broken,
+            dropped=self._lost,
+            stage_ms={"decode_ms": frame.decode_ms, "prepare_ms": prepare_ms},
+        )
+        self.made, self._lost, self._broken = self.made + 1, 0, False
+        return window
