@@ -76,7 +76,11 @@ def prepare(frame: Frame, spec: ClipSpec) -> Frame:
 
 
 def choose(
-    times_s: Sequence[float], end_s: float, spec: ClipSpec, *, nearest: bool = False
+    times_s: Sequence[float] | NDArray[np.float64],
+    end_s: float,
+    spec: ClipSpec,
+    *,
+    nearest: bool = False,
 ) -> list[int] | None:
     """Choose the frames of the clip that ends at a time, by their true timestamps.
 

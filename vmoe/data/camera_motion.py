@@ -8,7 +8,6 @@ camera turns left, and what it sees moves to the right.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from vmoe.clips import ClipSpec, Frame
 from vmoe.data import DataSettings
+from vmoe.data._splits import split_of
 from vmoe.data._textures import picture
 from vmoe.errors import SettingError
 
@@ -38,7 +38,6 @@ SHAKE = (0.015, 0.06)  # amplitude of a shake, in shorter sides
 DEFAULT_CLIPS = 2000
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 SPLIT_KEYS = {"train": 0, "val": 1, "test": 2}
-SPLIT_SHARES = (0.7, 0.85)  # of a user's pictures: up to here train, then val, then test
 
 Floats = NDArray[np.floating]
 # One row for each frame: right and down in shorter sides, log of the zoom, roll in radians.
@@ -230,8 +229,7 @@ def _sensor(clip: Frame, rng: np.random.Generator) -> Frame:
 
 
 def _decoded(data: NDArray[np.uint8]) -> Frame:
-    frame: Frame = cv2.imdecode(data, cv2.IMREAD_COLOR)
-    return frame
+    return np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR), np.uint8)
 
 
 def read_picture(path: Path) -> Frame:
@@ -263,14 +261,9 @@ def open_clips(
     if where is None:
         return CameraMotion(spec, split, settings)
     pictures = sorted(p for p in where.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    mine = tuple(path for path in pictures if _split_of(path.name) == split)
+    mine = tuple(path for path in pictures if split_of(path.name) == split)
     if not mine:
         raise SettingError(
             f"{where} has {len(pictures)} pictures, none of which falls into the {split} split."
         )
     return CameraMotion(spec, split, settings, mine)
-
-
-def _split_of(name: str) -> str:
-    share = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32
-    return "train" if share < SPLIT_SHARES[0] else "val" if share < SPLIT_SHARES[1] else "test"
