@@ -116,6 +116,7 @@ def _typed(name: str, value: Any, hint: Any, where: str) -> Any:
     if Path in kinds and isinstance(value, str):
         return Path(value)
     right = (value is None and type(None) in kinds) or type(value) in kinds
+    right = right or (Path in kinds and isinstance(value, Path))  # its type is PosixPath
     if not right:
         wanted = " or ".join(kind.__name__ for kind in kinds)
         raise SettingError(f"{name} in {where} is {value!r}; it must be {wanted}.")

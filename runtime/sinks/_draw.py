@@ -12,6 +12,7 @@ from vmoe.runtime.results import Result
 
 READABLE = 360  # frames lower than this are enlarged by a whole factor, for the text's sake
 WHITE, GREY, ACCENT = (255, 255, 255), (190, 190, 190), (64, 200, 255)  # RGB
+LONGEST = 14  # characters of a label beside its bar
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
@@ -73,7 +74,8 @@ def _text(
 
 def _bar(frame: clips.Frame, unit: float, row: int, label: str, share: float) -> None:
     """Draw one label's share as a bar, with its name and number."""
-    _text(frame, unit, row, label, WHITE)
+    shown = label if len(label) <= LONGEST else label[: LONGEST - 1] + "\u2026"
+    _text(frame, unit, row, shown, WHITE)
     base = _row_y(unit, row)
     left, right = round(130 * unit), round(280 * unit)
     top, bottom = base - round(11 * unit), base + round(1 * unit)

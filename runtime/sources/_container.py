@@ -8,9 +8,14 @@ short, or where an exact length says that the decoded frames end too soon.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+EBML, SEGMENT, TRACKS, TRACK, TRACK_TYPE = (
+    bytes.fromhex(kind) for kind in ("1a45dfa3", "18538067", "1654ae6b", "ae", "83")
+)
+VIDEO_TRACK = 1
 ZEROS = 4096  # a preallocated download that never ended has at least so many zeros at its end
 
 
@@ -25,32 +30,46 @@ def is_cut(path: Path) -> bool:
                 return True
         if head[:4] == b"RIFF":
             return size < 8 + int.from_bytes(head[4:8], "little")
-        if head[:4] == b"\x1a\x45\xdf\xa3":
-            return size < _segment_end(file)
+        if head[:4] == EBML:
+            segment = _segment(file)
+            return segment is not None and size < segment[1]
         if head[4:8] == b"ftyp":
             return any(end > size for _, _, end in _boxes(file, 0, size))
     return False
 
 
-def duration_s(path: Path) -> float | None:
-    """Return the exact length of an mp4's video track as shown, or None where none is exact.
+def duration_s(path: Path, claimed_s: float) -> float | None:
+    """Return the exact length of a file's video, in seconds, or None where none is exact.
 
-    It is the track header's: unlike the count of samples it honours edits of the track.
+    Args:
+        path: the file.
+        claimed_s: what OpenCV makes of the container's head: of AVI that is the video's own
+            length, of Matroska that of the longest track.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        if file.read(12)[4:8] != b"ftyp":
-            return None
-        moov = _find(file, b"moov", 0, size)
-        header = _find(file, b"mvhd", *moov) if moov else None
-        if not moov or not header:
-            return None
-        scale, _ = _times(file, header[0], track=False)
-        for kind, start, end in _boxes(file, *moov):
-            if kind == b"trak" and _is_video(file, start, end):
-                found = _find(file, b"tkhd", start, end)
-                units = _times(file, found[0], track=True)[1] if found else 0
-                return units / scale if units and scale else None
+        head = file.read(12)
+        if head[:4] == b"RIFF":
+            return claimed_s
+        if head[:4] == EBML:
+            return claimed_s if _track_types(file) == {VIDEO_TRACK} else None
+        if head[4:8] == b"ftyp":
+            return _mp4_duration_s(file, size)
+    return None
+
+
+def _mp4_duration_s(file: BinaryIO, size: int) -> float | None:
+    """Return the length in a video track's header: unlike its count of samples it honours edits."""
+    moov = _find(file, b"moov", 0, size)
+    header = _find(file, b"mvhd", *moov) if moov else None
+    if not moov or not header:
+        return None
+    scale, _ = _times(file, header[0], track=False)
+    for kind, start, end in _boxes(file, *moov):
+        if kind == b"trak" and _is_video(file, start, end):
+            found = _find(file, b"tkhd", start, end)
+            units = _times(file, found[0], track=True)[1] if found else 0
+            return units / scale if units and scale else None
     return None
 
 
@@ -98,24 +117,54 @@ def _is_video(file: BinaryIO, start: int, end: int) -> bool:
     return file.read(4) == b"vide"
 
 
-def _segment_end(file: BinaryIO) -> int:
-    """Return where a Matroska file's segment ends; 0 where the file does not say."""
-    file.seek(4)
-    size, unknown = _vint(file)
-    if unknown:
-        return 0
-    file.seek(file.tell() + size)
-    if file.read(4) != b"\x18\x53\x80\x67":
-        return 0
-    size, unknown = _vint(file)
-    return 0 if unknown else file.tell() + size
+def _segment(file: BinaryIO) -> tuple[int, int] | None:
+    """Return start and end of a Matroska file's contents; None where the file does not say."""
+    file.seek(0)
+    parts = _elements(file, 0, 1 << 62)
+    return next(((start, end) for kind, start, end in parts if kind == SEGMENT), None)
 
 
-def _vint(file: BinaryIO) -> tuple[int, bool]:
-    """Read one of Matroska's lengths; return it, and whether it says "unknown"."""
-    first = (file.read(1) or b"\xff")[0]
-    width = 9 - first.bit_length() if first else 8
-    rest = int.from_bytes(file.read(width - 1), "big")
-    bits = 7 * width
-    value = ((first & (0xFF >> width)) << (8 * (width - 1))) | rest
-    return value, value == (1 << bits) - 1
+def _track_types(file: BinaryIO) -> set[int]:
+    """Return the kinds of a Matroska file's tracks: 1 is video, 2 audio, 17 subtitles."""
+    segment = _segment(file)
+    types = set()
+    for kind, start, end in _elements(file, *segment) if segment else ():
+        if kind == TRACKS:
+            for track in (e for e in _elements(file, start, end) if e[0] == TRACK):
+                for inner, at, to in _elements(file, track[1], track[2]):
+                    if inner == TRACK_TYPE:
+                        file.seek(at)
+                        types.add(int.from_bytes(file.read(to - at), "big"))
+            break
+    return types
+
+
+def _elements(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """Yield Matroska's elements between two offsets: kind, start of the content, end."""
+    while start < end:
+        file.seek(start)
+        kind = _number(file, marked=True)
+        length = _number(file, marked=False)
+        content = file.tell()
+        if not kind or not length or set(length) == {0xFF}:  # the end, or a length unknown
+            return
+        start = content + int.from_bytes(length, "big")
+        yield kind, content, start
+
+
+def _number(file: BinaryIO, *, marked: bool) -> bytes:
+    """Read one of Matroska's numbers: the zeros before its first bit say how long it is.
+
+    Returns:
+        Its bytes, with that bit (as kinds are written) or without; 0xFF bytes for "unknown".
+    """
+    first = file.read(1)
+    if not first or not first[0]:
+        return b""
+    width = 9 - first[0].bit_length()
+    rest = file.read(width - 1)
+    if marked:
+        return first + rest
+    bits = first[0] & (0xFF >> width)
+    unknown = bits == 0xFF >> width and set(rest) <= {0xFF}
+    return b"\xff" if unknown else bytes([bits]) + rest

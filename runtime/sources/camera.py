@@ -58,6 +58,7 @@ class CameraSource:
         self.name = f"camera {index}"
         self.fps = 0.0
         self._index = index
+        self._start_s: float | None = None  # when its first frame was taken, on time.monotonic
         self._tries = settings.reconnect
         self._timeout_s = settings.read_timeout_s
 
@@ -77,7 +78,10 @@ class CameraSource:
         return None
 
     def frames(self, stop: Stop) -> Generator[Frame, None, None]:
-        """Yield frames until `stop`; reopen a lost camera, each time in a new epoch."""
+        """Yield frames until `stop`; reopen a lost camera, each time in a new epoch.
+
+        Timestamps are the driver's (or ours, where it gives none), from the first frame on.
+        """
         cv2 = _opencv.setup(self._timeout_s)
         sequence, epoch, tries, wait_s = 0, 0, 0, FIRST_WAIT_S
         while not stop.asked():
@@ -124,7 +128,8 @@ class CameraSource:
                 driver_s = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
                 at_s = driver_s if 0 <= now - driver_s < SAME_CLOCK_S else now
                 if at_s > last_s:  # a driver that repeats a timestamp has repeated its frame
-                    yield Frame(pixels, at_s, sequence, epoch, at_s, ms)
+                    start_s = self._start_s = at_s if self._start_s is None else self._start_s
+                    yield Frame(pixels, at_s - start_s, sequence, epoch, at_s, ms)
                     sequence, last_s = sequence + 1, at_s
         finally:
             capture.release()

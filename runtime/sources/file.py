@@ -117,7 +117,7 @@ class FileSource:
         frames = round(counted) if 0 < counted < 1e12 else 0
         expected_s = frames / self.fps
         lacks = read < frames and _lacks(last_s, expected_s, self.fps)
-        cut, exact_s = _container.is_cut(path), _container.duration_s(path)
+        cut, exact_s = _container.is_cut(path), _container.duration_s(path, expected_s)
         of = f"{read} of {frames} frames" if frames else f"{read} frames"
         if not read:
             raise SourceError(f"{self.name}: none of its frames can be decoded.")
