@@ -74,7 +74,7 @@ def _text(
 
 def _bar(frame: clips.Frame, unit: float, row: int, label: str, share: float) -> None:
     """Draw one label's share as a bar, with its name and number."""
-    shown = label if len(label) <= LONGEST else label[: LONGEST - 1] + "\u2026"
+    shown = label if len(label) <= LONGEST else label[: LONGEST - 1] + "."
     _text(frame, unit, row, shown, WHITE)
     base = _row_y(unit, row)
     left, right = round(130 * unit), round(280 * unit)

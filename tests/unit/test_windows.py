@@ -1,0 +1,121 @@
+"""Windows: frames with true timestamps into clips."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+
+from vmoe.clips import ClipSpec
+from vmoe.errors import SettingError, SourceError
+from vmoe.runtime.frames import Frame
+from vmoe.runtime.windows import Window, Windows, default_hop_s
+
+SPEC = ClipSpec(frames=4, spacing_s=0.1, height=8, width=8)
+
+
+def frames(times_s: Iterable[float], *, first: int = 0, epoch: int = 0) -> list[Frame]:
+    """Return frames whose every pixel is their sequence number."""
+    return [
+        Frame(np.full((16, 16, 3), first + i, np.uint8), t, first + i, epoch, t, 1.0)
+        for i, t in enumerate(times_s)
+    ]
+
+
+def run(windows: Windows, given: Iterable[Frame]) -> list[Window]:
+    made = [windows.push(frame) for frame in given]
+    windows.end()
+    return [window for window in made if window is not None]
+
+
+def seen(window: Window) -> list[int]:
+    return [int(frame[0, 0, 0]) for frame in window.clip]
+
+
+def test_frames_are_chosen_by_time_and_hops_counted_from_the_first_window() -> None:
+    made = run(Windows(SPEC, "x", hop_s=0.2), frames(i * 0.05 for i in range(20)))
+    assert [seen(w) for w in made] == [
+        [0, 2, 4, 6],
+        [4, 6, 8, 10],
+        [8, 10, 12, 14],
+        [12, 14, 16, 18],
+    ]
+    assert [w.number for w in made] == [0, 1, 2, 3]
+    assert (made[1].frame_first, made[1].frame_last) == (4, 10)
+    assert made[1].t_first_s == pytest.approx(0.2)
+    assert made[1].t_s == pytest.approx(0.5)
+    assert made[0].clip.shape == SPEC.shape
+
+
+def test_default_hop_is_half_a_window_and_at_least_one_spacing() -> None:
+    assert default_hop_s(SPEC) == pytest.approx(0.15)
+    assert default_hop_s(ClipSpec(frames=1, spacing_s=0.1)) == pytest.approx(0.1)
+
+
+def test_a_source_as_fast_as_the_spacing_fills_windows() -> None:
+    made = run(Windows(SPEC, "x", hop_s=0.1), frames(i * 0.1 for i in range(6)))
+    assert [seen(w) for w in made] == [[0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]]
+
+
+def test_frames_of_a_shaking_clock_are_the_nearest_ones() -> None:
+    times = [0.0, 0.04, 0.11, 0.14, 0.19, 0.26, 0.31]
+    made = run(Windows(SPEC, "x"), frames(times))
+    assert [seen(w) for w in made] == [[0, 2, 4, 6]]  # wanted: 0.01, 0.11, 0.21, 0.31
+
+
+def test_a_window_never_holds_frames_of_two_epochs() -> None:
+    first = frames([i * 0.1 for i in range(6)])
+    second = frames([0.6 + i * 0.1 for i in range(6)], first=6, epoch=1)
+    made = run(Windows(SPEC, "x", hop_s=0.1), first + second)
+    assert [w.epoch for w in made] == [0, 0, 0, 1, 1, 1]
+    assert min(made[3].clip.ravel()) == 6
+    assert [w.gap for w in made] == [False, False, False, True, False, False]
+
+
+def test_lost_frames_are_counted_and_a_hole_makes_windows_incomplete() -> None:
+    given = [f for f in frames(i * 0.1 for i in range(12)) if f.sequence not in (5, 6)]
+    windows = Windows(SPEC, "x", hop_s=0.1)
+    made = run(windows, given)
+    assert (windows.frames, windows.dropped) == (10, 2)
+    assert [w.frame_last for w in made] == [3, 4, 10, 11]
+    assert windows.incomplete == 3  # those that end with frames 7, 8, 9
+    assert [w.dropped for w in made] == [0, 0, 2, 0]
+
+
+@pytest.mark.parametrize("count", [3, 30])
+def test_a_slow_source_is_refused_and_both_spacings_are_named(count: int) -> None:
+    with pytest.raises(SourceError, match=r"x has a frame every 400 ms.*every 100 ms.*nearest"):
+        run(Windows(SPEC, "x"), frames(i * 0.4 for i in range(count)))
+
+
+def test_a_slow_source_is_resampled_on_request() -> None:
+    made = run(Windows(SPEC, "x", sampling="nearest", hop_s=0.2), frames([0.0, 0.45, 0.9]))
+    assert [seen(w) for w in made] == [[0, 1, 1, 1], [1, 2, 2, 2]]
+
+
+def test_dropped_frames_do_not_make_a_source_slow() -> None:
+    given = frames(i * 0.1 for i in range(40))[::4]
+    windows = Windows(SPEC, "x")
+    assert run(windows, given) == []
+    assert windows.frame_s == pytest.approx(0.1)
+    assert windows.incomplete > 0
+
+
+def test_only_small_frames_are_kept_and_no_more_than_needed() -> None:
+    windows = Windows(SPEC, "x")
+    run(windows, frames((i * 0.01 for i in range(200)), first=0))
+    assert len(windows._ring) <= 0.36 / 0.01 + 2
+    assert windows._ring[0].pixels.shape == (8, 8, 3)
+
+
+def test_one_frame_models_have_windows_too() -> None:
+    spec = ClipSpec(frames=1, spacing_s=0.1, height=8, width=8)
+    assert [seen(w) for w in run(Windows(spec, "x"), frames([0.0, 0.1, 0.2]))] == [[0], [1], [2]]
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(SettingError, match="--hop is 0"):
+        Windows(SPEC, "x", hop_s=0)
+    with pytest.raises(SettingError, match="--sampling is 'fast'"):
+        Windows(SPEC, "x", sampling="fast")
