@@ -37,6 +37,13 @@ class ClipSpec(Settings):
     mean: tuple[float, ...] = opt((0.45, 0.45, 0.45), "mean per channel (RGB), pixels in [0, 1]")
     std: tuple[float, ...] = opt((0.225, 0.225, 0.225), "deviation per channel (RGB)", above=0)
 
+    def __post_init__(self) -> None:
+        """Check every value; mean and deviation are of three channels."""
+        super().__post_init__()
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != 3:
+                raise SettingError(f"{name} is {getattr(self, name)}; it must be 3 numbers (RGB).")
+
     @property
     def window_s(self) -> float:
         """Time from the first frame of a clip to its last, in seconds."""

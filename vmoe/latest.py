@@ -29,15 +29,24 @@ def checkpoint(named: Path | None) -> tuple[Path, str]:
     """Return the checkpoint to use, and the line that says which it is.
 
     Args:
-        named: what the user named, or None; a bundle stands for the twin that it carries.
+        named: what the user named, or None; a bundle stands for the twin that it carries, a
+            training's folder for its best checkpoint.
     """
     if named is not None:
-        inside = named / "twin.safetensors"
-        return (inside if named.is_dir() else named), f"checkpoint: {named}"
+        return _inside(named), f"checkpoint: {named}"
     found = _newest(RUNS.glob("**/best.safetensors"))
     if found:
         return found, f"checkpoint: {found} (the newest under {RUNS}/)"
     return _shipped(SHIPPED / "twin.safetensors"), "checkpoint: camera-motion (the one that ships)"
+
+
+def _inside(named: Path) -> Path:
+    if not named.is_dir():
+        return named
+    for path in (named / "twin.safetensors", named / "best.safetensors"):
+        if path.is_file():
+            return path
+    raise VmoeError(f"{named} holds no checkpoint: neither a bundle's twin nor a training's best.")
 
 
 def _newest(paths: Iterable[Path]) -> Path | None:

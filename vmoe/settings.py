@@ -109,7 +109,8 @@ def from_mapping(cls: type[S], values: Mapping[str, Any], where: str) -> S:
 
 def _typed(name: str, value: Any, hint: Any, where: str) -> Any:
     if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
-        return tuple(value)
+        member = typing.get_args(hint)[0]  # every tuple of settings is tuple[X, ...]
+        return tuple(_typed(name, v, member, where) for v in value)
     kinds = _kinds(hint)
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -167,7 +168,9 @@ def parse_eps(text: str) -> float:
         SettingError: not a number, negative, or above 1.
     """
     wanted = "write it 8/255, 8 (a whole number is of 255) or as a decimal below 1."
-    number = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(?:/\s*(\d+(?:\.\d+)?))?\s*", text)
+    number = re.fullmatch(
+        r"\s*((?:\d+(?:\.\d+)?|\.\d+)(?:e-?\d+)?)\s*(?:/\s*(\d+(?:\.\d+)?))?\s*", text
+    )
     if not number:
         raise SettingError(f"eps {text!r} is not a number: {wanted}")
     value = float(number[1])

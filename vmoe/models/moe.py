@@ -102,8 +102,9 @@ class VideoMoE(nn.Module):
     def forward(self, clip: Tensor, route_grad: str = "straight-through") -> MoEOutput:
         """Answer clips; in a batch, an expert runs once, on the clips that are routed to it.
 
-        `straight-through` scales the routed logits by 1 + p - stop_gradient(p), p the softmax
-        weight of the routed expert: the value is unchanged, and the router gets a gradient.
+        `straight-through` scales the routed logits by 1 + (p - stop_gradient(p)), p the softmax
+        weight of the routed expert: the value is unchanged, to the last bit, and the router gets
+        a gradient.
 
         Args:
             clip: [B, 3, T, H, W], RGB, pixels in [0, 1].
@@ -122,13 +123,13 @@ class VideoMoE(nn.Module):
         weights = scores.softmax(dim=1)
         if route_grad == "straight-through":
             p = weights.gather(1, route[:, None])
-            return MoEOutput(self.run_routed(clip, route) * (1 + p - p.detach()), scores, route)
+            return MoEOutput(self.run_routed(clip, route) * (1 + (p - p.detach())), scores, route)
         if route_grad not in ROUTE_GRADS:
             raise UnknownNameError("route_grad", route_grad, ROUTE_GRADS)
         every = self.run_all(clip)
         if route_grad == "all":
             hard = nn.functional.one_hot(route, weights.shape[1]).to(weights)
-            weights = hard + weights - weights.detach()
+            weights = hard + (weights - weights.detach())
         return MoEOutput((weights[:, :, None] * every).sum(dim=1), scores, route)
 
     def run_routed(self, clip: Tensor, route: Tensor) -> Tensor:
