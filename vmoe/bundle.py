@@ -29,6 +29,7 @@ REPORT = "report.json"
 TWIN = "twin.safetensors"
 MAX_MANIFEST_BYTES = 4 << 20
 LOWERINGS = ("split", "if", "plugin", "dense")
+MAX_EXPERTS = 256
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Part:
         format: `onnx`, or later a plan.
         hashes: sha256 of every file that the part needs (graph and external data), by name.
         precision: asked and found, such as {"asked": "fp32", "found": "fp32"}.
+        extra: keys that this version does not know; kept when written again.
     """
 
     file: str
@@ -63,6 +65,7 @@ class Part:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     precision: dict[str, str]
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ def read(path: Path) -> Bundle:
     try:
         bundle = _parse(path, values)
     except (KeyError, TypeError, ValueError, AttributeError, VmoeError) as e:
-        why = f"key {e} is missing" if isinstance(e, KeyError) else str(e)
+        why = f"key {e} is missing" if isinstance(e, KeyError) else str(e).rstrip(".")
         raise CorruptBundleError(f"{manifest} is damaged: {why}. Export it again.") from e
     _check_parts(bundle)
     for name, digest in _files(bundle).items():
@@ -167,12 +170,16 @@ def read(path: Path) -> Bundle:
 def _parse(path: Path, values: Mapping[str, Any]) -> Bundle:
     known = {"schema_version", "model", "clip", "labels", "lowering", "parts", "twin", "versions"}
     model = dict(values["model"])
-    if not isinstance(model["experts"], int) or model["experts"] < 1:
+    if type(model["experts"]) is not int or not 1 <= model["experts"] <= MAX_EXPERTS:
         raise ValueError(f"model.experts is {model['experts']!r}")
     if values["lowering"] not in LOWERINGS:
         raise ValueError(f"lowering is {values['lowering']!r}")
-    if not values["labels"] or not all(isinstance(label, str) for label in values["labels"]):
+    labels = values["labels"]
+    if not labels or type(labels) is not list or not all(type(label) is str for label in labels):
         raise ValueError("labels must be a list of names")
+    twin = {key: _text(values["twin"], key) for key in values["twin"]}
+    if "file" in twin:
+        _text(twin, "sha256")
     return Bundle(
         path=path,
         model=model,
@@ -180,7 +187,7 @@ def _parse(path: Path, values: Mapping[str, Any]) -> Bundle:
         labels=tuple(values["labels"]),
         lowering=values["lowering"],
         parts={name: _part_from_json(part) for name, part in values["parts"].items()},
-        twin=dict(values["twin"]),
+        twin=twin,
         versions=dict(values["versions"]),
         extra={key: value for key, value in values.items() if key not in known},
     )
@@ -215,12 +222,15 @@ def _check_file(folder: Path, name: str, digest: str) -> None:
     if Path(name).name != name or name in ("", ".", "..") or "\\" in name:
         raise CorruptBundleError(f"{folder}: file {name!r} leaves the bundle's folder; refused.")
     path = folder / name
-    if path.is_symlink():
-        raise CorruptBundleError(f"{path} is a link; a bundle's files are plain files. Refused.")
-    if not path.is_file():
-        raise CorruptBundleError(f"{path} is missing. Export the bundle again, or copy it whole.")
-    if sha256(path) != digest:
-        raise CorruptBundleError(f"{path} has changed since export (sha256 differs). Refused.")
+    try:
+        if path.is_symlink():
+            raise CorruptBundleError(f"{path} is a link; a bundle's files are plain ones. Refused.")
+        if not path.is_file():
+            raise CorruptBundleError(f"{path} is missing. Export it again, or copy it whole.")
+        if sha256(path) != digest:
+            raise CorruptBundleError(f"{path} has changed since export (sha256 differs). Refused.")
+    except OSError as e:
+        raise CorruptBundleError(f"{path} cannot be read: {e.strerror}.") from e
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -241,17 +251,20 @@ def _part_to_json(part: Part) -> dict[str, Any]:
         "precision": part.precision,
         "inputs": [_port_to_json(port) for port in part.inputs],
         "outputs": [_port_to_json(port) for port in part.outputs],
+        **part.extra,
     }
 
 
 def _part_from_json(values: Mapping[str, Any]) -> Part:
+    known = {"file", "format", "sha256", "precision", "inputs", "outputs"}
     return Part(
-        file=values["file"],
-        format=values["format"],
-        hashes=dict(values["sha256"]),
+        file=_text(values, "file"),
+        format=_text(values, "format"),
+        hashes={name: _text(values["sha256"], name) for name in values["sha256"]},
         precision=dict(values["precision"]),
         inputs=tuple(_port_from_json(port) for port in values["inputs"]),
         outputs=tuple(_port_from_json(port) for port in values["outputs"]),
+        extra={key: value for key, value in values.items() if key not in known},
     )
 
 
@@ -260,4 +273,14 @@ def _port_to_json(port: Port) -> dict[str, Any]:
 
 
 def _port_from_json(values: Mapping[str, Any]) -> Port:
-    return Port(values["name"], values["dtype"], tuple(values["shape"]))
+    shape = tuple(values["shape"])
+    if not all(size is None or type(size) is int for size in shape):
+        raise ValueError(f"shape is {values['shape']!r}")
+    return Port(_text(values, "name"), _text(values, "dtype"), shape)
+
+
+def _text(values: Mapping[str, Any], key: str) -> str:
+    value = values[key]
+    if not isinstance(value, str):
+        raise ValueError(f"{key} is {value!r}")
+    return value

@@ -65,12 +65,16 @@ def load(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
     """
     tensors, header = read_tensors(path)
     try:
-        settings = from_mapping(ModelSettings, header["model"], str(path))
-        spec = from_mapping(ClipSpec, header["clip"], str(path))
+        settings = from_mapping(ModelSettings, header["model"], "the header")
+        spec = from_mapping(ClipSpec, header["clip"], "the header")
         labels = tuple(header["labels"])
+        twin = build(settings, spec)
     except KeyError as e:
         raise VmoeError(f"{path} is no vmoe checkpoint: its header has no {e}.") from e
-    twin = build(settings, spec)
+    except (AttributeError, TypeError, VmoeError) as e:
+        raise VmoeError(f"{path} is no checkpoint that this vmoe can read: {e}") from e
+    if len(labels) != settings.classes:
+        raise VmoeError(f"{path} has {len(labels)} labels for {settings.classes} classes: damaged.")
     try:
         twin.load_state_dict(tensors)
     except RuntimeError as e:

@@ -18,9 +18,16 @@ from vmoe.errors import OutputError, SettingError
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path; rename it to `path` when the body ends well, else remove it.
 
+    What is no plain file (/dev/stdout, /dev/null, a pipe) is written as it stands; a link stays
+    one, and what it points at is replaced.
+
     Raises:
         OutputError: the disk is full, or the folder cannot be written.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield path
+        return
+    path = path.resolve()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(
@@ -35,6 +42,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except OSError as e:
+        if _elsewhere(e, temporary):
+            raise
         raise _cannot(path, e) from e
     finally:
         temporary.unlink(missing_ok=True)
@@ -59,6 +68,8 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield temporary
         _swap(temporary, path)
     except OSError as e:
+        if _elsewhere(e, temporary):
+            raise
         raise _cannot(path, e) from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -68,8 +79,15 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
     """Raise SettingError for an output that exists, before any work is done."""
     if path.exists() and not overwrite:
         raise SettingError(f"{path} exists. Choose another --out, or say --overwrite.")
-    if path.is_dir() and overwrite and any(path.iterdir()) and not (path / "vmoe.json").exists():
-        raise SettingError(f"{path} is a folder that is not a bundle; it is left alone.")
+    if path.is_dir() and not _is_only_a_bundle(path):
+        raise SettingError(f"{path} holds more than a bundle, so that it is not replaced.")
+
+
+def _is_only_a_bundle(folder: Path) -> bool:
+    """Return whether replacing a folder can lose nothing else: flat, and with a manifest."""
+    entries = list(folder.iterdir())
+    flat = all(entry.is_file() and not entry.is_symlink() for entry in entries)
+    return not entries or (flat and (folder / "vmoe.json").is_file())
 
 
 def _swap(temporary: Path, path: Path) -> None:
@@ -78,7 +96,11 @@ def _swap(temporary: Path, path: Path) -> None:
         return
     old = temporary.with_name(temporary.name + ".old")
     path.rename(old)
-    temporary.rename(path)
+    try:
+        temporary.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
     shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
@@ -95,6 +117,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole, sorted where the order means nothing, with a newline at its end."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _elsewhere(e: OSError, temporary: Path) -> bool:
+    """Return whether an error is of another file, such as one that the body wanted to read."""
+    return e.filename is not None and not str(e.filename).startswith(str(temporary))
 
 
 def _cannot(path: Path, e: OSError) -> OutputError:
