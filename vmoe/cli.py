@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import sys
 import traceback
 import typing
@@ -17,7 +18,7 @@ import click
 
 import vmoe
 from vmoe import settings as _settings
-from vmoe.errors import SettingError, VmoeError
+from vmoe.errors import SettingError, UnknownNameError, VmoeError, nearest
 from vmoe.settings import Settings
 
 S = TypeVar("S", bound=Settings)
@@ -29,6 +30,19 @@ log = logging.getLogger("vmoe")
 class Command(click.Command):
     """A command that shows a user's mistake as one line, and ends with its exit code."""
 
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:  # fmt: skip
+        """Read the arguments; say in one line what is wrong with them."""
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except click.UsageError as e:
+            name = f"{parent.command_path} {info_name}" if parent else info_name
+            message = " ".join(e.format_message().split()).rstrip(".")
+            click.echo(f"{name}: {message}. See {name} --help.", err=True)
+            raise click.exceptions.Exit(2) from e
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run; turn our errors, a full disk and an interrupt into a line and an exit code."""
         verbose = bool(ctx.params.get("verbose"))
@@ -37,7 +51,7 @@ class Command(click.Command):
         except VmoeError as e:
             self._fail(ctx, str(e), e.exit_code, verbose)
         except BrokenPipeError:  # `vmoe-run ... | head`: whoever read has left
-            sys.stderr.close()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
             ctx.exit(0)
         except OSError as e:
             place = f"{e.filename}: " if e.filename else ""
@@ -65,6 +79,17 @@ class EpsType(click.ParamType):  # type: ignore[type-arg]
             return _settings.parse_eps(value)
         except SettingError as e:
             self.fail(str(e), param, ctx)
+
+
+class NameType(click.Choice):  # type: ignore[type-arg]
+    """One of some names; a near miss gets "did you mean"."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return the name."""
+        if value in self.choices:
+            return value
+        known = ", ".join(self.choices)
+        return self.fail(f"{value!r}{nearest(str(value), self.choices)} Known: {known}.", param)
 
 
 class ListType(click.ParamType):  # type: ignore[type-arg]
@@ -129,8 +154,36 @@ def _talk(level: int) -> None:
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="One JSON object on stdout; all else on stderr."
 )
+
+
+def _take_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    """Make a TOML file's values the defaults of the command's options, read as a flag's text is."""
+    if path is None:
+        return None
+    known = {p.name: p for p in ctx.command.params if p.name and p is not param and p.expose_value}
+    defaults: dict[str, Any] = {}
+    try:
+        for key, value in _settings.read_toml(path).items():
+            name = key.replace("-", "_")
+            if name not in known:
+                raise UnknownNameError(f"key in {path}", key, [n for n in known if n])
+            if isinstance(value, dict):
+                raise SettingError(f"{key} in {path} is a table; give a value.")
+            texts = [str(v) for v in value] if isinstance(value, list) else str(value)
+            several = isinstance(texts, list) and not known[name].multiple
+            defaults[name] = ",".join(texts) if several else texts
+    except SettingError as e:
+        raise click.BadParameter(str(e), ctx, param) from e
+    ctx.default_map = {**(ctx.default_map or {}), **defaults}
+    return path
+
+
 config_option = click.option(
-    "--config", type=click.Path(dir_okay=False, path_type=Path), help="TOML file of these options."
+    "--config",
+    type=click.Path(dir_okay=False, path_type=Path),
+    is_eager=True,  # before the options that it gives defaults to
+    callback=_take_config,
+    help="TOML file of these options.",
 )
 seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Random seed.")
 device_option = click.option(
@@ -157,7 +210,7 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[F], F]:
     flag = "--" + field.name.replace("_", "-")
     kinds = _settings._kinds(hint)
     text = field.metadata["help"]
-    shown = _shown(field.default)
+    shown = _shown(field.name, field.default)
     if bool in kinds:
         return click.option(f"{flag}/--no-{flag[2:]}", default=None, help=f"{text} {shown}")
     member: Any = typing.get_args(hint)[0] if tuple in kinds else kinds[0]
@@ -167,21 +220,26 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[F], F]:
     return click.option(flag, type=kind, default=None, help=f"{text} {shown}")
 
 
-def _shown(default: Any) -> str:
-    if default is None or default == ():
+def _shown(name: str, default: Any) -> str:
+    if default is None or default in ((), ""):
         return ""
-    if isinstance(default, tuple):
-        default = ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in default)
-    if isinstance(default, bool):
-        default = "on" if default else "off"
-    return f" [default: {default:.4g}]" if isinstance(default, float) else f" [default: {default}]"
+    values = default if isinstance(default, tuple) else (default,)
+    return f" [default: {', '.join(_one(name, value) for value in values)}]"
+
+
+def _one(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        return _settings.format_eps(value) if name == "eps" else f"{value:.4g}"
+    return str(value)
 
 
 def _click_type(name: str, kind: type, choices: tuple[str, ...] | None) -> click.ParamType[Any]:
     if name == "eps":
         return EpsType()
     if choices:
-        return click.Choice(choices)
+        return NameType(choices)
     plain: dict[type, click.ParamType[Any]] = {
         int: click.INT,
         float: click.FLOAT,
@@ -195,14 +253,14 @@ def resolve(cls: type[S], flags: dict[str, Any], config: Path | None = None, **f
 
     Args:
         cls: the settings class.
-        flags: the command's keyword arguments; those that are not fields are left alone.
-        config: the `--config` file.
+        flags: the command's keyword arguments, in which `config_option` has put the TOML file's;
+            those that are not fields are left alone: they are another class's of the command.
+        config: the `--config` file, for errors.
         fixed: values that the command itself decides.
     """
     names = {field.name for field in dataclasses.fields(cls)}
-    table = _settings.read_toml(config) if config else {}
     given = {k: v for k, v in flags.items() if k in names and v is not None}
-    return _settings.from_mapping(cls, {**table, **given, **fixed}, str(config or "flags"))
+    return _settings.from_mapping(cls, {**given, **fixed}, str(config or "flags"))
 
 
 def print_json(value: Any) -> None:
