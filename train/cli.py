@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from vmoe import checkpoint, cli, output, registry
 from vmoe.clips import ClipSpec
@@ -16,7 +17,7 @@ from vmoe.data import ClipData, DataSettings, open_data
 from vmoe.errors import SettingError
 from vmoe.models import ModelSettings, build, flops
 from vmoe.settings import Settings, opt, to_mapping
-from vmoe.train import evidence, initial, loop
+from vmoe.train import initial, loop, report
 from vmoe.train.passes import Pass, RecipeSettings
 
 RECIPES = "vmoe.train.recipes"
@@ -58,6 +59,11 @@ class Plan:
         """Return the recipe's passes."""
         module = registry.load(RECIPES, self.run.method, "recipe (--method)")
         made: list[Pass] = module.passes(self.recipe)
+        if self.model.experts == 1 and any(walk.part == "router" for walk in made):
+            raise SettingError(
+                f"--method {self.run.method} trains a router, and --experts 1 has none: "
+                "give --experts 2 or more, or --method at-m."
+            )
         return made
 
     def open(self, split: str, clips: int, spec: ClipSpec, epoch: int = 0) -> ClipData:
@@ -95,19 +101,24 @@ def _fields(cls: type[Settings]) -> set[str]:
 @click.option("--init-from", type=click.Path(path_type=Path), help="Checkpoint to begin with.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder. [default: runs/train/NAME]")
 @click.option("--resume", is_flag=True, help="Go on where --out was interrupted.")
+@click.option(
+    "--report/--no-report", "reported", default=True, help="Measure the best on the test split."
+)
 @click.option("--dry-run", is_flag=True, help="Show the plan; train nothing.")
 @cli.seed_option
 @cli.device_option
 @cli.config_option
 @cli.json_option
 def main(
-    data: str, init_from: Path | None, out: Path | None, resume: bool, dry_run: bool, seed: int,
+    data: str, init_from: Path | None, out: Path | None, resume: bool, reported: bool,
+    dry_run: bool, seed: int,
     device: str, config: Path | None, as_json: bool, **flags: Any,
 ) -> None:  # fmt: skip
     """Train a twin on DATA: camera-motion, a folder with a folder per class, or NAME:/path."""
     plan, spec = _plan(data, init_from, seed, config, flags)
     where = checkpoint.device(device)
     folder = out or Path("runs/train") / f"{plan.run.method}-{plan.model.arch}"
+    plan.passes()  # refuses what does not fit, before any work
     twin = build(plan.model, spec, seed)
     cost = flops.count(twin)
     log.info("data: %s  recipe: %s  out: %s", data, plan.run.method, folder)
@@ -126,17 +137,23 @@ def main(
         log.info("resumed after epoch %d of %d", state.epoch, plan.loop.epochs)
     labels = plan.open("train", plan.clips.clips, spec).labels
     _train(state, plan, spec, labels, folder)
-    report = evidence.report(
-        checkpoint.load(folder / "best.safetensors", where),
-        plan.open("test", plan.run.test_clips, spec), data, state.rows, seed,
-    )  # fmt: skip
-    output.write_json(folder / "report.json", report)
-    output.write_text(folder / "report.md", evidence.markdown(report))
-    if as_json:
-        cli.print_json(report)
-    log.info("report: %s", folder / "report.md")
+    if reported:
+        _report(plan, spec, folder, where, as_json=as_json)
     log.info("next: vmoe-attack %s", folder / "best.safetensors")
     log.info("next: vmoe-export %s", folder / "best.safetensors")
+
+
+def _report(
+    plan: Plan, spec: ClipSpec, folder: Path, where: torch.device, *, as_json: bool
+) -> None:
+    """Measure the best epoch on the test split, which nothing has seen; write the report."""
+    best = checkpoint.load(folder / "best.safetensors", where)
+    found = report.make(best, plan.open("test", plan.run.test_clips, spec), plan.loop.batch)
+    output.write_json(folder / "report.json", found)
+    output.write_text(folder / "report.md", report.markdown(found))
+    if as_json:
+        cli.print_json(found)
+    log.info("report: %s", folder / "report.md")
 
 
 def _plan(
@@ -205,3 +222,7 @@ def _lines(mapping: dict[str, Any]) -> str:
         inner = value.items() if isinstance(value, dict) else [("", value)]
         lines += [f"{name}{'.' if key else ''}{key} = {v}" for key, v in inner]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

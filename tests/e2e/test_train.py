@@ -1,0 +1,176 @@
+"""vmoe-train as a user runs it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from vmoe import checkpoint
+from vmoe.train.cli import main
+
+SMALL = [
+    "--arch", "tsm", "--width", "0.1", "--frames", "4", "--size", "32", "--clips", "20",
+    "--val-clips", "10", "--test-clips", "10", "--batch", "10", "--val-steps", "1", "--quiet",
+]  # fmt: skip
+
+
+def train(*arguments: str) -> Result:
+    return CliRunner().invoke(main, [*arguments, *SMALL])
+
+
+def weights(path: Path) -> dict[str, np.ndarray]:
+    tensors, _ = checkpoint.read_tensors(path)
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def test_standard_trains_and_says_what_to_do_next(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = [a for a in SMALL if a != "--quiet"]
+    result = CliRunner().invoke(
+        main, ["--method", "standard", "--epochs", "2", "--out", str(out), *arguments]
+    )
+    assert result.exit_code == 0, result.output
+    assert f"next: vmoe-export {out / 'best.safetensors'}" in result.output
+    assert "saved" in result.output  # the FLOPs against the dense counterpart
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert {"loss_whole", "clean", "robust", "share0", "gradients_per_clip"} <= set(rows[0])
+    report = json.loads((out / "report.json").read_text())
+    assert report["recipe"]["run"]["method"] == "standard"
+    assert "one_frame_repeated_is_static" in report["evidence"]
+    assert (out / "report.md").read_text().startswith("# ")
+    held = checkpoint.load(out / "best.safetensors")
+    assert held.labels[0] == "static"
+    assert held.recipe["run"]["method"] == "standard"
+
+
+def test_resumed_is_what_an_uninterrupted_run_gives_bit_for_bit(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    method = ["--method", "j-tlat", "--steps", "1", "--epochs", "3", "--no-report"]
+    assert train(*method, "--out", str(whole)).exit_code == 0
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "vmoe.train.cli", *method, "--out", str(parts), *SMALL],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (parts / "state.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert (parts / "state.safetensors").exists()
+    result = train(*method, "--out", str(parts), "--resume")
+    assert result.exit_code == 0, result.output
+    for name in ("last.safetensors", "state.safetensors"):
+        one, two = weights(whole / name), weights(parts / name)
+        assert one.keys() == two.keys()
+        assert all(np.array_equal(one[key], two[key]) for key in one), name
+    assert not list(parts.glob(".*")), "a half-written file was left"
+
+
+def test_resume_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ["--method", "standard", "--epochs", "1", "--no-report", "--out", str(out)]
+    assert train(*arguments).exit_code == 0
+    result = train(*arguments, "--lr", "0.5", "--resume")
+    assert result.exit_code == 1
+    assert "lr 0.003 then, 0.5 now" in result.output
+
+
+def test_experts_begin_as_copies_of_a_single_expert(tmp_path: Path) -> None:
+    one, four = tmp_path / "one", tmp_path / "four"
+    method = ["--method", "standard", "--epochs", "1", "--no-report"]
+    assert train(*method, "--experts", "1", "--out", str(one)).exit_code == 0
+    begin = str(one / "last.safetensors")
+    result = train(*method, "--init-from", begin, "--lr", "1e-12", "--out", str(four))
+    assert result.exit_code == 0, result.output
+    mixed, single = weights(four / "last.safetensors"), weights(one / "last.safetensors")
+    name = "experts.{}.1.layer1.0.conv1.weight"
+    for i in range(4):
+        np.testing.assert_allclose(mixed[name.format(i)], single[name.format(0)], atol=1e-8)
+    other = train(*method, "--init-from", begin, "--arch", "r3d18", "--out", str(tmp_path / "x"))
+    assert other.exit_code == 2
+    assert "has arch tsm; this model has r3d18" in other.output.replace("\n", " ")
+
+
+def test_collapsed_routing_is_said_with_what_to_change(tmp_path: Path) -> None:
+    arguments = [a for a in SMALL if a != "--quiet"]
+    result = CliRunner().invoke(
+        main,
+        ["--method", "standard", "--epochs", "1", "--balance", "0", "--lr", "1e-9", "--no-report",
+         "--out", str(tmp_path / "run"), *arguments],
+    )  # fmt: skip
+    assert "routing collapses" in result.output  # fresh weights: one expert takes all clips
+    assert "--balance" in result.output
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = train("--method", "j-tlat", "--dry-run", "--out", str(out))
+    assert result.exit_code == 0
+    assert "method.gamma1 = 1.0" in result.output
+    assert not out.exists()
+
+
+BAD = [
+    (["--eps", "eight"], 2, "eps 'eight' is not a number"),
+    (["--method", "j-tlt"], 2, "did you mean 'j-tlat'?"),
+    (["--arch", "r3d"], 2, "did you mean 'r3d18'?"),
+    (["--method", "standard", "--gamma1", "2"], 2, "--gamma1 has no meaning for --method standard"),
+    (["--epochs", "0"], 2, "--epochs is 0; it must be at least 1"),
+    (["no/such/folder"], 2, "no/such/folder"),
+    (["camera-moton"], 2, "did you mean 'camera-motion'?"),
+    (["--device", "cuda:9"], 2, "--device cuda:9 cannot be used here"),
+    (["--method", "j-tlat", "--experts", "1"], 2, "--experts 2 or more"),
+    (["--init-from", "missing.safetensors"], 1, "cannot read checkpoint missing.safetensors"),
+    (["--resume"], 1, "state.safetensors"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "line"), BAD)
+def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], code: int, line: str) -> None:
+    result = train(*arguments, "--out", str(tmp_path / "run"))
+    assert result.exit_code == code, result.output
+    assert line in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    result = train("--out", str(tmp_path))
+    assert result.exit_code == 2
+    assert "exists. Choose another --out, or go on with --resume." in result.output
+    assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_a_pickle_is_refused(tmp_path: Path) -> None:
+    import torch
+
+    torch.save({"a": torch.zeros(1)}, tmp_path / "old.pt")
+    result = train("--init-from", str(tmp_path / "old.pt"), "--out", str(tmp_path / "run"))
+    assert result.exit_code == 1
+    assert "is a pickle" in result.output
+
+
+@pytest.mark.slow
+def test_real_clips_of_a_folder_are_learnt_from(real_data: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, [
+        str(real_data / "ut_interaction" / "train"), "--group", r"seq\d+", "--method", "standard",
+        "--experts", "1", "--arch", "tsm", "--width", "0.1", "--frames", "8", "--spacing", "0.1",
+        "--size", "48", "--epochs", "2", "--val-clips", "0", "--val-steps", "0", "--test-clips", "0",
+        "--out", str(tmp_path / "run"),
+    ])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert len(report["labels"]) == 6
+    assert report["evidence"] is None  # camera-motion's evidence is of camera-motion alone

@@ -1,0 +1,270 @@
+"""The `vmoe` command: demo, doctor, inspect. The one base file that imports rooms, lazily."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import vmoe
+from vmoe import bundle as bundles
+from vmoe import cli, latest, moves, output, report
+from vmoe.errors import SettingError
+
+if TYPE_CHECKING:
+    from vmoe.runtime import Result
+
+log = cli.log
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(vmoe.__version__, prog_name="vmoe")
+def main() -> None:
+    """Sparse video Mixture-of-Experts that survive attack: train, export, serve, attack.
+
+    The other commands: vmoe-train, vmoe-export, vmoe-run, vmoe-attack, vmoe-bench.
+    """
+
+
+@cli.command(
+    "demo", "vmoe demo", "vmoe demo --source holiday.mp4 --out runs/mine", "vmoe demo --json"
+)
+@click.option(
+    "--source", type=click.Path(path_type=Path), help="Your own picture, folder of them, or video."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True,
+    help="Folder; an earlier demo there is replaced.",
+)  # fmt: skip
+@click.option("--rounds", type=click.IntRange(1), default=4, show_default=True,
+              help="How often each of the ten moves is made.")  # fmt: skip
+@cli.seed_option
+@cli.json_option
+def demo(source: Path | None, out: Path, rounds: int, seed: int, as_json: bool) -> None:
+    """Let the model that ships watch a video whose camera moves are known.
+
+    The model is exported here and now; the video is rendered by panning, tilting, zooming,
+    rolling and shaking a camera over photographs that the model has never seen, or over your own
+    file. What comes out: labels, routes, latency, the accuracy against the known moves, an
+    annotated video and a report.
+    """
+    _refuse_strange(out)
+    scenes = moves.scenes_of(source) if source else moves.photographs()
+    model = _exported(out / "bundle")
+    log.info("rendering %d known moves over %s", 10 * rounds, ", ".join(s.name for s in scenes))
+    segments = moves.render(scenes, out / "moves.avi", rounds=rounds, seed=seed)
+    results = _watch(model, out / "moves.avi", out / "annotated.mp4", segments)
+    found = judge(segments, results)
+    found |= {"bundle": str(model), "video": str(out / "moves.avi"), "seed": seed}
+    output.write_json(out / "report.json", found)
+    text = _markdown(found)
+    output.write_text(out / "report.md", text)
+    if as_json:
+        cli.print_json(found)
+    else:
+        click.echo(text)
+    log.info("annotated video: %s   report: %s", out / "annotated.mp4", out / "report.md")
+    log.info("next: vmoe-run %s --camera 0", model)
+    log.info("next: vmoe-attack %s --n 100", model)
+    log.info("next: vmoe-bench %s", model)
+
+
+DEMO_FILES = {"bundle", "moves.avi", "annotated.mp4", "report.json", "report.md"}
+
+
+def _refuse_strange(out: Path) -> None:
+    """Refuse a folder that holds anything but an earlier demo; nothing is ever deleted."""
+    strange = {path.name for path in out.iterdir()} - DEMO_FILES if out.is_dir() else set()
+    if strange or (out.exists() and not out.is_dir()):
+        what = f"holds {min(strange)!r}" if strange else "is a file"
+        raise SettingError(f"{out} {what}, so it is no earlier demo; choose another --out.")
+
+
+def _exported(folder: Path) -> Path:
+    """Export the twin that ships; without torch take the bundle that ships."""
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("onnx") is None:
+        log.info("torch or onnx is not installed: taking the bundle that ships, not a fresh one")
+        return latest.bundle(latest.SHIPPED)[0]
+    from vmoe.export import export
+
+    begin = time.monotonic()
+    path, _ = latest.checkpoint(latest.SHIPPED)
+    export(path, folder, overwrite=True)
+    log.info("exported the model that ships to %s in %.1f s", folder, time.monotonic() - begin)
+    return folder
+
+
+def _watch(
+    model: Path, video: Path, annotated: Path, segments: list[moves.Segment]
+) -> list[Result]:
+    """Run the video through the runtime; say each window; write the annotated video."""
+    from vmoe.runtime import load, watch
+    from vmoe.runtime.sinks import video as video_sink
+
+    results = []
+    with load(model) as engine:
+        for result in watch(engine, video, sinks=[video_sink.open(annotated, overwrite=True)]):
+            results.append(result)
+            segment = moves.truth(segments, result.t_first_s, result.t_s)
+            mark = "" if segment is None else "ok" if segment.label == result.label else "WRONG"
+            was = "(between two moves)" if segment is None else segment.label
+            log.info(
+                "%6.2f s  %-10s %.2f  expert %d  %5.2f ms  was %-19s %s", result.t_s, result.label,
+                result.score, result.expert, result.stage_ms["infer_ms"], was, mark,
+            )  # fmt: skip
+    return results
+
+
+def judge(segments: list[moves.Segment], results: list[Result]) -> dict[str, Any]:
+    """Compare labels with the known moves.
+
+    Args:
+        segments: the moves.
+        results: one for each window of the video.
+
+    Returns:
+        windows judged (those that lie in one move) and between moves, how many were right,
+        the same per label with the commonest mistake, shares of the experts, latency in ms.
+    """
+    judged = [(s.label, r) for r in results if (s := moves.truth(segments, r.t_first_s, r.t_s))]
+    labels = list(dict.fromkeys(sorted(label for label, _ in judged)))
+    rows = []
+    for label in labels:
+        given = Counter(r.label for was, r in judged if was == label)
+        wrong = [(name, n) for name, n in given.most_common() if name != label]
+        rows.append({
+            "label": label, "windows": given.total(), "right": given[label],
+            "mistaken_for": wrong[0][0] if wrong else None,
+        })  # fmt: skip
+    latency = sorted(r.stage_ms["infer_ms"] for r in results)
+    experts = Counter(r.expert for r in results)
+    return {
+        "windows": len(judged),
+        "right": sum(was == r.label for was, r in judged),
+        "between_moves": len(results) - len(judged),
+        "labels": rows,
+        "expert_shares": {str(i): n / len(results) for i, n in sorted(experts.items())},
+        "infer_ms": {
+            "median": latency[len(latency) // 2],
+            "p95": latency[int(0.95 * len(latency))],
+        },
+        "segments": [dataclasses.asdict(segment) for segment in segments],
+    }
+
+
+def _markdown(found: dict[str, Any]) -> str:
+    rows = [[r["label"], r["windows"], r["right"], r["mistaken_for"]] for r in found["labels"]]
+    shares = ", ".join(f"{i}: {share:.0%}" for i, share in found["expert_shares"].items())
+    return "\n".join([
+        "# The model that ships, against known camera moves",
+        "",
+        report.table(rows, ["known move", "windows", "right", "mistaken for"]),
+        "",
+        f"accuracy: {report.percent(found['right'], found['windows'])} % of {found['windows']} "
+        f"windows (95 % interval); {found['between_moves']} windows span two moves, not judged",
+        f"experts: {shares}",
+        f"latency: {found['infer_ms']['median']:.2f} ms median, "
+        f"{found['infer_ms']['p95']:.2f} ms p95 a window, on this machine",
+        "",
+    ])  # fmt: skip
+
+
+@cli.command("inspect", "vmoe inspect", "vmoe inspect runs/mine", "vmoe inspect runs/mine --json")
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@cli.json_option
+def inspect(bundle: Path | None, as_json: bool) -> None:
+    """Prove a bundle whole and show what is in it."""
+    path, line = latest.bundle(bundle)
+    log.info("%s", line)
+    read = bundles.read(path)
+    if as_json:
+        cli.print_json(report.plain(read))
+        return
+    model, spec = read.model, read.spec
+    click.echo(f"model: {model.get('name', '?')}: {model['arch']}, width {model['width']:g}, "
+               f"{read.experts} expert(s), lowering {read.lowering}")  # fmt: skip
+    click.echo(f"clip: {spec.frames} frames, {spec.spacing_s:g} s apart, "
+               f"{spec.height}x{spec.width}, a window of {spec.window_s:.2f} s")  # fmt: skip
+    click.echo(f"labels: {', '.join(read.labels)}")
+    rows = [
+        [name, part.file, sum((path / f).stat().st_size for f in part.hashes) / 1024,
+         part.precision.get("asked"), part.precision.get("found")]
+        for name, part in read.parts.items()
+    ]  # fmt: skip
+    click.echo(report.table(rows, ["part", "file", "KiB", "asked", "found"]))
+    click.echo(f"twin: {read.twin['sha256'][:16]}... "
+               f"({'inside' if 'file' in read.twin else 'not inside'})")  # fmt: skip
+    click.echo("made with: " + ", ".join(f"{k} {v}" for k, v in read.versions.items()))
+
+
+PACKAGES = {
+    "numpy": "everything", "opencv-python": "decoding, cameras", "onnxruntime": "serving on a CPU",
+    "onnxruntime-gpu": "serving on an NVIDIA GPU", "torch": "training, attacks, export",
+    "onnx": "export", "onnxscript": "export", "safetensors": "checkpoints",
+    "scikit-image": "the demo's photographs",
+}  # fmt: skip
+COMMANDS = {
+    "vmoe-run": ("numpy", "opencv-python", "onnxruntime|onnxruntime-gpu"),
+    "vmoe-bench": ("numpy", "onnxruntime|onnxruntime-gpu"),
+    "vmoe-train": ("torch", "safetensors", "opencv-python"),
+    "vmoe-attack": ("torch", "safetensors", "opencv-python"),
+    "vmoe-export": ("torch", "onnx", "onnxscript", "safetensors", "onnxruntime|onnxruntime-gpu"),
+}
+VERIFIED = [
+    ["ONNX Runtime CPU, routing, streaming, attacks, training", "CI, without a GPU"],
+    ["a camera through OpenCV's V4L2 code", "an emulated device; no camera hardware"],
+    ["ONNX Runtime CUDA", "not verified by any machine of ours"],
+    ["TensorRT, OpenVINO, Jetson", "not part of this version"],
+]
+
+
+@cli.command("doctor", "vmoe doctor", "vmoe doctor --json", "vmoe doctor -v")
+@cli.json_option
+def doctor(as_json: bool) -> None:
+    """Say what is installed, what can run here, and what was verified where."""
+    versions = {name: _version(name) for name in PACKAGES}
+    missing = {
+        command: [need for need in needs if not any(versions.get(n) for n in need.split("|"))]
+        for command, needs in COMMANDS.items()
+    }
+    cameras = sorted(str(path) for path in Path("/dev").glob("video*"))
+    machine = {
+        "vmoe": vmoe.__version__, "python": platform.python_version(),
+        "system": platform.platform(), "machine": platform.machine(),
+    }  # fmt: skip
+    if as_json:
+        cli.print_json(
+            {**machine, "packages": versions, "missing": missing, "cameras": cameras,
+             "verified": dict(VERIFIED)}
+        )  # fmt: skip
+        return
+    click.echo("  ".join(f"{key} {value}" for key, value in machine.items()))
+    click.echo("\n" + report.table([[n, v, PACKAGES[n]] for n, v in versions.items()],
+                                   ["package", "installed", "for"]))  # fmt: skip
+    rows = [[c, "runs here" if not lacks else f"needs {', '.join(lacks).replace('|', ' or ')}"]
+            for c, lacks in missing.items()]  # fmt: skip
+    click.echo("\n" + report.table(rows, ["command", "here"]))
+    click.echo(f"\ncameras: {', '.join(cameras) or 'none'}")
+    click.echo("\n" + report.table(VERIFIED, ["claim", "verified where"]))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+for command in (demo, inspect, doctor):
+    main.add_command(command)
+
+if __name__ == "__main__":
+    sys.exit(main())
