@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from vmoe.errors import SettingError
 from vmoe.models import VideoMoE
 from vmoe.settings import Settings, opt
 
@@ -58,8 +59,9 @@ class AttackResult(NamedTuple):
         loss: the attack's own, [B].
         route_before: route of the clean clip, [B].
         route_after: route of the adversarial clip, [B].
-        forwards: forward passes for each sample, of what the attack runs.
-        backwards: backward passes for each sample.
+        forwards: forward passes of each sample through what is attacked (the router, an expert
+            or the whole model), the pass of the clean clip included.
+        backwards: backward passes of each sample.
     """
 
     adversarial: Tensor
@@ -72,10 +74,24 @@ class AttackResult(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """What an objective says of some clips: the loss to maximise, [B], and success, bool [B]."""
+    """What an objective says of some clips.
+
+    Attributes:
+        loss: to maximise, [B], with its graph.
+        success: by the attack's criterion, bool [B].
+        route: of each clip, [B].
+    """
 
     loss: Tensor
     success: Tensor
+    route: Tensor
+
+
+class Aim(NamedTuple):
+    """An objective that is ready for some clean clips, and their route, [B]."""
+
+    objective: Objective
+    route_before: Tensor
 
 
 Objective: TypeAlias = Callable[[Tensor], Judged]
@@ -100,7 +116,7 @@ def ascend(
     twin: VideoMoE,
     clip: Tensor,
     settings: LoopSettings,
-    prepare: Callable[[Tensor], Objective],
+    prepare: Callable[[Tensor], Aim],
     indices: Tensor | None = None,
 ) -> AttackResult:
     """Maximise an objective in the L-infinity ball around each clip.
@@ -112,33 +128,49 @@ def ascend(
         twin: put in eval mode for the attack, and back.
         clip: x, [B, C, T, H, W], pixels in [0, 1].
         settings: LoopSettings; the temporal step only with TemporalSettings.
-        prepare: called once with the clean clip (the twin being in eval mode), returns the
-            objective; its loss is summed over the batch, so that gradients are per sample.
+        prepare: called once with the clean clip (the twin being in eval mode), for one forward
+            pass of it; the loss of its objective is summed over the batch, so that gradients
+            are per sample.
         indices: number of each sample in its data set, [B]; starts are drawn from (seed, index,
             restart), so that sharding and order change nothing. Default: 0, 1, ...
 
     Returns:
         The best iterate of every sample, over all restarts.
+
+    Raises:
+        SettingError: clips of another shape or range than the method's, or too few indices.
     """
     clip = clip.detach()
     order = torch.arange(len(clip)) if indices is None else indices
+    _check(clip, order)
     with as_found(twin):
-        with torch.no_grad():
-            before = twin.scores(clip).argmax(dim=1)
-        objective = prepare(clip)
-        best = _Best(clip)
+        objective, before = prepare(clip)
+        best = _Best(clip, before)
         for restart in range(settings.restarts):
             delta = torch.zeros_like(clip)
             if settings.random_start:
                 delta = settings.eps * uniform(clip, settings.seed, order, restart)
             _climb(clip, delta, settings, objective, best)
-        with torch.no_grad():
-            after = twin.scores(best.adversarial).argmax(dim=1)
     return AttackResult(
-        best.adversarial, best.success, best.loss, before, after,
+        best.adversarial, best.success, best.loss, before, best.route,
         forwards=settings.restarts * (settings.steps + 1) + 1,
         backwards=settings.restarts * settings.steps,
     )  # fmt: skip
+
+
+def _check(clip: Tensor, order: Tensor) -> None:
+    """Refuse what would make the attack void in silence, such as pixels of 0 to 255."""
+    if clip.ndim != 5 or not len(clip) or not clip.is_floating_point():
+        raise SettingError(
+            f"clip is {clip.dtype} {list(clip.shape)}; an attack takes float [B, 3, T, H, W]."
+        )
+    low, high = float(clip.min()), float(clip.max())
+    if not (low >= 0 and high <= 1):
+        raise SettingError(
+            f"clip has pixels from {low:g} to {high:g}; an attack takes [0, 1]: divide by 255."
+        )
+    if len(order) != len(clip):
+        raise SettingError(f"{len(order)} indices for {len(clip)} clips; give one for each.")
 
 
 def _climb(
@@ -151,6 +183,7 @@ def _climb(
         with torch.enable_grad():
             judged = objective(adversarial)
             (gradient,) = torch.autograd.grad(judged.loss.sum(), adversarial)
+        gradient = gradient.nan_to_num()  # one that overflowed must not lead out of [0, 1]
         adversarial = adversarial.detach()
         best.offer(adversarial, judged)
         size = torch.full_like(velocity, settings.step * settings.eps)
@@ -165,8 +198,9 @@ def _climb(
 class _Best:
     """The best iterate of each sample so far: by success, then by loss."""
 
-    def __init__(self, clip: Tensor) -> None:
+    def __init__(self, clip: Tensor, route: Tensor) -> None:
         self.adversarial = clip.clone()
+        self.route = route
         self.success = torch.zeros(len(clip), dtype=torch.bool, device=clip.device)
         self.loss = clip.new_full((len(clip),), -torch.inf)
 
@@ -176,6 +210,7 @@ class _Best:
         better = (success & ~self.success) | (same & (loss > self.loss))
         self.adversarial[better] = adversarial[better]
         self.loss = torch.where(better, loss, self.loss)
+        self.route = torch.where(better, judged.route, self.route)
         self.success = self.success | success
 
 

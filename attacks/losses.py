@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from vmoe.attacks.loop import Judged, LoopSettings, Objective, TemporalSettings
+from vmoe.attacks.loop import Aim, Judged, LoopSettings, TemporalSettings
+from vmoe.errors import SettingError
 from vmoe.lipschitz import l_lip
-from vmoe.models import VideoMoE
+from vmoe.models import MoEOutput, VideoMoE
 
 # From what a part answers to an adversarial clip, and the clip, to a loss.
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -59,31 +60,46 @@ def guided(leave: Loss, weakest: Tensor, gamma1: float) -> Loss:
     return loss
 
 
-def router(twin: VideoMoE, clip: Tensor, settings: LoopSettings, gamma1: float = 0.0) -> Objective:
-    """Return TLGA-R's objective on the router alone; success: the route has changed."""
-    scores = _detached(twin.scores, clip)
-    loss = _router_loss(clip, scores, settings, gamma1)
-    top1 = scores.argmax(dim=1)
+def router(twin: VideoMoE, clip: Tensor, settings: LoopSettings, gamma1: float = 0.0) -> Aim:
+    """Return TLGA-R's objective on the router alone; success: the route has changed.
+
+    Raises:
+        SettingError: the model is dense.
+    """
+    if twin.router is None:
+        raise SettingError("this model is dense (1 expert): it has no router to attack. Use pgd.")
+    with torch.no_grad():
+        scores = twin.scores(clip)
+    loss, top1 = _router_loss(clip, scores, settings, gamma1), scores.argmax(dim=1)
 
     def objective(adversarial: Tensor) -> Judged:
         moved = twin.scores(adversarial)
-        return Judged(loss(moved, adversarial), moved.argmax(dim=1) != top1)
+        route = moved.argmax(dim=1)
+        return Judged(loss(moved, adversarial), route != top1, route)
 
-    return objective
+    return Aim(objective, top1)
 
 
-def expert(
-    twin: VideoMoE, clip: Tensor, label: Tensor, index: int, settings: LoopSettings
-) -> Objective:
-    """Return TLA-E_i's objective on one expert alone; success: that expert is wrong."""
-    clean = _detached(lambda x: twin.run_expert(index, x), clip)
+def expert(twin: VideoMoE, clip: Tensor, label: Tensor, index: int, settings: LoopSettings) -> Aim:
+    """Return TLA-E_i's objective on one expert alone; success: that expert is wrong.
+
+    Raises:
+        SettingError: there is no such expert.
+    """
+    if not 0 <= index < len(twin.experts):
+        last = len(twin.experts) - 1
+        raise SettingError(f"--expert is {index}; this model has experts 0 to {last}.")
+    with torch.no_grad():
+        clean, before = twin.run_expert(index, clip), twin.scores(clip).argmax(dim=1)
     loss = lipschitz_ce(clip, clean, label, settings)
 
     def objective(adversarial: Tensor) -> Judged:
         logits = twin.run_expert(index, adversarial)
-        return Judged(loss(logits, adversarial), logits.argmax(dim=1) != label)
+        with torch.no_grad():
+            route = twin.scores(adversarial).argmax(dim=1)
+        return Judged(loss(logits, adversarial), logits.argmax(dim=1) != label, route)
 
-    return objective
+    return Aim(objective, before)
 
 
 def whole(
@@ -95,41 +111,45 @@ def whole(
     route_grad: str,
     gamma1: float = 0.0,
     gamma2: float = 0.0,
-) -> Objective:
+) -> Aim:
     """Return J-TLGA's objective: TLA-M's loss + gamma2 TLGA-R's; success: the label is wrong.
 
-    gamma2 = 0 is TLA-M, gamma1 = 0 is J-TLA.
+    gamma2 = 0 is TLA-M, gamma1 = 0 is J-TLA. Success is always judged with the hard choice.
     """
+    lipschitz = isinstance(settings, TemporalSettings) and settings.lam > 0
     with torch.no_grad():
-        clean = twin(clip, route_grad)
-    model_loss = lipschitz_ce(clip, clean.logits, label, settings)
-    router_loss = _router_loss(clip, clean.scores, settings, gamma1)
+        if lipschitz:
+            (clean, scores, _), _ = answer(twin, clip, route_grad)
+        else:  # F(x) stands in the Lipschitz term only; its route is cheaper
+            clean = scores = twin.scores(clip)
+    model_loss = lipschitz_ce(clip, clean, label, settings)
+    router_loss = _router_loss(clip, scores, settings, gamma1)
 
     def objective(adversarial: Tensor) -> Judged:
-        out = twin(adversarial, route_grad)
+        out, hard = answer(twin, adversarial, route_grad)
         loss = model_loss(out.logits, adversarial)
         if gamma2:
             loss = loss + gamma2 * router_loss(out.scores, adversarial)
-        return Judged(loss, wrong(twin, adversarial, label, out.logits, route_grad))
+        return Judged(loss, hard.argmax(dim=1) != label, out.route)
 
-    return objective
+    return Aim(objective, scores.argmax(dim=1))
 
 
-def wrong(twin: VideoMoE, clip: Tensor, label: Tensor, logits: Tensor, route_grad: str) -> Tensor:
-    """Return which clips the model gets wrong, judged with the hard choice, bool [B].
+def answer(twin: VideoMoE, clip: Tensor, route_grad: str) -> tuple[MoEOutput, Tensor]:
+    """Return what the twin answers, and the logits of the hard choice, [B, K], in one pass.
 
     `soft` is the only route_grad whose logits are not those of the hard choice.
     """
-    if route_grad == "soft":
-        logits = _detached(lambda x: twin(x, "frozen").logits, clip)
-    return logits.argmax(dim=1) != label
+    if route_grad != "soft":
+        out = twin(clip, route_grad)
+        return out, out.logits
+    scores, every = twin.scores(clip), twin.run_all(clip)
+    route = scores.argmax(dim=1)
+    mixture = (scores.softmax(dim=1)[:, :, None] * every).sum(dim=1)
+    hard = every[torch.arange(len(route), device=route.device), route]
+    return MoEOutput(mixture, scores, route), hard.detach()
 
 
 def _router_loss(clip: Tensor, scores: Tensor, settings: LoopSettings, gamma1: float) -> Loss:
     leave = lipschitz_ce(clip, scores, scores.argmax(dim=1), settings)
     return guided(leave, scores.argmin(dim=1), gamma1)
-
-
-def _detached(part: Callable[[Tensor], Tensor], clip: Tensor) -> Tensor:
-    with torch.no_grad():
-        return part(clip)

@@ -12,6 +12,8 @@ from vmoe.models import ROUTE_GRADS, VideoMoE
 from vmoe.settings import Settings as Base
 from vmoe.settings import opt
 
+PART = "model"
+
 
 @dataclass(frozen=True)
 class Settings(Base):

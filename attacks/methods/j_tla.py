@@ -11,6 +11,8 @@ from vmoe.attacks.loop import AttackResult, TemporalSettings, ascend
 from vmoe.models import ROUTE_GRADS, VideoMoE
 from vmoe.settings import opt
 
+PART = "model"
+
 
 @dataclass(frozen=True)
 class Settings(TemporalSettings):

@@ -11,6 +11,8 @@ from vmoe.attacks.loop import AttackResult, TemporalSettings, ascend
 from vmoe.models import VideoMoE
 from vmoe.settings import opt
 
+PART = "expert"
+
 
 @dataclass(frozen=True)
 class Settings(TemporalSettings):

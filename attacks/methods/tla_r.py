@@ -10,6 +10,8 @@ from vmoe.attacks import losses
 from vmoe.attacks.loop import AttackResult, TemporalSettings, ascend
 from vmoe.models import VideoMoE
 
+PART = "router"
+
 
 @dataclass(frozen=True)
 class Settings(TemporalSettings):

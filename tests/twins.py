@@ -1,0 +1,91 @@
+"""Small twins and clips for the tests of attacks."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vmoe.clips import Clips, ClipSpec
+from vmoe.models import ModelSettings, VideoMoE, build
+
+SPEC = ClipSpec(frames=4, spacing_s=0.1, height=32, width=32)
+
+
+def random_clips(n: int, seed: int = 0, spec: ClipSpec = SPEC) -> Clips:
+    """Return coarse noise, uint8 [N, T, H, W, 3], each clip with a colour of its own."""
+    rng = np.random.default_rng(seed)
+    t, h, w, _ = spec.shape
+    coarse = rng.integers(40, 216, (n, t, h // 8, w // 8, 3)).repeat(8, axis=2).repeat(8, axis=3)
+    tint = rng.integers(-40, 40, (n, 1, 1, 1, 3))
+    return np.clip(coarse + tint, 0, 255).astype(np.uint8)
+
+
+def random_clip(n: int, seed: int = 0, spec: ClipSpec = SPEC) -> Tensor:
+    """Return the same as a clip, float32 [N, 3, T, H, W] with pixels in [0, 1]."""
+    clips = torch.from_numpy(random_clips(n, seed, spec))
+    return clips.permute(0, 4, 1, 2, 3).float() / 255
+
+
+def lively(experts: int = 4, classes: int = 4, seed: int = 0, spec: ClipSpec = SPEC) -> VideoMoE:
+    """Return an untrained twin whose router and experts answer differently to different clips."""
+    return copy.deepcopy(_lively(experts, classes, seed, spec))
+
+
+@functools.cache
+def _lively(experts: int, classes: int, seed: int, spec: ClipSpec) -> VideoMoE:
+    """Make one.
+
+    Statistics are taken from noise, and the last layers are centred and scaled up on it: fresh
+    weights alone give nearly the same scores to every clip.
+    """
+    twin = build(ModelSettings("tsm", 0.1, experts, classes), spec, seed)
+    clip = random_clip(32, 99, spec)
+    with torch.no_grad():
+        for module in twin.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.momentum = None  # the plain average of what it sees
+        twin.train()
+        twin.scores(clip)
+        twin.run_all(clip)
+        twin.eval()
+        parts = [*twin.experts] if twin.router is None else [twin.router, *twin.experts]
+        for part in parts:
+            _spread(part, clip)
+    return twin
+
+
+def _spread(part: nn.Module, clip: Tensor) -> None:
+    last = [module for module in part.modules() if isinstance(module, nn.Linear)][-1]
+    out = part(clip)
+    scale = 1 / out.std(dim=0).clamp(min=1e-3)
+    last.weight.mul_(scale[:, None])
+    last.bias.copy_((last.bias - out.mean(dim=0)) * scale)
+
+
+def linear(experts: int = 2, classes: int = 2, seed: int = 0, spec: ClipSpec = SPEC) -> VideoMoE:
+    """Return a twin whose router and experts are linear: its best perturbation is known."""
+    twin = build(ModelSettings("tsm", 0.1, experts, classes), spec, seed)
+    t, h, w, c = spec.shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def layer(out: int) -> nn.Module:
+        made = nn.Linear(t * h * w * c, out)
+        with torch.no_grad():
+            made.weight.copy_(0.01 * torch.randn(made.weight.shape, generator=generator))
+            made.bias.zero_()
+        return nn.Sequential(nn.Flatten(), made)
+
+    twin.router = layer(experts) if experts > 1 else None
+    twin.experts = nn.ModuleList(layer(classes) for _ in range(experts))
+    return twin.eval()
+
+
+def weight(part: nn.Module, spec: ClipSpec = SPEC) -> Tensor:
+    """Return the weights of a linear part, [outputs, 3, T, H, W]."""
+    t, h, w, c = spec.shape
+    last = [module for module in part.modules() if isinstance(module, nn.Linear)][-1]
+    return last.weight.detach().view(-1, c, t, h, w)

@@ -1,0 +1,235 @@
+"""The attacks' loop and losses against closed forms, and METHOD's exact relations."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.twins import linear, lively, random_clip
+from vmoe.attacks import losses
+from vmoe.attacks.loop import TemporalSettings, project, temporal_step, uniform
+from vmoe.attacks.methods import fgsm, j_tla, j_tlga, pgd, pgd_r, tla_e, tla_m, tla_r, tlga_r
+from vmoe.errors import SettingError
+from vmoe.lipschitz import l_lip
+from vmoe.models import ROUTE_GRADS, VideoMoE
+
+PLAIN = {"lam": 0.0, "temporal": "off"}
+
+
+def found(method: ModuleType, twin: VideoMoE, clip: Tensor, y: Tensor, **values: Any) -> Tensor:
+    how = {"eps": 4 / 255, "steps": 4} | values
+    adversarial: Tensor = method.attack(twin, clip, y, method.Settings(**how)).adversarial
+    return adversarial
+
+
+@pytest.mark.parametrize("route_grad", ROUTE_GRADS)
+@pytest.mark.parametrize("lam", [0.0, 1e-3])
+def test_joint_attacks_contain_their_parts(route_grad: str, lam: float) -> None:
+    twin, clip, y = lively(), random_clip(4), torch.tensor([0, 1, 2, 3])
+    how = {"route_grad": route_grad, "lam": lam}
+    model = found(tla_m, twin, clip, y, **how)
+    assert torch.equal(found(j_tlga, twin, clip, y, gamma2=0.0, **how), model)
+    assert torch.equal(found(j_tla, twin, clip, y, gamma2=0.0, **how), model)
+    joint = found(j_tla, twin, clip, y, gamma2=0.5, **how)
+    assert torch.equal(found(j_tlga, twin, clip, y, gamma1=0.0, gamma2=0.5, **how), joint)
+    if route_grad != "frozen" or lam:
+        assert not torch.equal(joint, model)
+
+
+@pytest.mark.parametrize("lam", [0.0, 1e-3])
+def test_guidance_of_no_weight_is_tla_r(lam: float) -> None:
+    twin, clip, y = lively(), random_clip(4), torch.tensor([0, 1, 2, 3])
+    unguided = found(tla_r, twin, clip, y, lam=lam)
+    assert torch.equal(found(tlga_r, twin, clip, y, gamma1=0.0, lam=lam), unguided)
+    assert not torch.equal(found(tlga_r, twin, clip, y, gamma1=1.0, lam=lam), unguided)
+
+
+@pytest.mark.parametrize("route_grad", ROUTE_GRADS)
+def test_tla_without_its_terms_is_pgd(route_grad: str) -> None:
+    twin, clip, y = lively(), random_clip(4), torch.tensor([0, 1, 2, 3])
+    plain = found(pgd, twin, clip, y, route_grad=route_grad)
+    assert torch.equal(found(tla_m, twin, clip, y, route_grad=route_grad, **PLAIN), plain)
+    one = found(pgd, twin, clip, y, route_grad=route_grad, steps=1, step=1.0, random_start=False)
+    fast = fgsm.Settings(eps=4 / 255, route_grad=route_grad)
+    assert torch.equal(fgsm.attack(twin, clip, y, fast).adversarial, one)
+
+
+def test_tla_r_without_its_terms_is_pgd_r() -> None:
+    twin, clip, y = lively(), random_clip(4), torch.tensor([0, 1, 2, 3])
+    assert torch.equal(found(tla_r, twin, clip, y, **PLAIN), found(pgd_r, twin, clip, y))
+
+
+def test_soft_is_judged_with_the_hard_choice() -> None:
+    twin, clip = lively(), random_clip(16)
+    out, hard = losses.answer(twin, clip, "soft")
+    with torch.no_grad():
+        soft, frozen = twin(clip, "soft"), twin(clip, "frozen")
+    torch.testing.assert_close(out.logits, soft.logits)
+    torch.testing.assert_close(hard, frozen.logits)
+    assert torch.equal(out.route, frozen.route)
+    y = frozen.logits.argmax(dim=1)
+    assert (soft.logits.argmax(dim=1) != y).any()  # the mixture does say other labels
+    how = pgd.Settings(eps=0.0, steps=1, route_grad="soft")
+    assert not pgd.attack(twin, clip, y, how).success.any()
+
+
+@pytest.mark.parametrize("route_grad", ["straight-through", "all"])
+def test_surrogates_leave_the_value_unchanged(route_grad: str) -> None:
+    twin, clip = lively().double(), random_clip(8).double()
+    with torch.no_grad():
+        hard, moved = twin(clip, "frozen"), twin(clip, route_grad)
+    torch.testing.assert_close(moved.logits, hard.logits, rtol=1e-12, atol=1e-12)
+
+
+def test_frozen_gradient_is_the_derivative_of_the_hard_function() -> None:
+    twin, clip = lively().double(), random_clip(3).double()
+    y = torch.tensor([0, 1, 2])
+    generator = torch.Generator().manual_seed(0)
+    toward = torch.randn(clip.shape, generator=generator, dtype=torch.float64)
+
+    def slope(route_grad: str) -> Tensor:
+        x = clip.clone().requires_grad_()
+        losses.ce(twin(x, route_grad).logits, y).sum().backward()
+        assert x.grad is not None
+        return (x.grad * toward).sum(dim=(1, 2, 3, 4))
+
+    def value(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return losses.ce(twin(x, "frozen").logits, y)
+
+    h = 1e-7
+    numeric = (value(clip + h * toward) - value(clip - h * toward)) / (2 * h)
+    torch.testing.assert_close(slope("frozen"), numeric, rtol=1e-4, atol=1e-6)
+    assert ((slope("straight-through") - numeric).abs() > 1e-3).any()
+
+
+def test_lipschitz_term_of_identity_is_one_and_of_a_constant_none() -> None:
+    clip = random_clip(3)
+    moved = clip + 0.1 * torch.rand(clip.shape, generator=torch.Generator().manual_seed(0))
+    assert l_lip(clip, moved, clip, moved).tolist() == pytest.approx([1, 1, 1])
+    constant = torch.ones(3, 4)
+    assert l_lip(constant, constant, clip, moved).tolist() == [0, 0, 0]
+    assert l_lip(clip, clip, clip, clip).tolist() == [0, 0, 0]  # and 0/0 is no NaN
+    assert l_lip(3 * clip, 3 * moved, clip, moved).tolist() == pytest.approx([9, 9, 9])
+
+
+def test_lipschitz_quotient_is_the_form_that_shrinking_maximises() -> None:
+    clip = random_clip(1).double()
+    delta = torch.full_like(clip, 0.1).requires_grad_()
+    root = delta.abs().sqrt()  # grows slower than the perturbation
+    l_lip(torch.zeros_like(clip), root, clip, clip + delta, quotient=True).sum().backward()
+    assert delta.grad is not None
+    assert (delta.grad < 0).all()
+    delta.grad = None
+    root = delta.abs().sqrt()
+    l_lip(torch.zeros_like(clip), root, clip, clip + delta).sum().backward()
+    assert (delta.grad > 0).all()
+
+
+def gradient_of_norms(norms: list[list[float]]) -> Tensor:
+    """Return a gradient [B, 1, T, 2, 2] whose frames have these norms."""
+    return torch.tensor(norms)[:, None, :, None, None].expand(-1, 1, -1, 2, 2) / 2
+
+
+def test_temporal_step_worked_by_hand() -> None:
+    """Eps 0.1, step 0.5, beta 0.5. Over iterations: V = 0.5 * (4, 0) + (2, 9) = (4, 9)."""
+    gradient, before = gradient_of_norms([[2.0, 9.0]]), torch.tensor([[4.0, 0.0]])
+    how = TemporalSettings(eps=0.1, step=0.5, beta=0.5, temporal="iterations")
+    size, velocity = temporal_step(gradient, before, how)
+    assert velocity.tolist() == [[4.0, 9.0]]
+    by_hand = [0.05 / (1 + math.log(1 + 2)), 0.05 / (1 + math.log(1 + 3))]
+    assert size[0].tolist() == pytest.approx(by_hand)
+
+
+def test_temporal_step_along_frames_worked_by_hand() -> None:
+    """V_0 = 4; V_1 = 0.5 * 4 + 7 = 9; V_2 = 0.5 * 9 + 11.5 = 16; what was before is forgotten."""
+    gradient, before = gradient_of_norms([[4.0, 7.0, 11.5]]), torch.full((1, 3), 99.0)
+    how = TemporalSettings(eps=0.1, step=0.5, beta=0.5, temporal="frames")
+    size, velocity = temporal_step(gradient, before, how)
+    assert velocity[0].tolist() == pytest.approx([4, 9, 16])
+    assert size[0].tolist() == pytest.approx([0.05 / (1 + math.log(1 + r)) for r in (2, 3, 4)])
+
+
+@pytest.mark.parametrize("reading", ["iterations", "frames"])
+def test_temporal_step_lies_in_its_range(reading: str) -> None:
+    how = TemporalSettings(eps=8 / 255, step=0.25, temporal=reading)
+    scale = torch.logspace(-9, 9, 19)[:, None, None, None, None]
+    noise = torch.randn(19, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    size, _ = temporal_step(scale * noise, torch.zeros(19, 4), how)
+    assert (size > 0).all()
+    assert (size <= how.step * how.eps).all()
+    still, _ = temporal_step(0 * noise, torch.zeros(19, 4), how)
+    torch.testing.assert_close(still, torch.full((19, 4), how.step * how.eps))
+
+
+def test_one_step_by_hand() -> None:
+    """From the clip itself, one step of TLA-M moves frame f by a_f sign(grad)."""
+    twin, clip = linear(experts=1), 0.5 * torch.ones(1, 3, 4, 32, 32)
+    y = twin(clip).logits.argmax(dim=1)
+    x = clip.clone().requires_grad_()
+    losses.ce(twin(x).logits, y).sum().backward()
+    assert x.grad is not None
+    norms = x.grad.square().sum(dim=(1, 3, 4)).sqrt()
+    size = 0.5 * 0.1 / (1 + (1 + norms.sqrt()).log())
+    by_hand = clip + size[:, None, :, None, None] * x.grad.sign()
+    how = {"eps": 0.1, "step": 0.5, "steps": 1, "random_start": False}
+    torch.testing.assert_close(found(tla_m, twin, clip, y, **how), by_hand)
+
+
+def test_noise_is_of_seed_index_and_restart() -> None:
+    clip = random_clip(3)
+    both = uniform(clip, 0, torch.tensor([4, 2, 4]), 0)
+    assert torch.equal(both[0], both[2])
+    assert not torch.equal(both[0], both[1])
+    assert torch.equal(uniform(clip[:1], 0, torch.tensor([2]), 0)[0], both[1])
+    assert not torch.equal(uniform(clip[:1], 0, torch.tensor([2]), 1)[0], both[1])
+    assert not torch.equal(uniform(clip[:1], 1, torch.tensor([2]), 0)[0], both[1])
+    assert float(both.min()) >= -1
+    assert float(both.max()) <= 1
+    assert abs(float(both.mean())) < 0.02
+
+
+def test_projection_is_the_nearest_point() -> None:
+    clip = torch.tensor([0.0, 0.5, 1.0, 0.02])
+    moved = project(clip, torch.tensor([-1.0, 1.0, 1.0, -0.05]), 0.1)
+    assert moved.tolist() == pytest.approx([0, 0.6, 1, 0])
+
+
+def test_gradient_that_is_not_finite_leads_nowhere_else() -> None:
+    twin, clip = lively(), random_clip(2)
+    with torch.no_grad():
+        for parameter in twin.experts.parameters():
+            parameter.mul_(torch.nan)
+    result = pgd.attack(twin, clip, torch.tensor([1, 2]), pgd.Settings(steps=2))
+    assert result.adversarial.isfinite().all()
+    assert float((result.adversarial - clip).abs().max()) <= 8 / 255 + 1e-7
+
+
+@pytest.mark.parametrize("method", [pgd_r, tla_r, tlga_r])
+def test_router_of_a_dense_model_cannot_be_attacked(method: ModuleType) -> None:
+    twin = lively(experts=1)
+    with pytest.raises(SettingError, match="dense"):
+        found(method, twin, random_clip(1), torch.tensor([0]))
+
+
+def test_joint_attack_on_a_dense_model_is_tla_m() -> None:
+    twin, clip, y = lively(experts=1), random_clip(2), torch.tensor([0, 1])
+    assert torch.equal(found(j_tlga, twin, clip, y), found(tla_m, twin, clip, y))
+
+
+def test_expert_that_does_not_exist() -> None:
+    with pytest.raises(SettingError, match="--expert is 4; this model has experts 0 to 3"):
+        found(tla_e, lively(), random_clip(1), torch.tensor([0]), expert=4)
+
+
+def test_joint_attack_works_where_gradients_are_off() -> None:
+    twin, clip, y = lively(), random_clip(2), torch.tensor([0, 1])
+    free = found(j_tlga, twin, clip, y)
+    with torch.no_grad():
+        assert torch.equal(found(j_tlga, twin, clip, y), free)
+        assert not torch.is_grad_enabled()
