@@ -1,0 +1,194 @@
+"""What every sink promises: whole files, or none and one line that says why."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import videos
+from vmoe import registry
+from vmoe.errors import OutputError, SettingError, SourceError
+from vmoe.runtime import sinks
+from vmoe.runtime.frames import Frame, Stop
+from vmoe.runtime.results import Result
+from vmoe.runtime.sinks import Sink, Step, _draw, jsonl, terminal, video, window
+
+FPS = 20.0
+
+
+def result(number: int = 0, t_s: float = 0.3) -> Result:
+    return Result(
+        window=number, source="a.mp4", epoch=0, t_first_s=t_s - 0.3, t_s=t_s, t_capture=1000.0,
+        t_label=1000.0125, age_ms=12.5, frame_first=0, frame_last=6, gap=False, dropped=0,
+        label="pan-left", score=0.75, top=(("pan-left", 0.75), ("shake", 0.2)), expert=1,
+        weights=(0.25, 0.75), route_margin=0.5, route_entropy=0.562335,
+        stage_ms={"decode_ms": 1.0, "prepare_ms": 0.5, "wait_ms": 0.1, "infer_ms": 10.9},
+    )  # fmt: skip
+
+
+def steps(count: int, times_s: list[float] | None = None) -> Iterator[Step]:
+    """Yield numbered frames, with a result at every fifth."""
+    for i in range(count):
+        t_s = times_s[i] if times_s else i / FPS
+        frame = Frame(videos.picture(i), t_s, i, 0, t_s, 1.0)
+        yield Step(frame, result(i // 5, t_s) if i % 5 == 4 else None, FPS)
+
+
+def feed(sink: Sink, given: Iterable[Step]) -> None:
+    with sink:
+        for step in given:
+            sink.take(step)
+
+
+@pytest.mark.parametrize("name", registry.names("vmoe.runtime.sinks"))
+def test_a_sink_is_a_file_with_open(name: str) -> None:
+    module = registry.load("vmoe.runtime.sinks", name, "sink")
+    assert module.__doc__
+    assert callable(module.open)
+
+
+def test_a_line_for_a_person(capsys: pytest.CaptureFixture[str]) -> None:
+    feed(terminal.open(), steps(5))
+    line = capsys.readouterr().out
+    assert line == "    0.20 s  pan-left      75%  expert 1 (75%)    12.5 ms  then shake 20%\n"
+
+
+def test_json_lines_have_the_keys_that_are_documented(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.jsonl"
+    feed(jsonl.open(path), steps(10))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["window"] for line in lines] == [0, 1]
+    assert lines[0]["top"] == [
+        {"label": "pan-left", "score": 0.75},
+        {"label": "shake", "score": 0.2},
+    ]
+    assert jsonl.__doc__ is not None
+    assert all(key in jsonl.__doc__ for key in [*lines[0], *lines[0]["stage_ms"]])
+
+
+def test_json_lines_on_a_full_disk_stay_whole(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot write /dev/full: No space left"):
+        feed(jsonl.open(Path("/dev/full"), overwrite=True), steps(5))
+    path = tmp_path / "a.jsonl"
+    with _SmallFiles(1000), pytest.raises(OutputError, match=r"a\.jsonl: File too large"):
+        feed(jsonl.open(path), steps(50))
+    text = path.read_text()
+    assert text.endswith("}\n")
+    assert [json.loads(line)["window"] for line in text.splitlines()] == [0, 1]
+
+
+class _SmallFiles:
+    """No file of this process may grow beyond a limit: what a full disk does, without one."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._bytes = limit_bytes
+
+    def __enter__(self) -> None:
+        self._before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        self._handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self._bytes, self._before[1]))
+
+    def __exit__(self, *error: object) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self._before)
+        signal.signal(signal.SIGXFSZ, self._handler)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".avi", ".mkv"])
+def test_a_saved_video_holds_every_frame_at_the_sources_rate(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    feed(video.open(path), steps(30))
+    frames = videos.read(path)
+    assert len(frames) == 30
+    assert frames[0].shape == (384, 512, 3)  # four times as large, so that text can be read
+    assert frames[0][:20, :60].mean() < frames[0][300:, :60].mean()  # the panel is dark
+    assert (frames[20][:60, :200] > 240).any()  # the label is white
+    assert sorted(p.name for p in tmp_path.iterdir()) == [path.name]
+
+
+def test_a_lossless_video_shows_the_frames_themselves(tmp_path: Path) -> None:
+    path = tmp_path / "a.mkv"
+    feed(video.open(path), steps(3))
+    for i, frame in enumerate(videos.read(path)):
+        wanted = _draw.enlarged(videos.picture(i))[200:]
+        assert np.abs(frame[200:].astype(int) - wanted).max() <= 3  # the codec stores YUV
+
+
+def test_uneven_times_are_kept_by_repeating_frames(tmp_path: Path) -> None:
+    path = tmp_path / "a.avi"
+    feed(video.open(path), steps(4, [0.0, 0.05, 0.30, 0.35]))
+    assert len(videos.read(path)) == 8
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".avi", ".mkv"])
+def test_a_video_on_a_full_disk_leaves_nothing(tmp_path: Path, suffix: str) -> None:
+    with _SmallFiles(60_000), pytest.raises(OutputError, match="is the disk full"):
+        feed(video.open(tmp_path / f"a{suffix}"), steps(60))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_video_on_a_tiny_disk_that_fills_up(tmp_path: Path) -> None:
+    """A real full disk, where this user may mount one."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(tmp_path)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("cannot mount a small disk here")
+    try:
+        with pytest.raises(OutputError, match="full"):
+            feed(video.open(tmp_path / "a.mkv"), steps(70))
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_source_that_broke_off_leaves_what_was_labelled(tmp_path: Path) -> None:
+    for count, left in ((12, 1), (3, 0)):  # of the second nothing was labelled
+        shutil.rmtree(tmp_path / "v", ignore_errors=True)
+        with pytest.raises(SourceError), video.open(tmp_path / "v" / "a.avi") as sink:  # noqa: PT012
+            for step in steps(count):
+                sink.take(step)
+            raise SourceError("breaks off")
+        assert len(list((tmp_path / "v").iterdir())) == left
+
+
+def test_an_error_of_ours_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), video.open(tmp_path / "a.avi") as sink:  # noqa: PT012
+        for step in steps(12):
+            sink.take(step)
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_exists_is_refused_unless_told(tmp_path: Path) -> None:
+    for module, name in ((video, "a.mp4"), (jsonl, "a.jsonl")):
+        path = tmp_path / name
+        path.write_text("mine")
+        with pytest.raises(SettingError, match=rf"{name} exists.*--overwrite"):
+            module.open(path)
+        module.open(path, overwrite=True)
+        assert path.read_text() == "mine"  # nothing happens before the run begins
+    with pytest.raises(SettingError, match=r"cannot write '\.gif'; use \.mp4"):
+        video.open(tmp_path / "a.gif")
+
+
+def test_no_screen_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "QT_QPA_PLATFORM"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SettingError, match="no screen here"):
+        window.open(Stop())
+
+
+def test_long_labels_and_small_frames_can_be_drawn() -> None:
+    long = sinks.Result(**{**result().__dict__, "top": (("a-very-long-label-indeed", 1.0),)})
+    for height, width in ((24, 32), (360, 640), (1080, 1920)):
+        drawn = _draw.annotate(np.full((height, width, 3), 128, np.uint8), long, 1.0)
+        assert drawn.shape[0] >= 360
+        assert drawn.std() > 5
