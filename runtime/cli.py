@@ -34,7 +34,7 @@ class RunSettings(Settings):
     """The flags of vmoe-run."""
 
     camera: int | None = opt(None, "a camera of this machine, by its number", at_least=0)
-    source: str | None = opt(None, "a video file, /dev/videoN, or test (a pattern)")
+    source: str | None = opt(None, "a video file, a camera (0, /dev/video0), or test")
     backend: str = opt("auto", "what runs the graphs: auto, onnxruntime")
     device: str = opt("auto", "auto, cpu or cuda:N")
     threads: int | None = opt(None, "CPU threads of the engine; its own choice if not given",
@@ -86,6 +86,7 @@ def _run(named: Path | None, settings: RunSettings, *, as_json: bool, stop: Stop
     path, said = latest.bundle(named)
     from . import engine as engines
     from .pipeline import Pipeline
+    from .windows import default_hop_s
 
     source = _source(settings)
     with engines.load(path, settings.backend, settings.device, settings.threads) as engine:
@@ -99,7 +100,8 @@ def _run(named: Path | None, settings: RunSettings, *, as_json: bool, stop: Stop
             stop=stop,
         )
         spec, model = engine.bundle.spec, engine.bundle.model.get("name", "model")
-        seen = f"{spec.frames} frames over {spec.window_s:.2f} s"
+        hop_s = settings.hop or default_hop_s(spec)
+        seen = f"{spec.frames} frames over {spec.window_s:.2f} s, every {hop_s:.2f} s"
         log.info("%s", said)
         log.info("source: %s; %s on %s sees %s.", source.name, model, engine.backend_name, seen)
         try:

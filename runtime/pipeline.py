@@ -17,7 +17,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def watch(
     sinks: Sequence[Sink] = (),
     settings: SourceSettings | None = None,
     stop: Stop | None = None,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Label a stream: yield one result for each of its windows, in order.
 
     Args:
@@ -130,7 +130,7 @@ class Pipeline:
         )
         self._keep_frames = False
 
-    def results(self, sinks: Sequence[Sink] = ()) -> Iterator[Result]:
+    def results(self, sinks: Sequence[Sink] = ()) -> Generator[Result, None, None]:
         """Run; feed the sinks; yield the results. May be called once."""
         self._keep_frames = any(sink.wants_frames for sink in sinks)
         threads = [

@@ -1,7 +1,8 @@
 """An annotated video: the source's own frames, in the source's own time.
 
 The video has one constant rate. Where the source's times are uneven, or frames were dropped,
-the frame before is repeated, so that the video runs as long as the stream did.
+the frame before is repeated, and frames beyond the rate that the source names are left out, so
+that the video runs as long as the stream did.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ CODECS = {".mp4": "mp4v", ".avi": "MJPG", ".mkv": "FFV1"}  # what OpenCV's wheel
 UNKNOWN_FPS = 25.0
 LOOKED_AT = 64  # frames between two looks at the room that is left on the disk
 ROOM_BYTES = 1 << 20
+AHEAD = 2  # frames that a shaking clock may put the video ahead of the stream
 LONGEST_REPEAT_S = 10.0  # a longer break is not filled up
 
 
@@ -92,7 +94,8 @@ class Video:
             drawn = cv2.resize(drawn, self._size)
         for _ in range(self._copies_before(frame)):
             self._write(self._last if self._last is not None else drawn)
-        self._write(drawn)
+        if not self._too_early(frame):
+            self._write(drawn)
         self._last = drawn
 
     def _open_writer(self, fps: float, size: tuple[int, int]) -> None:
@@ -116,6 +119,10 @@ class Video:
             self._offset_s += behind / self._fps
             return 0
         return max(0, behind)
+
+    def _too_early(self, frame: Frame) -> bool:
+        """Return whether the video runs ahead of a source that is faster than it says."""
+        return self._written - (frame.t_s - (self._offset_s or 0.0)) * self._fps >= AHEAD
 
     def _write(self, drawn: clips.Frame) -> None:
         """Write one frame; OpenCV says nothing of a full disk, so look now and then."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import socket
 from types import TracebackType
 from typing import Any
 
@@ -23,11 +25,29 @@ def open(stop: Stop) -> Screen:
     Raises:
         SettingError: there is no screen.
     """
-    screens = ("DISPLAY", "WAYLAND_DISPLAY", "QT_QPA_PLATFORM")
-    if platform.system() == "Linux" and not any(os.environ.get(name) for name in screens):
-        # Qt would abort the whole process.
-        raise SettingError("--show: there is no screen here (DISPLAY is not set). Use --save.")
+    display = os.environ.get("DISPLAY", "")
+    if platform.system() == "Linux" and not _answers(display):
+        # OpenCV's window system (Qt over X11) would abort the whole process.
+        why = f"{display!r} does not answer" if display else "DISPLAY is not set"
+        raise SettingError(f"--show: there is no screen here ({why}). Use --save.")
     return Screen(stop)
+
+
+def _answers(display: str) -> bool:
+    """Return whether an X server listens at HOST:N.SCREEN; without a host it is this machine."""
+    found = re.fullmatch(r"(?:unix|([^:]*)):(\d+)(?:\.\d+)?", display)
+    if not found:
+        return False
+    host, number = found[1], int(found[2])
+    try:
+        if host:
+            socket.create_connection((host, 6000 + number), timeout=2).close()
+            return True
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as local:
+            local.connect(f"/tmp/.X11-unix/X{number}")
+    except OSError:
+        return False
+    return True
 
 
 class Screen:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -127,6 +129,11 @@ def test_uneven_times_are_kept_by_repeating_frames(tmp_path: Path) -> None:
     assert len(videos.read(path)) == 8
 
 
+def test_a_source_faster_than_it_says_does_not_stretch_time(tmp_path: Path) -> None:
+    feed(video.open(tmp_path / "a.avi"), steps(40, [i / 40 for i in range(40)]))
+    assert 20 <= len(videos.read(tmp_path / "a.avi")) <= 23  # one second at 20 per second
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".avi", ".mkv"])
 def test_a_video_on_a_full_disk_leaves_nothing(tmp_path: Path, suffix: str) -> None:
     with _SmallFiles(60_000), pytest.raises(OutputError, match="is the disk full"):
@@ -180,10 +187,43 @@ def test_what_exists_is_refused_unless_told(tmp_path: Path) -> None:
 
 
 def test_no_screen_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("DISPLAY", "WAYLAND_DISPLAY", "QT_QPA_PLATFORM"):
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(SettingError, match="no screen here"):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    with pytest.raises(SettingError, match=r"no screen here \(DISPLAY is not set\). Use --save"):
         window.open(Stop())
+    for display in (":9876", "localhost:999.0", "nonsense"):
+        monkeypatch.setenv("DISPLAY", display)
+        with pytest.raises(SettingError, match=f"'{display}' does not answer"):
+            window.open(Stop())
+
+
+@pytest.mark.skipif(shutil.which("Xvfb") is None, reason="no Xvfb here to show a window on")
+def test_a_window_shows_the_stream(tmp_path: Path) -> None:
+    """In a process of its own: OpenCV keeps one window system for a process's life."""
+    screen = subprocess.Popen(
+        ["Xvfb", "-displayfd", "1", "-nolisten", "tcp"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        assert screen.stdout is not None
+        display = f":{screen.stdout.readline().decode().strip()}"
+        code = (
+            "from tests.contract.test_sinks import feed, steps\n"
+            "from vmoe.runtime.frames import Stop\n"
+            "from vmoe.runtime.sinks import window\n"
+            "feed(window.open(Stop()), steps(8))"
+        )
+        root = Path(__file__).parents[2]
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=root, env={**os.environ, "DISPLAY": display},
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    finally:
+        screen.terminate()
+        screen.wait()
+        assert screen.stdout is not None
+        screen.stdout.close()
 
 
 def test_long_labels_and_small_frames_can_be_drawn() -> None:

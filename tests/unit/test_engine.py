@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,16 @@ def test_backend_and_device_are_checked(path: Path) -> None:
         load(path, device="gpu")
     with pytest.raises(SettingError, match="--threads is 0"):
         load(path, threads=0)
+
+
+def test_without_onnxruntime_it_says_what_to_install(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    why = r"^onnxruntime is not installed: pip install 'vmoe\[cpu\]' or 'vmoe\[gpu\]'\.$"
+    for backend in ("auto", "onnxruntime"):
+        with pytest.raises(MissingDependencyError, match=why):
+            load(path, backend=backend)
 
 
 def test_cuda_is_refused_where_onnxruntime_has_none(path: Path) -> None:

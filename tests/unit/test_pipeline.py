@@ -158,7 +158,7 @@ def test_leaving_the_loop_early_ends_the_threads(engine: Engine) -> None:
     source, sink = Given(5000), Slow()
     results = watch(engine, source, sinks=[sink])
     next(results)
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     assert source.released_in == "vmoe-capture"
     assert sink.left_with is GeneratorExit
 
