@@ -1,0 +1,365 @@
+"""vmoe-run as a user runs it: real processes, real files, an emulated camera, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import bundles, videos
+from vmoe.clips import ClipSpec
+
+RUN = [sys.executable, "-c", "from vmoe.runtime.cli import main; main(prog_name='vmoe-run')"]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory, spec: ClipSpec) -> Path:
+    return bundles.write(tmp_path_factory.mktemp("b") / "tiny", spec)
+
+
+@pytest.fixture(scope="module")
+def movie(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return videos.write(tmp_path_factory.mktemp("v") / "movie.mp4", 60, 20.0)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    def run(*args: object, env: dict[str, str] | None = None, **more: Any) -> Any:
+        command = [*RUN, *map(str, args)]
+        environment = {**os.environ, **(env or {})}
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=tmp_path,
+            env=environment,
+            **more,
+        )
+
+    return run
+
+
+def lines_of(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def refused(done: subprocess.CompletedProcess[str], code: int, *parts: str) -> None:
+    """Check an exit code and that the last line of stderr says why, with no traceback."""
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("vmoe-run: ")
+    assert all(part in last for part in parts), last
+
+
+# --- what works ---------------------------------------------------------------------------------
+
+
+def test_a_file_to_json_lines_video_and_report(
+    run: Run, bundle: Path, movie: Path, tmp_path: Path
+) -> None:
+    done = run(
+        bundle, "--source", movie, "--json", "--jsonl", "a.jsonl", "--save", "a.mkv", "--hop", 0.5,
+        "--top", 2, "--threads", 1,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    got = lines_of(done.stdout)
+    assert [line["t_s"] for line in got] == [0.3, 0.8, 1.3, 1.8, 2.3, 2.8]
+    assert [len(line["top"]) for line in got] == [2] * 6
+    assert (tmp_path / "a.jsonl").read_text() == done.stdout
+    assert len(videos.read(tmp_path / "a.mkv")) == 60
+    for said in (
+        "bundle: ",
+        "60 in 2.95 s",
+        "6 labelled",
+        "p50/p95/p99",
+        "experts: ",
+        "next: vmoe-",
+    ):
+        assert said in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "a.mkv"]
+
+
+def test_lines_for_a_person(run: Run, bundle: Path, movie: Path) -> None:
+    done = run(bundle, "--source", movie, "-q")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert len(done.stdout.splitlines()) == 18
+    assert "expert" in done.stdout.splitlines()[0]
+
+
+def test_the_newest_bundle_under_runs_is_taken(
+    run: Run, bundle: Path, movie: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(bundle, tmp_path / "runs" / "b")
+    done = run("--source", movie)
+    assert done.returncode == 0
+    assert done.stderr.splitlines()[0] == "bundle: runs/b (the newest under runs/)"
+
+
+def test_the_pattern_needs_nothing(run: Run, bundle: Path) -> None:
+    done = run(bundle, "--source", "test", "--duration", 1, "--json", "--stats-every", 0.2)
+    assert done.returncode == 0, done.stderr
+    assert len(lines_of(done.stdout)) >= 2
+    assert done.stderr.count("windows: ") >= 2
+
+
+def test_a_file_in_a_loop(run: Run, bundle: Path, movie: Path) -> None:
+    done = run(bundle, "--source", movie, "--loop", "--duration", 7, "--json")
+    assert done.returncode == 0
+    got = lines_of(done.stdout)
+    assert sorted({line["epoch"] for line in got}) == [0, 1, 2]
+    assert [line["gap"] for line in got].count(True) == 2
+
+
+def test_help_has_examples_that_can_be_pasted(run: Run) -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    assert done.stdout.count("\n    vmoe-run ") >= 3
+
+
+def test_starting_up_never_imports_torch_or_onnx(bundle: Path, movie: Path) -> None:
+    code = (
+        "import sys; from vmoe.runtime.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "bad = {'torch', 'onnx', 'skimage', 'scipy', 'pandas'} & set(sys.modules)\n"
+        "sys.exit(f'imported {bad}' if bad else 0)"
+    )
+    args = [str(bundle), "--source", "test", "--duration", "0.5", "-q"]
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_room_is_cheap() -> None:
+    code = "import sys, vmoe.runtime; sys.exit(any(m in sys.modules for m in ('cv2', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_whole_files(bundle: Path, tmp_path: Path, number: int) -> None:
+    command = [*RUN, str(bundle), "--source", "test", "--save", "a.mp4", "--jsonl", "a.jsonl"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for _ in range(2):
+        process.stdout.readline()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    assert len(lines_of((tmp_path / "a.jsonl").read_text())) == 2 + len(out.splitlines())
+    assert len(videos.read(tmp_path / "a.mp4")) > 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "a.mp4"]
+
+
+def test_a_reader_that_leaves_is_no_error(bundle: Path, movie: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*RUN, str(bundle), "--source", str(movie), "--loop", "--save", "a.avi"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=30) == 0
+    assert process.stderr is not None
+    assert "Traceback" not in process.stderr.read()
+    process.stderr.close()
+    assert videos.read(tmp_path / "a.avi")
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+def test_sources_that_cannot_be_opened(run: Run, bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "garbage.mp4").write_bytes(os.urandom(9000))
+    for source, why in (
+        ("missing.mp4", "missing.mp4: No such file or directory"),
+        ("garbage.mp4", "garbage.mp4 is no video that can be decoded"),
+        (".", ". is a folder"),
+        ("rtsp://nowhere", "cannot read this kind"),
+    ):
+        done = run(bundle, "--source", source, "--save", "a.mp4")
+        refused(done, 4, why)
+        assert done.stdout == ""
+    assert [p.name for p in tmp_path.iterdir()] == ["garbage.mp4"]
+
+
+@pytest.mark.skipif(Path("/dev/video0").exists(), reason="this machine has a camera")
+def test_no_camera(run: Run, bundle: Path) -> None:
+    for args in ((), ("--camera", 0)):
+        done = run(bundle, *args)
+        refused(done, 4, "camera 0: /dev/video0 does not exist")
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_video_cut_in_the_middle(run: Run, bundle: Path, movie: Path, tmp_path: Path) -> None:
+    cut = videos.cut(shutil.copy(movie, tmp_path / "a.mp4"), 0.6)
+    done = run(bundle, "--source", cut, "--json", "--save", "out.mkv")
+    refused(done, 4, "breaks off", "of 60 frames could be read")
+    got = lines_of(done.stdout)
+    assert len(got) > 3
+    assert len(videos.read(tmp_path / "out.mkv")) > got[-1]["frame_last"]
+
+
+def test_bundles_that_are_none(run: Run, bundle: Path, movie: Path, tmp_path: Path) -> None:
+    def broken(change: Callable[[Path], object]) -> Path:
+        path = tmp_path / "b"
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(bundle, path)
+        change(path)
+        return path
+
+    def edit(old: str, new: str) -> Callable[[Path], object]:
+        def change(path: Path) -> None:
+            text = (path / "vmoe.json").read_text()
+            assert old in text
+            (path / "vmoe.json").write_text(text.replace(old, new))
+
+        return change
+
+    def flip(path: Path) -> None:
+        data = bytearray((path / "expert1.onnx").read_bytes())
+        data[50] ^= 1
+        (path / "expert1.onnx").write_bytes(data)
+
+    for change, *why in (
+        (lambda path: (path / "expert1.onnx").unlink(), "expert1.onnx is missing"),
+        (flip, "expert1.onnx has changed since export"),
+        (edit('"schema_version": 1', '"schema_version": 7'), "schema version 7", "reads 1"),
+        (
+            edit('"expert1.onnx"', '"../expert1.onnx"'),
+            "'../expert1.onnx' leaves the bundle's folder",
+        ),
+        (edit('"expert1": {', '"expert7": {'), "lacks part 'expert1'"),
+        (edit('"labels"', '"lables"'), "vmoe.json is damaged", "'labels' is missing"),
+    ):
+        done = run(broken(change), "--source", movie)
+        refused(done, 1, *why)
+        assert len(done.stderr.splitlines()) == 1
+    refused(run(movie, "--source", movie), 1, "is no folder: not a bundle")
+    refused(run(tmp_path, "--source", movie), 1, "holds no vmoe.json: not a bundle")
+    refused(run(tmp_path / "no", "--source", movie), 1, "not a bundle")
+
+
+def test_settings_that_cannot_be_used(run: Run, bundle: Path, movie: Path, tmp_path: Path) -> None:
+    (tmp_path / "there.mp4").write_text("mine")
+    for args, why in (
+        (("--top", -1), "--top is -1; it must be at least 1"),
+        (("--hop", 0), "--hop is 0.0; it must be above 0"),
+        (("--backend", "onnxruntme"), "did you mean 'onnxruntime'?"),
+        (("--device", "gpu"), "--device is 'gpu'; it is auto, cpu or cuda:N"),
+        (("--camera", 0), "--camera and --source exclude each other"),
+        (("--save", "there.mp4"), "there.mp4 exists. Choose another --save, or say --overwrite"),
+        (("--save", "a.gif"), "cannot write '.gif'"),
+    ):
+        done = run(bundle, "--source", movie, *args)
+        refused(done, 2, why)
+        assert len(done.stderr.splitlines()) == 1
+    assert (tmp_path / "there.mp4").read_text() == "mine"
+    assert run(bundle, "--source", movie, "--sampling", "fast").returncode == 2
+    assert run(bundle, "--source", movie, "--save", "there.mp4", "--overwrite").returncode == 0
+    assert len(videos.read(tmp_path / "there.mp4")) == 60
+
+
+def test_a_full_disk(run: Run, bundle: Path, movie: Path, tmp_path: Path) -> None:
+    def small_files() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    done = run(bundle, "--source", movie, "--save", "a.avi", preexec_fn=small_files)
+    refused(done, 1, "cannot write a.avi", "Nothing was left half-written")
+    assert list(tmp_path.iterdir()) == []
+    done = run(bundle, "--source", movie, "--jsonl", "/dev/full")
+    refused(done, 1, "cannot write /dev/full: No space left on device")
+
+
+# --- real streams -------------------------------------------------------------------------------
+
+STREAMS = {  # frames, and the time between two in milliseconds
+    "bottle-detection.mp4": (1189, 34),
+    "car-detection.mp4": (377, 80),
+    "one-by-one-person-detection.mp4": (1394, 100),
+    "tree.avi": (68, 400),
+    "vtest.avi": (795, 100),
+    "walk.mkv": (89, 33),
+}
+
+
+@pytest.mark.parametrize("name", sorted(STREAMS))
+def test_real_streams(run: Run, bundle: Path, real_data: Path, name: str) -> None:
+    frames, between_ms = STREAMS[name]
+    args = (bundle, "--source", real_data / "streams" / name, "--json", "--hop", 1)
+    done = run(*args)
+    if between_ms > 100:
+        refused(done, 4, "has a frame every 4", "wants one every 100 ms", "--sampling nearest")
+        done = run(*args, "--sampling", "nearest")
+    assert done.returncode == 0, done.stderr
+    assert f"frames: {frames} in" in done.stderr
+    assert "0 incomplete" in done.stderr
+    assert len(lines_of(done.stdout)) >= 3
+
+
+def test_streams_too_slow_for_a_finer_model(run: Run, real_data: Path, tmp_path: Path) -> None:
+    finer = ClipSpec(frames=4, spacing_s=0.05, height=32, width=32)
+    path = bundles.write(tmp_path / "fine", finer)
+    args = (path, "--source", real_data / "streams" / "vtest.avi", "--duration", 5)
+    refused(run(*args), 4, "has a frame every 100 ms; this model wants one every 50 ms")
+    assert run(*args, "--sampling", "nearest").returncode == 0
+
+
+# --- a camera, through OpenCV's real V4L2 code --------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Compile the V4L2 emulation; return the environment that puts a /dev/video0 there."""
+    if shutil.which("gcc") is None or sys.platform != "linux":
+        pytest.skip("no gcc here to compile the emulated camera with")
+    library = tmp_path_factory.mktemp("v4l2") / "emulation.so"
+    source = Path(__file__).with_name("v4l2_emulation.c")
+    command = ["gcc", "-shared", "-fPIC", "-O1", "-w", "-o", library, source, "-ldl"]
+    subprocess.run(command, check=True, capture_output=True)
+    return {"LD_PRELOAD": str(library), "VCAM_W": "160", "VCAM_H": "120", "VCAM_FPS": "30"}
+
+
+def test_a_camera(run: Run, bundle: Path, emulation: dict[str, str]) -> None:
+    done = run(bundle, "--camera", 0, "--duration", 1.5, "--json", env=emulation)
+    assert done.returncode == 0, done.stderr
+    got = lines_of(done.stdout)
+    assert len(got) >= 4
+    assert all(line["source"] == "camera 0" and line["epoch"] == 0 for line in got)
+    assert all(0 <= line["t_first_s"] < line["t_s"] < 2 for line in got)
+    assert all(abs(line["t_s"] - line["t_first_s"] - 0.3) <= 0.051 for line in got)
+
+
+def test_a_camera_that_is_unplugged(run: Run, bundle: Path, emulation: dict[str, str]) -> None:
+    env = {**emulation, "VCAM_UNPLUG_AFTER": "20"}
+    refused(run(bundle, "--reconnect", 0, env=env), 4, "camera 0 was lost after", "--reconnect")
+    done = run(bundle, "--duration", 2.5, "--json", env=env)
+    assert done.returncode == 0, done.stderr
+    got = lines_of(done.stdout)
+    assert len({line["epoch"] for line in got}) >= 2
+    assert [line["gap"] for line in got].count(True) == len({line["epoch"] for line in got}) - 1
+    assert "reopening it" in done.stderr
+
+
+def test_a_camera_that_stalls(run: Run, bundle: Path, emulation: dict[str, str]) -> None:
+    env = {**emulation, "VCAM_STALL_AFTER": "20"}
+    began = time.monotonic()
+    done = run(bundle, "--reconnect", 0, "--read-timeout", 1, env=env)
+    refused(done, 4, "camera 0 was lost after")
+    assert time.monotonic() - began < 20  # it does not hang
