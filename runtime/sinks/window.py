@@ -73,6 +73,7 @@ class Screen:
             self._stop.ask()
 
     def __enter__(self) -> Screen:
+        os.environ.setdefault("QT_LOGGING_RULES", "default.warning=false")  # it misses its fonts
         import cv2
 
         self._cv2 = cv2
