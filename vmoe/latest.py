@@ -40,6 +40,23 @@ def checkpoint(named: Path | None) -> tuple[Path, str]:
     return _shipped(SHIPPED / "twin.safetensors"), "checkpoint: camera-motion (the one that ships)"
 
 
+def target(named: Path | None) -> tuple[Path, str]:
+    """Return the bundle or checkpoint to attack, and the line that says which it is.
+
+    Args:
+        named: what the user named, or None; a training's folder stands for its best checkpoint.
+    """
+    if named is not None:
+        best = named / "best.safetensors"
+        trained = best.is_file() and not (named / "vmoe.json").exists()
+        return (best if trained else named), f"target: {named}"
+    bundles = (path.parent for path in RUNS.glob("**/vmoe.json"))
+    found = _newest([*bundles, *RUNS.glob("**/best.safetensors")])
+    if found:
+        return found, f"target: {found} (the newest under {RUNS}/)"
+    return _shipped(SHIPPED), f"target: {SHIPPED.name} (the one that ships)"
+
+
 def _inside(named: Path) -> Path:
     if not named.is_dir():
         return named

@@ -1,0 +1,168 @@
+"""What an evaluation says in figures: one mapping for each row and model, ready for JSON.
+
+A share is {"hits", "n", "share", "low", "high"}: n is small, so that its 95 % interval (Wilson)
+stands beside it everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vmoe.attacks.evaluate import Evaluation, Outcome
+from vmoe.attacks.grid import radius
+from vmoe.attacks.judge import Bools, Floats
+from vmoe.report import plain, wilson
+
+
+def share(hits: Bools, among: Bools | None = None) -> dict[str, Any]:
+    """Return a share with its 95 % interval.
+
+    Args:
+        hits: [N].
+        among: which of the N count; None is all.
+    """
+    counted = hits if among is None else hits[among]
+    low, high = wilson(int(counted.sum()), len(counted))
+    value = float(counted.mean()) if len(counted) else None
+    return {"hits": int(counted.sum()), "n": len(counted), "share": value, "low": low, "high": high}
+
+
+def broken(found: Evaluation, outcome: Outcome, model: str) -> Bools:
+    """Return which clips a model gets wrong under an attack, [N]: adversarial, or clean already."""
+    wrong: Bools = outcome.seen[model].seen.said != found.label
+    return wrong | (found.clean[model].said != found.label)
+
+
+def figures(found: Evaluation, outcome: Outcome, model: str) -> dict[str, Any]:
+    """Return the figures of one attack on one model.
+
+    `success` is by the attack's own criterion: of an attack on the whole model, the clips broken
+    among those that were right; of one on the router or an expert, among all.
+    """
+    clean, attacked = found.clean[model], outcome.seen[model]
+    seen, right = attacked.seen, found.clean[model].said == found.label
+    whole = outcome.row.part == "model"
+    return {
+        "attack": outcome.row.attack,
+        "part": outcome.row.part,
+        "eps": outcome.row.eps,
+        "model": model,
+        "clean": share(right),
+        "robust": share(~broken(found, outcome, model)),
+        "success": share(attacked.success, right if whole else None),
+        "flips": share(seen.route != clean.route),
+        "weakest": share(seen.route == clean.weakest),
+        "route_kept": share(right & (attacked.kept == found.label)),
+        "gap_clean": _mean(clean.gap),
+        "gap_adversarial": _mean(seen.gap),
+        "l_lip_router": _mean(attacked.l_lip),
+        "linf": outcome.linf,
+        "radius": radius(outcome.row.eps),
+        "forwards": outcome.forwards,
+        "backwards": outcome.backwards,
+        "seconds": outcome.seconds,
+    }
+
+
+def worst_of(found: Evaluation, eps: float, model: str) -> dict[str, Any]:
+    """Return the figures of all attacks at one budget together: broken by at least one."""
+    at = [outcome for outcome in found.outcomes if outcome.row.eps == eps]
+    any_broken = np.any([broken(found, outcome, model) for outcome in at], axis=0)
+    clean = found.clean[model]
+    any_flip = np.any([o.seen[model].seen.route != clean.route for o in at], axis=0)
+    return {
+        "attack": "worst-of",
+        "eps": eps,
+        "model": model,
+        "clean": share(clean.said == found.label),
+        "robust": share(~any_broken),
+        "success": share(any_broken, clean.said == found.label),
+        "flips": share(any_flip),
+        "linf": max(outcome.linf for outcome in at),
+        "forwards": sum(outcome.forwards for outcome in at),
+        "backwards": sum(outcome.backwards for outcome in at),
+        "seconds": sum(outcome.seconds for outcome in at),
+    }
+
+
+def agreement(found: Evaluation, outcome: Outcome | None, a: str, b: str) -> dict[str, Any]:
+    """Return how far two models agree, clip by clip.
+
+    Args:
+        found: the evaluation.
+        outcome: one of its attacks; None is the clean clips.
+        a: a model's name, such as "twin".
+        b: another's, such as "engine".
+
+    Returns:
+        Shares of the same `route` and the same label (`said`); of an attack also which clips are
+        broken on both, only on one, or on neither.
+    """
+    if outcome is None:
+        seen_a, seen_b = found.clean[a], found.clean[b]
+    else:
+        seen_a, seen_b = outcome.seen[a].seen, outcome.seen[b].seen
+    same = {
+        "route": share(seen_a.route == seen_b.route),
+        "said": share(seen_a.said == seen_b.said),
+    }
+    if outcome is None:
+        return {"attack": "clean", "eps": 0.0, **same}
+    broken_a, broken_b = broken(found, outcome, a), broken(found, outcome, b)
+    return {
+        "attack": outcome.row.attack,
+        "eps": outcome.row.eps,
+        **same,
+        "both_broken": int((broken_a & broken_b).sum()),
+        f"only_{a}": int((broken_a & ~broken_b).sum()),
+        f"only_{b}": int((~broken_a & broken_b).sum()),
+        "neither": int((~broken_a & ~broken_b).sum()),
+    }
+
+
+def budgets(found: Evaluation) -> list[float]:
+    """Return the budgets of an evaluation, in their order."""
+    return list(dict.fromkeys(outcome.row.eps for outcome in found.outcomes))
+
+
+def everything(found: Evaluation, index: Sequence[int]) -> dict[str, Any]:
+    """Return all figures and the values of each clip, as JSON holds them."""
+    models = list(found.clean)
+    pairs = [("twin", "engine")] if {"twin", "engine"} <= set(models) else []
+    report = {
+        "rows": [figures(found, o, model) for o in found.outcomes for model in models],
+        "worst_of": [worst_of(found, eps, model) for eps in budgets(found) for model in models],
+        "agreement": [
+            agreement(found, outcome, *pair)
+            for pair in pairs
+            for outcome in (None, *found.outcomes)
+        ],
+        "clips": {
+            "index": index,
+            "label": found.label,
+            "clean": {name: seen._asdict() for name, seen in found.clean.items()},
+            "attacked": [_each(outcome) for outcome in found.outcomes],
+        },
+    }
+    kept: dict[str, Any] = plain(report)
+    return kept
+
+
+def _each(outcome: Outcome) -> dict[str, Any]:
+    """Return the values of each clip under one attack."""
+    return {
+        "attack": outcome.row.attack,
+        "eps": outcome.row.eps,
+        **{
+            model: {**attacked.seen._asdict(), "success": attacked.success, "kept": attacked.kept}
+            for model, attacked in outcome.seen.items()
+        },
+    }
+
+
+def _mean(values: Floats) -> float | None:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else None

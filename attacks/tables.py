@@ -1,0 +1,78 @@
+"""The report of an evaluation as text: a table for each budget, valid Markdown as it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vmoe.report import percent, table
+from vmoe.settings import format_eps
+
+COLUMNS = (
+    "attack", "on", "clean %", "robust %", "success %", "flips %", "weakest %", "clean route %",
+    "gap", "L_Lip R", "linf", "passes", "s",
+)  # fmt: skip
+LEGEND = (
+    "Accuracies with their 95 % interval (Wilson). success: by the attack's own criterion (pgd-r, "
+    "tla-r, tlga-r: the route has changed). flips: clips whose route changed; weakest: that went "
+    "to the expert of the lowest clean score. clean route: accuracy with the clean route kept. "
+    "gap: mean top-2 gap of the scores, clean > adversarial. L_Lip R: of the router, mean. linf: "
+    "largest change found in the final uint8 clips, in grey levels. passes: forward + backward, "
+    "for each clip. worst-of: broken by at least one attack of the table."
+)
+
+
+def attacks(report: Mapping[str, Any]) -> str:
+    """Return one table for each budget: attack x model, then the worst of all."""
+    budgets = list(dict.fromkeys(row["eps"] for row in report["rows"]))
+    parts = []
+    for eps in budgets:
+        rows = [row for row in [*report["rows"], *report["worst_of"]] if row["eps"] == eps]
+        levels = rows[0]["radius"]
+        title = f"eps {format_eps(eps)}: at most {levels} of 255 grey levels, on uint8 clips"
+        parts.append(title + "\n\n" + table([_row(row) for row in rows], COLUMNS))
+    return "\n\n".join(parts)
+
+
+def agreement(report: Mapping[str, Any]) -> str:
+    """Return the table of twin against engine, clip by clip; empty where there is one model."""
+    if not report["agreement"]:
+        return ""
+    columns = (
+        "clips", "same route %", "same label %", "both broken", "only twin", "only engine",
+        "neither",
+    )  # fmt: skip
+    rows = []
+    for row in report["agreement"]:
+        clean = row["attack"] == "clean"
+        name = "clean" if clean else f"{row['attack']} {row['eps'] * 255:.4g}/255"
+        counts = [row.get(key) for key in ("both_broken", "only_twin", "only_engine", "neither")]
+        rows.append([name, _share(row["route"]), _share(row["said"]), *counts])
+    return "twin against engine, clip by clip\n\n" + table(rows, columns)
+
+
+def markdown(report: Mapping[str, Any], header: str) -> str:
+    """Return the whole report."""
+    facts = "\n".join(f"* {line}" for line in header.splitlines())
+    parts = ["# vmoe-attack", facts, attacks(report), agreement(report), LEGEND]
+    command = f"Made by `{report['command']}` with vmoe {report['vmoe']}."
+    return "\n\n".join(part for part in [*parts, command] if part) + "\n"
+
+
+def _row(row: Mapping[str, Any]) -> list[object]:
+    gap = None
+    if row.get("gap_clean") is not None:
+        gap = f"{row['gap_clean']:.2f} > {row['gap_adversarial']:.2f}"
+    passes = f"{row['forwards']}+{row['backwards']}" if row["forwards"] else None
+    return [
+        row["attack"], row["model"], _share(row["clean"]), _share(row["robust"], interval=True),
+        _share(row["success"]), _share(row["flips"]), _share(row.get("weakest")),
+        _share(row.get("route_kept")), gap, row.get("l_lip_router"), row["linf"], passes,
+        f"{row['seconds']:.1f}",
+    ]  # fmt: skip
+
+
+def _share(found: Mapping[str, Any] | None, *, interval: bool = False) -> str | None:
+    if found is None or not found["n"]:
+        return None
+    return percent(found["hits"], found["n"], interval=interval)
