@@ -34,6 +34,7 @@ class RunSettings(Settings):
     size: int = opt(64, "height and width of a clip, in pixels", at_least=16)
     val_clips: int = opt(200, "clips of the validation; 0 is all", at_least=0)
     test_clips: int = opt(400, "clips of the report at the end; 0 is all", at_least=0)
+    report_steps: int = opt(20, "gradient steps of the report's attacks", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,8 @@ def _report(
 ) -> None:
     """Measure the best epoch on the test split, which nothing has seen; write the report."""
     best = checkpoint.load(folder / "best.safetensors", where)
-    found = report.make(best, plan.open("test", plan.run.test_clips, spec), plan.loop.batch)
+    data = plan.open("test", plan.run.test_clips, spec)
+    found = report.make(best, data, plan.loop.batch, plan.run.report_steps)
     output.write_json(folder / "report.json", found)
     output.write_text(folder / "report.md", report.markdown(found))
     if as_json:

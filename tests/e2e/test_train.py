@@ -20,12 +20,13 @@ from vmoe.train.cli import main
 
 SMALL = [
     "--arch", "tsm", "--width", "0.1", "--frames", "4", "--size", "32", "--clips", "20",
-    "--val-clips", "10", "--test-clips", "10", "--batch", "10", "--val-steps", "1", "--quiet",
+    "--val-clips", "10", "--test-clips", "10", "--batch", "10", "--val-steps", "1",
+    "--report-steps", "1", "--quiet",
 ]  # fmt: skip
 
 
 def train(*arguments: str) -> Result:
-    return CliRunner().invoke(main, [*arguments, *SMALL])
+    return CliRunner().invoke(main, [*SMALL, *arguments])
 
 
 def weights(path: Path) -> dict[str, np.ndarray]:
@@ -37,12 +38,12 @@ def test_standard_trains_and_says_what_to_do_next(tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = [a for a in SMALL if a != "--quiet"]
     result = CliRunner().invoke(
-        main, ["--method", "standard", "--epochs", "2", "--out", str(out), *arguments]
+        main, [*arguments, "--method", "standard", "--epochs", "2", "--out", str(out)]
     )
     assert result.exit_code == 0, result.output
     assert f"next: vmoe-export {out / 'best.safetensors'}" in result.output
     assert "saved" in result.output  # the FLOPs against the dense counterpart
-    rows = list(csv.DictReader((out / "results.csv").open()))
+    rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert {"loss_whole", "clean", "robust", "share0", "gradients_per_clip"} <= set(rows[0])
     report = json.loads((out / "report.json").read_text())
@@ -167,7 +168,8 @@ def test_real_clips_of_a_folder_are_learnt_from(real_data: Path, tmp_path: Path)
     result = CliRunner().invoke(main, [
         str(real_data / "ut_interaction" / "train"), "--group", r"seq\d+", "--method", "standard",
         "--experts", "1", "--arch", "tsm", "--width", "0.1", "--frames", "8", "--spacing", "0.1",
-        "--size", "48", "--epochs", "2", "--val-clips", "0", "--val-steps", "0", "--test-clips", "0",
+        "--size", "48", "--epochs", "2", "--val-clips", "0", "--val-steps", "0",
+        "--test-clips", "0",
         "--out", str(tmp_path / "run"),
     ])  # fmt: skip
     assert result.exit_code == 0, result.output
