@@ -156,3 +156,14 @@ def test_devices() -> None:
     for name in ("gpu", "cuda:99", "cpu:x"):
         with pytest.raises(SettingError, match=f"--device {name} cannot be used here"):
             checkpoint.device(name)
+
+
+@pytest.mark.parametrize("start", [b"\x80", b"PK"])
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path, start: bytes) -> None:
+    path = tmp_path / "a.safetensors"
+    wanted = int.from_bytes(start, "little") if len(start) == 2 else 0x180
+    checkpoint.write_tensors({}, {"pad": ""}, path)
+    padding = wanted - int.from_bytes(path.read_bytes()[:8], "little")
+    checkpoint.write_tensors({}, {"pad": "x" * padding}, path)
+    assert path.read_bytes().startswith(start)
+    assert checkpoint.read_tensors(path)[1]["pad"] == "x" * padding
