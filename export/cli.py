@@ -1,0 +1,156 @@
+"""vmoe-export: a twin as a bundle that really runs sparse, checked against the twin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vmoe import bundle as bundles
+from vmoe import cli, latest, output, report
+from vmoe.errors import MissingDependencyError, SettingError
+from vmoe.models import flops
+
+from . import pipeline
+from .pipeline import Exported, ExportSettings, Plan
+
+log = cli.log
+
+
+@cli.command(
+    "vmoe-export",
+    "vmoe-export",
+    "vmoe-export runs/train/mine/best.safetensors --lowering if --out runs/export/mine",
+    "vmoe-export runs/train/mine/best.safetensors --counterpart --lowering if",
+)
+@click.argument("checkpoint", metavar="[CKPT]", required=False, type=click.Path(path_type=Path))
+@click.option("--onnx", is_flag=True, help="ONNX parts, for ONNX Runtime. [default]")
+@click.option("--trt", is_flag=True, help="TensorRT plans: not in this version.")
+@click.option("--fp16", is_flag=True, help="Half precision, with --trt: not in this version.")
+@cli.options(ExportSettings)
+@click.option("--out", type=click.Path(path_type=Path),
+              help="The bundle's folder. [default: runs/export/NAME-LOWERING]")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+@click.option("--dry-run", is_flag=True, help="Show the plan; export nothing.")
+@cli.seed_option
+@cli.config_option
+@cli.json_option
+def main(
+    checkpoint: Path | None, onnx: bool, trt: bool, fp16: bool, out: Path | None, overwrite: bool,
+    dry_run: bool, seed: int, config: Path | None, as_json: bool, **flags: Any,
+) -> None:  # fmt: skip
+    """Export CKPT to a bundle: uint8 clips in; per clip, the router and one expert run.
+
+    CKPT is a checkpoint, a training's folder, or a bundle that carries its twin; left out, it is
+    the newest under runs/, else the one that ships. The bundle is loaded again and compared with
+    the twin; one that does not agree is refused (exit code 3), and nothing is left of it.
+    """
+    _refuse_later(onnx=onnx, trt=trt, fp16=fp16)
+    settings = cli.resolve(ExportSettings, flags, config)
+    if out is not None:
+        output.refuse_existing(out, overwrite=overwrite)
+    path, line = latest.checkpoint(checkpoint)
+    log.info("%s", line)
+    plan = pipeline.plan(path, settings, seed)
+    folder = out or plan.default_out
+    output.refuse_existing(folder, overwrite=overwrite)
+    cost = flops.count(plan.checkpoint.twin)
+    log.info("%s", _describe(plan, cost))
+    if dry_run:
+        planned = _planned(plan, folder, cost)
+        cli.print_json(planned) if as_json else click.echo(_lines(planned))
+        return
+    made = pipeline.run(plan, folder, overwrite=overwrite)
+    if as_json:
+        cli.print_json({"bundle": str(folder), **report.plain(made.report)})
+    else:
+        click.echo(_table(made))
+    log.info("bundle: %s", folder)
+    for next_line in _next(made, folder):
+        log.info("next: %s", next_line)
+
+
+def _refuse_later(*, onnx: bool, trt: bool, fp16: bool) -> None:
+    """Say honestly what this version does not build, before any work is done."""
+    if onnx and trt:
+        raise SettingError("--onnx and --trt exclude each other: choose one.")
+    if trt:
+        raise MissingDependencyError(
+            "TensorRT plans are not in this version of vmoe, whether TensorRT is installed or not. "
+            "Leave --trt and --fp16 out: the ONNX bundle runs sparse on ONNX Runtime "
+            "(pip install 'vmoe[cpu]' or 'vmoe[gpu]')."
+        )
+    if fp16:
+        raise SettingError(
+            "--fp16 is for --trt, which is not in this version; ONNX parts are fp32 (on a CPU "
+            "half precision is no faster). Leave it out."
+        )
+
+
+def _describe(plan: Plan, cost: flops.Flops) -> str:
+    model = plan.checkpoint.twin.settings
+    what = f"{plan.name}: {model.arch}, width {model.width:g}, {model.experts} expert(s)"
+    if plan.settings.counterpart:
+        what += ", random weights: for latency only"
+    saved = "" if cost.saved is None else f", {cost.saved:.0%} less than its dense counterpart"
+    return f"{what}; {cost.moe / 1e9:.3g} GFLOP a clip{saved}"
+
+
+def _planned(plan: Plan, folder: Path, cost: flops.Flops) -> dict[str, Any]:
+    settings, twin = plan.settings, plan.checkpoint.twin
+    return {
+        "out": str(folder),
+        "name": plan.name,
+        "model": report.plain(twin.settings),
+        "clip": report.plain(twin.spec),
+        "labels": list(plan.checkpoint.labels),
+        "lowering": settings.lowering,
+        "parts": bundles.part_names(settings.lowering, len(twin.experts)),
+        "precision": "fp32",
+        "opset": settings.opset,
+        "gates": {"parity": settings.gate_parity, "route_pct": settings.gate_route},
+        "verify_data": settings.verify_data or "camera-motion and noise",
+        "twin_inside": settings.twin and plan.file is not None,
+        "flops_per_clip": cost.moe,
+        "seed": plan.seed,
+    }
+
+
+def _lines(planned: dict[str, Any]) -> str:
+    return "\n".join(f"{key}: {_said(value)}" for key, value in planned.items())
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_said(member)}" for key, member in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _table(made: Exported) -> str:
+    """Return what was made and how it compares: one row for each part."""
+    sizes, found = made.report["size_bytes"], made.findings
+    rows = []
+    for name, part in made.bundle.parts.items():
+        size = sum(sizes[file] for file in part.hashes)
+        d_logits, d_scores, routes = found.logits, found.scores, found.agreement_pct
+        rows.append([
+            name, part.precision["asked"], part.precision["found"], f"{size / 2**20:.2f}",
+            max(d_logits, *found.experts) if name == "moe"
+            else found.experts[int(name.removeprefix("expert"))] if name != "router" else None,
+            d_scores if name in ("moe", "router") else None,
+            routes if name in ("moe", "router") else None,
+            "ok",
+        ])  # fmt: skip
+    columns = ["part", "asked", "found", "MiB", "max |d logits|", "max |d scores|", "routes %",
+               "verdict"]  # fmt: skip
+    return report.table(rows, columns)
+
+
+def _next(made: Exported, folder: Path) -> list[str]:
+    lines = [f"vmoe-run {folder} --camera 0"]
+    if "file" in made.bundle.twin:
+        lines.append(f"vmoe-attack {folder} --n 100")
+    if made.bundle.extra.get("weights") == "random":
+        return [f"vmoe-bench BUNDLE --baseline {folder}"]
+    return [*lines, f"vmoe-bench {folder}"]
