@@ -209,11 +209,11 @@ def _groups(paths: list[Path], pattern: str) -> dict[Path, str]:
     try:
         found = {path: re.search(pattern, path.name) for path in paths}
     except re.error as e:
-        raise SettingError(f"--group {pattern!r} is no regular expression: {e}.") from e
+        raise SettingError(f"--group '{pattern}' is no regular expression: {e}.") from e
     missed = [path.name for path, match in found.items() if not match]
     if missed:
         raise SettingError(
-            f"--group {pattern!r} finds nothing in {len(missed)} of {len(paths)} file names: "
+            f"--group '{pattern}' finds nothing in {len(missed)} of {len(paths)} file names: "
             f"{_some(missed)}."
         )
     return {path: match[0] for path, match in found.items() if match}
