@@ -44,8 +44,8 @@ class RunSettings(Settings):
     sampling: str = opt("exact", "exact refuses sources slower than the model's frame spacing; "
                         "nearest repeats frames", choices=("exact", "nearest"))  # fmt: skip
     top: int = opt(3, "how many labels to list", at_least=1)
-    save: Path | None = opt(None, "write the annotated video: .mp4, .avi or .mkv (lossless)")  # noqa: RUF009
-    jsonl: Path | None = opt(None, "write one JSON object per window to a file")  # noqa: RUF009
+    save: Path | None = opt(None, "write the annotated video: .mp4, .avi or .mkv (lossless)")
+    jsonl: Path | None = opt(None, "write one JSON object per window to a file")
     duration: float | None = opt(None, "stop after so many seconds of the stream", above=0)
     loop: bool = opt(False, "start a file again when it ends")
     stats_every: float | None = opt(None, "print counts every so many seconds", above=0)
