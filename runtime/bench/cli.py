@@ -1,0 +1,105 @@
+"""vmoe-bench: what bundles cost, route by route."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vmoe import cli, latest, output
+from vmoe.bundle import TWIN
+from vmoe.errors import SettingError
+
+from . import scenarios
+from .record import Record
+from .scenarios import BenchSettings
+
+log = logging.getLogger("vmoe")
+
+
+@cli.command(
+    "vmoe-bench",
+    "vmoe-bench",
+    "vmoe-bench runs/split runs/if --baseline runs/dense --duration 20 --md bench.md",
+    "vmoe-bench runs/bundle --scenario offline --batch 16 --json | jq .certificates",
+)
+@click.argument("bundle", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--baseline",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Bundle to compare with, such as the dense counterpart; may be given again.",
+)
+@cli.options(BenchSettings)
+@cli.json_option
+@cli.config_option
+def main(
+    bundle: tuple[Path, ...],
+    baseline: tuple[Path, ...],
+    as_json: bool,
+    config: Path | None,
+    **flags: Any,
+) -> None:
+    """Measure what a clip costs on each route, and certify that only one expert is paid for.
+
+    BUNDLE is a folder that vmoe-export wrote; the newest under runs/ if not given, else the one
+    that ships. All that is compared is called in turn, in one run. The record's JSON is described
+    by runtime/bench/schema.json.
+    """
+    chosen = cli.resolve(BenchSettings, flags, config)
+    files = _files(chosen)
+    paths, said = list(bundle), ""
+    if not paths:
+        path, said = latest.bundle(None)
+        paths = [path]
+        log.info("%s", said)
+    made = scenarios.run(paths, list(baseline), chosen)
+    for path, text in files.items():
+        output.write_text(path, text(made))
+    if as_json:
+        cli.print_json(made.to_json())
+        log.info("%s", made.to_text())
+    else:
+        click.echo(made.to_text())
+    for path in files:
+        log.info("written: %s", path)
+    log.info("next: %s", _next_command(paths[0], baseline, made))
+
+
+def _files(settings: BenchSettings) -> dict[Path, Callable[[Record], str]]:
+    """Return what makes each file's text; a file that exists is refused here, before any work."""
+    texts: list[tuple[Path | None, Callable[[Record], str]]] = [
+        (settings.out, lambda made: json.dumps(made.to_json(samples=True), indent=1) + "\n"),
+        (settings.csv, Record.to_csv),
+        (settings.md, Record.to_markdown),
+    ]
+    files: dict[Path, Callable[[Record], str]] = {}
+    for path, text in texts:
+        if path is None:
+            continue
+        if path in files:
+            raise SettingError(f"{path} is named by two of --out, --csv and --md.")
+        if path.is_dir():
+            raise SettingError(f"{path} is a folder; name a file.")
+        if path.exists() and not settings.overwrite:
+            raise SettingError(f"{path} exists. Choose another file, or say --overwrite.")
+        files[path] = text
+    return files
+
+
+def _next_command(path: Path, baselines: Sequence[Path], made: Record) -> str:
+    """Return the command that most would type next."""
+    bundle, about = shlex.quote(str(path)), made.bundles[0]
+    if baselines or about.experts == 1:
+        return f"vmoe-run {bundle} --source test --duration 20"
+    twin = bundle if (path / TWIN).is_file() else "CKPT"
+    dense = shlex.quote(f"{path.resolve().name}-dense-{about.lowering}")
+    return (
+        f"vmoe-export {twin} --counterpart --lowering {about.lowering} --out {dense} && "
+        f"vmoe-bench {bundle} --baseline {dense}"
+    )
