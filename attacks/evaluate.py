@@ -34,6 +34,7 @@ from vmoe.attacks.judge import (
     router_l_lip,
     rule,
 )
+from vmoe.batches import to_tensor
 from vmoe.cli import progress
 from vmoe.clips import Clips
 from vmoe.models import ROUTE_GRADS, VideoMoE
@@ -246,7 +247,7 @@ def _make(
     """Attack one batch with every route_grad; per sample, the worst after rounding."""
     method, own = registry.load(METHODS, row.attack, "attack"), of_twin(twin, device)
     start, forwards, backwards = time.perf_counter(), 0, 0
-    clip, target = grid.to_clip(clean, device), torch.as_tensor(label, device=device)
+    clip, target = to_tensor(clean, device), torch.as_tensor(label, device=device)
     route = own(clean).route
     wrong, _ = rule(row.part, row.expert, own, clean, label, route)
     best, success = clean.copy(), wrong.success.copy()

@@ -32,8 +32,9 @@ def share(hits: Bools, among: Bools | None = None) -> dict[str, Any]:
 
 def broken(found: Evaluation, outcome: Outcome, model: str) -> Bools:
     """Return which clips a model gets wrong under an attack, [N]: adversarial, or clean already."""
-    wrong: Bools = outcome.seen[model].seen.said != found.label
-    return wrong | (found.clean[model].said != found.label)
+    wrong = outcome.seen[model].seen.said != found.label
+    either: Bools = wrong | (found.clean[model].said != found.label)
+    return either
 
 
 def figures(found: Evaluation, outcome: Outcome, model: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from vmoe.clips import Clips
@@ -23,11 +22,6 @@ def radius(eps: float) -> int:
         eps: L-infinity budget, on pixels in [0, 1].
     """
     return math.floor(255 * eps + 1e-6)
-
-
-def to_clip(clips: Clips, device: torch.device | str = "cpu") -> Tensor:
-    """Return uint8 [N, T, H, W, 3] as a clip, float32 [N, 3, T, H, W] with pixels in [0, 1]."""
-    return torch.from_numpy(clips).to(device).permute(0, 4, 1, 2, 3).float() / 255
 
 
 def to_grid(adversarial: Tensor, clean: Clips, eps: float) -> Clips:

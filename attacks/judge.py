@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vmoe.attacks.grid import to_clip
 from vmoe.attacks.loop import as_found
+from vmoe.batches import to_tensor
 from vmoe.clips import Clips
 from vmoe.lipschitz import l_lip
 from vmoe.models import VideoMoE
@@ -37,7 +37,7 @@ def of_twin(twin: VideoMoE, device: torch.device | str = "cpu") -> Judge:
 
     def judge(clips: Clips, force_route: Sequence[int] | None = None) -> Prediction:
         with as_found(twin), torch.no_grad():
-            clip = to_clip(clips, device)
+            clip = to_tensor(clips, device)
             scores = twin.scores(clip)
             route = scores.argmax(dim=1)
             if force_route is not None:
@@ -131,7 +131,7 @@ def router_l_lip(clean: Floats, moved: Floats, clips: Clips, adversarial: Clips)
         adversarial: the same shape.
     """
     scores = torch.from_numpy(clean), torch.from_numpy(moved)
-    term: Floats = l_lip(*scores, to_clip(clips), to_clip(adversarial)).numpy()
+    term: Floats = l_lip(*scores, to_tensor(clips), to_tensor(adversarial)).numpy()
     same = (clips == adversarial).all(axis=(1, 2, 3, 4))
     return np.where(same, np.nan, term)
 

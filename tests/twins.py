@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vmoe.batches import to_tensor
 from vmoe.clips import Clips, ClipSpec
 from vmoe.models import ModelSettings, VideoMoE, build
 
@@ -26,8 +27,7 @@ def random_clips(n: int, seed: int = 0, spec: ClipSpec = SPEC) -> Clips:
 
 def random_clip(n: int, seed: int = 0, spec: ClipSpec = SPEC) -> Tensor:
     """Return the same as a clip, float32 [N, 3, T, H, W] with pixels in [0, 1]."""
-    clips = torch.from_numpy(random_clips(n, seed, spec))
-    return clips.permute(0, 4, 1, 2, 3).float() / 255
+    return to_tensor(random_clips(n, seed, spec))
 
 
 def lively(experts: int = 4, classes: int = 4, seed: int = 0, spec: ClipSpec = SPEC) -> VideoMoE:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from tests.twins import random_clips
-from vmoe.attacks.grid import linf, radius, to_clip, to_grid
+from vmoe.attacks.grid import linf, radius, to_grid
+from vmoe.batches import to_tensor
 from vmoe.clips import Clips
 from vmoe.errors import SettingError
 
@@ -38,7 +39,7 @@ def test_radius_of_a_whole_number_of_levels_is_that_number() -> None:
     eps=st.floats(0, 1),
 )
 def test_grid_stays_in_the_integer_ball(clean: Clips, delta: Clips, eps: float) -> None:
-    adversarial = to_clip(clean) + torch.from_numpy(delta).permute(0, 4, 1, 2, 3)
+    adversarial = to_tensor(clean) + torch.from_numpy(delta).permute(0, 4, 1, 2, 3)
     rounded = to_grid(adversarial, clean, eps)
     assert rounded.dtype == np.uint8
     assert rounded.shape == clean.shape
@@ -52,12 +53,12 @@ def test_grid_stays_in_the_integer_ball(clean: Clips, delta: Clips, eps: float) 
 
 @given(clean=arrays.arrays(np.uint8, SHAPE), eps=st.floats(0, 1))
 def test_clean_clip_comes_back_exactly(clean: Clips, eps: float) -> None:
-    assert (to_grid(to_clip(clean), clean, eps) == clean).all()
+    assert (to_grid(to_tensor(clean), clean, eps) == clean).all()
 
 
 def test_clip_has_the_twin_s_layout() -> None:
     clips = random_clips(2)
-    clip = to_clip(clips)
+    clip = to_tensor(clips)
     assert clip.shape == (2, 3, 4, 32, 32)
     assert float(clip[1, 2, 3, 5, 7]) == pytest.approx(clips[1, 3, 5, 7, 2] / 255)
 
@@ -65,7 +66,7 @@ def test_clip_has_the_twin_s_layout() -> None:
 def test_what_is_not_a_number_cannot_be_rounded() -> None:
     clips = random_clips(1)
     with pytest.raises(SettingError, match="NaN"):
-        to_grid(to_clip(clips) * torch.nan, clips, 0.1)
+        to_grid(to_tensor(clips) * torch.nan, clips, 0.1)
 
 
 def test_distance_of_nothing_is_none() -> None:
