@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
-from vmoe.attacks.loop import as_found
 from vmoe.batches import Batch
 from vmoe.lipschitz import l_lip
 from vmoe.models import VideoMoE
@@ -85,12 +84,22 @@ def training(twin: VideoMoE, part: str) -> Iterator[list[nn.Parameter]]:
 
 
 def constant(twin: VideoMoE, answer: Callable[[], Tensor]) -> Tensor:
-    """Return what the twin answers in eval mode, without gradient.
+    """Return what the twin answers in its present mode, without gradient or a trace.
 
-    So a Lipschitz term's clean side is a fixed target, and BatchNorm sees each batch once (ours).
+    The clean side of a Lipschitz term is a fixed target (ours). It must be normalised as the
+    other side is, by its batch: the running statistics may lie so far off that the term, whose
+    denominator is tiny, explodes. The statistics themselves see each batch once.
     """
-    with as_found(twin), torch.no_grad():
-        return answer()
+    norms = [m for m in twin.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        with torch.no_grad():
+            return answer()
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def load_balance(scores: Tensor) -> Tensor:
