@@ -34,7 +34,7 @@ class Some(Settings):
     kind: str = opt("area", "kind", choices=("area", "linear"))
     sizes: tuple[int, ...] = opt((1, 2), "sizes")
     loud: bool = opt(False, "loud")
-    place: Path | None = opt(None, "place")  # noqa: RUF009
+    place: Path | None = opt(None, "place")
 
 
 @dataclass(frozen=True)

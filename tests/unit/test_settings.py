@@ -19,7 +19,7 @@ class Some(Settings):
     sizes: tuple[float, ...] = opt((1.0,), "sizes", at_least=0)
     names: tuple[str, ...] = opt((), "names", choices=("a", "b"))
     limit: int | None = opt(None, "limit", at_least=1)
-    place: Path | None = opt(None, "place")  # noqa: RUF009
+    place: Path | None = opt(None, "place")
     loud: bool = opt(False, "loud")
 
 
