@@ -67,7 +67,8 @@ def _inside(named: Path) -> Path:
 
 
 def _newest(paths: Iterable[Path]) -> Path | None:
-    found = [path for path in paths if not path.name.startswith(".")]  # not half-written ones
+    # nothing half-written: that stands under a name that begins with a dot
+    found = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 

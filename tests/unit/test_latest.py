@@ -43,6 +43,7 @@ def test_the_newest_checkpoint() -> None:
     touch("runs/train/b/best.safetensors", 100)
     touch("runs/train/a/best.safetensors", 50)
     touch("runs/train/a/last.safetensors", 300)
+    touch("runs/train/.c.x1/best.safetensors", 300)
     path, line = latest.checkpoint(None)
     assert path == Path("runs/train/b/best.safetensors")
     assert line == "checkpoint: runs/train/b/best.safetensors (the newest under runs/)"
@@ -58,9 +59,18 @@ def test_a_folder_stands_for_the_checkpoint_in_it() -> None:
         latest.checkpoint(Path("empty"))
 
 
+def test_the_newest_target_is_either() -> None:
+    best = touch("runs/train/b/best.safetensors", 100)
+    assert latest.target(None) == (best, f"target: {best} (the newest under runs/)")
+    touch("runs/export/new/vmoe.json", 200)
+    assert latest.target(None)[0] == Path("runs/export/new")
+    assert latest.target(Path("runs/train/b"))[0] == best
+    assert latest.target(Path("runs/export/new"))[0] == Path("runs/export/new")
+
+
 def test_else_what_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latest, "SHIPPED", tmp_path / "camera-motion")
-    for find in (latest.bundle, latest.checkpoint):
+    for find in (latest.bundle, latest.checkpoint, latest.target):
         with pytest.raises(VmoeError, match=r"ships no model .* name a path"):
             find(None)
     twin = touch("camera-motion/twin.safetensors", 1)
