@@ -109,6 +109,8 @@ def main(
 
     Without TARGET: the newest of runs/, else the model that ships.
     """
+    if save_adv is not None and load_adv is not None:
+        raise SettingError("--save-adv and --load-adv exclude each other: make clips, or replay.")
     settings, rows = _plan(flags, seed, config, load_adv)
     path, which = latest.target(target)
     folder = _refuse_existing(path, out, md, save_adv, overwrite=overwrite)

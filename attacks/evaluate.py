@@ -37,6 +37,7 @@ from vmoe.attacks.judge import (
 from vmoe.batches import to_tensor
 from vmoe.cli import progress
 from vmoe.clips import Clips
+from vmoe.errors import SettingError
 from vmoe.models import ROUTE_GRADS, VideoMoE
 from vmoe.runtime.engine import Prediction
 from vmoe.settings import Settings
@@ -180,13 +181,29 @@ def evaluate(
         batch: clips attacked at once.
         device: where the twin is.
         keep_clips: keep the adversarial clips, to be saved.
+
+    Raises:
+        SettingError: an attack on a router or an expert that the twin does not have.
     """
+    _check(twin, rows)
     numbers = np.arange(len(clips)) if index is None else index
 
     def make(row: Row, at: slice) -> _Made:
         return _make(twin, row, clips[at], label[at], numbers[at], device)
 
     return _walk(clips, label, rows, judges, make, batch, keep_clips)
+
+
+def _check(twin: VideoMoE, rows: Sequence[Row]) -> None:
+    """Refuse, before any work, rows that attack what the twin does not have."""
+    last = len(twin.experts) - 1
+    for row in rows:
+        if row.part == "router" and twin.router is None:
+            raise SettingError(
+                f"{row.attack} attacks a router, and this model is dense (1 expert): leave it out."
+            )
+        if row.expert > last:
+            raise SettingError(f"--expert is {row.expert}; this model has experts 0 to {last}.")
 
 
 def replay(

@@ -55,7 +55,7 @@ def figures(found: Evaluation, outcome: Outcome, model: str) -> dict[str, Any]:
         "robust": share(~broken(found, outcome, model)),
         "success": share(attacked.success, right if whole else None),
         "flips": share(seen.route != clean.route),
-        "weakest": share(seen.route == clean.weakest),
+        "weakest": share((seen.route == clean.weakest) & (seen.route != clean.route)),
         "route_kept": share(right & (attacked.kept == found.label)),
         "gap_clean": _mean(clean.gap),
         "gap_adversarial": _mean(seen.gap),

@@ -161,6 +161,27 @@ def test_everything_is_json() -> None:
     assert len(report["clips"]["attacked"][0]["engine"]["route"]) == N
 
 
+def test_part_that_the_twin_does_not_have() -> None:
+    dense = lively(experts=1)
+    for name, why in (
+        ("pgd-r", "attacks a router, and this model is dense"),
+        ("tla-e", "0 to 0"),
+    ):
+        with pytest.raises(SettingError, match=why):
+            evaluate(dense, CLIPS, np.zeros(N, np.int64), plan([name], [EPS], expert=1), {})
+    with pytest.raises(SettingError, match="expert 4 does not exist: the twin has 0 to 3"):
+        of_twin(lively())(CLIPS[:1], [4])
+
+
+def test_dense_model_is_evaluated_without_a_route() -> None:
+    dense = lively(experts=1)
+    judges = {"twin": of_twin(dense)}
+    found = evaluate(dense, CLIPS, labels(dense), plan(["j-tlga"], [EPS], steps=2), judges)
+    row = figures(found, found.outcomes[0], "twin")
+    assert (row["flips"]["hits"], row["weakest"]["hits"]) == (0, 0)
+    assert (row["gap_clean"], row["l_lip_router"]) == (0, 0)
+
+
 def test_twin_is_judged_in_eval_mode_and_left_as_found() -> None:
     twin = lively().train()
     buffers = {name: value.clone() for name, value in twin.state_dict().items()}

@@ -1,0 +1,245 @@
+"""vmoe-attack as a user runs it: on a checkpoint, on a bundle, and with bad input."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from tests.twins import SPEC, lively
+from vmoe import checkpoint
+from vmoe.attacks.cli import main
+from vmoe.checkpoint import Checkpoint
+from vmoe.clips import ClipSpec
+from vmoe.data.camera_motion import LABELS
+
+QUICK = ["--n", "6", "--steps", "2", "--device", "cpu"]
+FROZEN = ["--route-grad", "frozen"]
+
+
+def write_twin(
+    path: Path, seed: int = 0, spec: ClipSpec = SPEC, labels: tuple[str, ...] = LABELS
+) -> Path:
+    twin = lively(classes=len(labels), seed=seed, spec=spec)
+    checkpoint.save(Checkpoint(twin, labels), path)
+    return path
+
+
+@pytest.fixture
+def twin(tmp_path: Path) -> Path:
+    return write_twin(tmp_path / "mine.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*args: str | Path, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, [str(arg) for arg in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def refused(*args: str | Path, code: int = 2) -> str:
+    """Return the one line that refuses a command line; nothing may have been written."""
+    before = sorted(Path().rglob("*"))
+    lines = run(*args, code=code).stderr.strip().splitlines()
+    assert sorted(Path().rglob("*")) == before
+    talk = [line for line in lines if line.startswith("vmoe-attack: ")]
+    assert len(talk) == 1
+    assert lines[-1] == talk[0]
+    return talk[0]
+
+
+def test_checkpoint(twin: Path) -> None:
+    result = run(twin, *QUICK, *FROZEN, "--attack", "pgd,tlga-r,j-tlga", "--eps", "1,2/255")
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"target: {twin}"
+    assert "eps 1/255 (0.0039), 1 grey levels; 2/255 (0.0078), 2 grey levels" in result.stdout
+    rows = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
+    assert rows == 2 * ["attack", "--------", "pgd", "tlga-r", "j-tlga", "worst-of"]
+    assert lines[-1] == f"next: vmoe-export {twin}"
+    report = json.loads(Path("runs/attack/mine/report.json").read_text())
+    assert {row["linf"] for row in report["rows"]} == {1, 2}
+    assert report["n"] == 6
+    assert all(row["robust"]["hits"] <= row["clean"]["hits"] for row in report["rows"])
+    assert "| worst-of | twin" in Path("runs/attack/mine/report.md").read_text()
+
+
+def test_bundle_side_by_side_and_replay(tiny_bundle: Path) -> None:
+    flags = ["--attack", "pgd,tlga-r", "--eps", "2", "--save-adv", "clips", "--out", "one"]
+    result = run(tiny_bundle, *QUICK, *FROZEN, *flags)
+    assert "engine: " in result.stdout
+    assert "FOREIGN" not in result.stdout
+    first = json.loads(Path("one/report.json").read_text())
+    assert [(row["attack"], row["model"]) for row in first["rows"]] == [
+        ("pgd", "twin"), ("pgd", "engine"), ("tlga-r", "twin"), ("tlga-r", "engine"),
+    ]  # fmt: skip
+    clean, *attacked = first["agreement"]
+    assert clean["route"]["hits"] == clean["said"]["hits"] == 6
+    for row in attacked:  # a faithful export: what breaks the twin breaks the engine
+        assert row["only_twin"] == row["only_engine"] == 0
+        assert row["route"]["hits"] == 6
+
+    replayed = run(tiny_bundle, "--load-adv", "clips", "--json", "--out", "two")
+    again = json.loads(replayed.stdout)
+    for a, b in zip(first["rows"], again["rows"], strict=True):
+        for key in ("robust", "success", "flips", "linf", "route_kept"):
+            assert a[key] == b[key]
+    assert again["clips"]["index"] == first["clips"]["index"]
+    assert json.loads(Path("two/report.json").read_text()) == again
+    assert "clips of camera-motion test, as saved" in replayed.stderr
+
+
+def test_foreign_twin_is_named(tiny_bundle: Path) -> None:
+    other = write_twin(Path("other.safetensors"), seed=3)
+    flags = ["--twin", other, "--attack", "pgd", "--eps", "1"]
+    result = run(tiny_bundle, *QUICK, *FROZEN, *flags)
+    assert "FOREIGN: the engine was exported from another twin" in result.stdout
+    report = json.loads(next(Path("runs/attack").glob("*/report.json")).read_text())
+    assert report["twin"]["foreign"] is True
+
+
+def test_bundle_without_its_twin(tiny_bundle: Path) -> None:
+    run(tiny_bundle, *QUICK, "--attack", "pgd-r", "--eps", "1", "--save-adv", "clips")
+    shutil.copytree(tiny_bundle, "bare")
+    manifest = json.loads(Path("bare/vmoe.json").read_text())
+    del manifest["twin"]["file"]
+    Path("bare/vmoe.json").write_text(json.dumps(manifest))
+    Path("bare/twin.safetensors").unlink()
+    assert "carries no twin to attack: name one with --twin" in refused("bare", code=1)
+    replayed = json.loads(run("bare", "--load-adv", "clips", "--json").stdout)
+    assert [row["model"] for row in replayed["rows"]] == ["engine"]
+    assert replayed["twin"] is None
+
+
+def test_newest_of_runs_is_taken_and_every_run_has_a_folder_of_its_own(twin: Path) -> None:
+    Path("runs/train/first").mkdir(parents=True)
+    shutil.copy(twin, "runs/train/first/best.safetensors")
+    flags = ["--n", "4", *FROZEN, "--attack", "fgsm", "--eps", "1"]
+    result = run(*flags)
+    best = "runs/train/first/best.safetensors"
+    assert result.stdout.startswith(f"target: {best} (the newest under runs/)\n")
+    again = run("runs/train/first", *flags)
+    assert "report: runs/attack/first-2/report.md" in again.stdout
+    assert Path("runs/attack/first/report.json").is_file()
+
+
+def test_dry_run_attacks_nothing(twin: Path) -> None:
+    result = run(twin, *QUICK, "--dry-run")
+    assert "threat model: L-infinity, eps 8/255 (0.0314), 8 grey levels" in result.stdout
+    assert not Path("runs").exists()
+
+
+def test_config_file_and_seed(twin: Path) -> None:
+    Path("run.toml").write_text('attack = ["pgd-r"]\neps = "1/255"\nn = 4\nsteps = 1\n')
+    result = run(twin, "--config", "run.toml", "--n", "3", "--seed", "5", "--json", "-q")
+    report = json.loads(result.stdout)
+    assert (report["n"], report["seed"], len(report["rows"])) == (3, 5, 1)
+    how = report["settings"][0]["each"][0]
+    assert (how["steps"], how["seed"], how["eps"]) == (1, 5, 1 / 255)
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (["--attack", "tlga"], "unknown attack 'tlga': did you mean 'tlga-r'?"),
+        (["--eps", "strong"], "eps 'strong' is not a number"),
+        (["--eps", "8,"], "eps '' is not a number"),
+        (["--eps", "-1"], "eps '-1' is not a number"),
+        (["--eps", "300"], "is above 1"),
+        (["--attack", "pgd", "--gamma1", "2"], "--gamma1 has no effect: none of pgd takes it"),
+        (["--attack", "pgd-r", "--route-grad", "soft"], "--route-grad has no effect"),
+        (["--route-grad", "sof"], "did you mean 'soft'?"),
+        (["--steps", "0"], "--steps is 0; it must be at least 1"),
+        (["--n", "0"], "--n is 0; it must be at least 1"),
+        (["--n", "5000"], "--n is 5000; camera-motion test has 2000 clips"),
+        (["--data", "camera-moton"], "did you mean 'camera-motion'?"),
+        (["--split", "tset"], "did you mean 'test'?"),
+        (["--temporal", "never"], "--temporal"),
+        (["--twin", "other.safetensors"], "is a checkpoint, a twin itself"),
+        (["--device", "tpu"], "--device tpu cannot be used here"),
+        (["--attack", "tla-e", "--expert", "4", "--n", "2"], "this model has experts 0 to 3"),
+    ],
+)
+def test_flag_that_cannot_be_used(twin: Path, flags: list[str], why: str) -> None:
+    assert why in refused(twin, *flags)
+
+
+def test_flags_that_exclude_each_other(twin: Path) -> None:
+    said = refused(twin, "--load-adv", "clips", "--eps", "8")
+    assert "--eps has no effect: --load-adv clips replays clips as they are" in said
+    said = refused(twin, "--load-adv", "clips", "--save-adv", "more")
+    assert "--save-adv and --load-adv exclude each other" in said
+
+
+def test_outputs_that_exist_are_refused_before_any_work(twin: Path) -> None:
+    Path("kept").mkdir()
+    Path("kept/report.json").write_text("mine")
+    assert "kept/report.json exists" in refused(twin, "--out", "kept")
+    Path("kept.md").write_text("mine")
+    assert "kept.md exists" in refused(twin, "--md", "kept.md")
+    assert "kept exists. Choose another --save-adv" in refused(twin, "--save-adv", "kept")
+    assert "kept.md is a file" in refused(twin, "--out", "kept.md")
+    run(twin, *QUICK, "--attack", "pgd-r", "--out", "kept", "--md", "kept.md", "--overwrite")
+    assert json.loads(Path("kept/report.json").read_text())["n"] == 6
+    assert Path("kept.md").read_text() == Path("kept/report.md").read_text()
+
+
+def test_target_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "cannot read checkpoint none.safetensors" in refused("none.safetensors", code=1)
+    Path("old.pt").write_bytes(pickle.dumps({"weights": 1}))
+    assert "is a pickle, which can run code" in refused("old.pt", code=1)
+    Path("torn.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}")
+    assert "torn.safetensors" in refused("torn.safetensors", code=1)
+    Path("empty").mkdir()
+    assert "not a bundle" in refused("empty", code=1)
+
+
+def test_damaged_bundle(tiny_bundle: Path) -> None:
+    shutil.copytree(tiny_bundle, "broken")
+    data = bytearray(Path("broken/router.onnx").read_bytes())
+    data[100] ^= 1
+    Path("broken/router.onnx").write_bytes(data)
+    assert "router.onnx has changed since export" in refused("broken", code=1)
+
+
+def test_twin_that_does_not_fit_the_bundle(tiny_bundle: Path) -> None:
+    smaller = write_twin(Path("smaller.safetensors"), spec=ClipSpec(4, 0.1, 32, 24))
+    assert "takes clips of width 24" in refused(tiny_bundle, "--twin", smaller)
+    others = ("up", "down")
+    stranger = write_twin(Path("stranger.safetensors"), labels=others)
+    said = refused(tiny_bundle, "--twin", stranger)
+    assert "has labels up, down (2)" in said
+
+
+def test_saved_clips_that_do_not_fit(twin: Path) -> None:
+    assert "cannot read none/manifest.json" in refused(twin, "--load-adv", "none", code=1)
+    run(twin, *QUICK, "--attack", "pgd-r", "--save-adv", "clips")
+    smaller = write_twin(Path("smaller.safetensors"), spec=ClipSpec(4, 0.1, 32, 24))
+    assert "the target takes [4, 32, 24, 3]" in refused(smaller, "--load-adv", "clips")
+    others = write_twin(Path("others.safetensors"), labels=("up", "down"))
+    assert "was made for other labels" in refused(others, "--load-adv", "clips")
+
+
+def test_data_with_labels_that_the_model_does_not_know() -> None:
+    others = write_twin(Path("others.safetensors"), labels=("up", "down"))
+    said = refused(others, "--n", "2")
+    assert "has the label 'static', which the model does not know; it knows up, down" in said
+
+
+def test_help_has_three_examples_and_the_command_is_installed() -> None:
+    command = [str(Path(sys.executable).parent / "vmoe-attack"), "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert shown.count("\n    vmoe-attack ") == 3
+    for flag in ("--gamma1", "--route-grad", "--load-adv", "--lip", "--expert"):
+        assert flag in shown
