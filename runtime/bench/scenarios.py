@@ -44,9 +44,9 @@ class BenchSettings(Settings):
     force_route: str = opt("all", "all: every route; free: only the router's own; or one expert")
     device: str = opt("auto", "auto, cpu or cuda:N")
     backend: str = opt("auto", "what runs the graphs: auto, onnxruntime")
-    out: Path | None = opt(None, "write the record as JSON, with every call's time")  # noqa: RUF009
-    csv: Path | None = opt(None, "write the rows as CSV")  # noqa: RUF009
-    md: Path | None = opt(None, "write the table and the verdicts as Markdown")  # noqa: RUF009
+    out: Path | None = opt(None, "write the record as JSON, with every call's time")
+    csv: Path | None = opt(None, "write the rows as CSV")
+    md: Path | None = opt(None, "write the table and the verdicts as Markdown")
     overwrite: bool = opt(False, "replace the files of --out, --csv and --md")
     seed: int = opt(0, "seed of the clips, and of the order of the calls", at_least=0)
 
