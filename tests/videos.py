@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from vmoe import opencv
 from vmoe.clips import Frame
-from vmoe.runtime.sources import _opencv
 
 SIZE = (96, 128)  # height and width
 CODECS = {".mp4": "mp4v", ".avi": "MJPG", ".mkv": "FFV1"}
@@ -30,7 +30,7 @@ def number_of(frame: Frame) -> int:
 
 def write(path: Path, frames: int = 60, fps: float = 20.0) -> Path:
     """Write a video of numbered frames; the codec follows from the name."""
-    cv2 = _opencv.setup()
+    cv2 = opencv.quiet()
     fourcc = cv2.VideoWriter_fourcc(*CODECS[path.suffix])
     writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, fourcc, fps, SIZE[::-1])
     assert writer.isOpened()
@@ -42,7 +42,7 @@ def write(path: Path, frames: int = 60, fps: float = 20.0) -> Path:
 
 def read(path: Path) -> list[Frame]:
     """Return all frames of a video, RGB."""
-    cv2 = _opencv.setup()
+    cv2 = opencv.quiet()
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
     frames = []
     while (got := capture.read())[0]:

@@ -1,8 +1,12 @@
-"""The `vmoe` command: demo, doctor, inspect. The one base file that imports rooms, lazily."""
+"""The `vmoe` command: demo, doctor, inspect; and the doors of the other commands.
+
+The one base file that imports rooms, lazily: a command whose packages are missing says so.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -16,10 +20,11 @@ import click
 
 import vmoe
 from vmoe import bundle as bundles
-from vmoe import cli, latest, moves, output, report
-from vmoe.errors import SettingError
+from vmoe import cli, latest, output, report
+from vmoe.errors import MissingDependencyError, SettingError
 
 if TYPE_CHECKING:
+    from vmoe.moves import Segment
     from vmoe.runtime import Result
 
 log = cli.log
@@ -56,6 +61,8 @@ def demo(source: Path | None, out: Path, rounds: int, seed: int, as_json: bool) 
     file. What comes out: labels, routes, latency, the accuracy against the known moves, an
     annotated video and a report.
     """
+    from vmoe import moves
+
     _refuse_strange(out)
     scenes = moves.scenes_of(source) if source else moves.photographs()
     model = _exported(out / "bundle")
@@ -90,8 +97,11 @@ def _refuse_strange(out: Path) -> None:
 
 def _exported(folder: Path) -> Path:
     """Export the twin that ships; without torch take the bundle that ships."""
-    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("onnx") is None:
-        log.info("torch or onnx is not installed: taking the bundle that ships, not a fresh one")
+    lacks = _missing("vmoe-export")
+    if lacks:
+        log.info(
+            "%s not installed: taking the bundle that ships, not a fresh one", ", ".join(lacks)
+        )
         return latest.bundle(latest.SHIPPED)[0]
     from vmoe.export import export
 
@@ -102,10 +112,9 @@ def _exported(folder: Path) -> Path:
     return folder
 
 
-def _watch(
-    model: Path, video: Path, annotated: Path, segments: list[moves.Segment]
-) -> list[Result]:
+def _watch(model: Path, video: Path, annotated: Path, segments: list[Segment]) -> list[Result]:
     """Run the video through the runtime; say each window; write the annotated video."""
+    from vmoe.moves import truth
     from vmoe.runtime import load, watch
     from vmoe.runtime.sinks import video as video_sink
 
@@ -113,7 +122,7 @@ def _watch(
     with load(model) as engine:
         for result in watch(engine, video, sinks=[video_sink.open(annotated, overwrite=True)]):
             results.append(result)
-            segment = moves.truth(segments, result.t_first_s, result.t_s)
+            segment = truth(segments, result.t_first_s, result.t_s)
             mark = "" if segment is None else "ok" if segment.label == result.label else "WRONG"
             was = "(between two moves)" if segment is None else segment.label
             log.info(
@@ -123,7 +132,7 @@ def _watch(
     return results
 
 
-def judge(segments: list[moves.Segment], results: list[Result]) -> dict[str, Any]:
+def judge(segments: list[Segment], results: list[Result]) -> dict[str, Any]:
     """Compare labels with the known moves.
 
     Args:
@@ -134,7 +143,9 @@ def judge(segments: list[moves.Segment], results: list[Result]) -> dict[str, Any
         windows judged (those that lie in one move) and between moves, how many were right,
         the same per label with the commonest mistake, shares of the experts, latency in ms.
     """
-    judged = [(s.label, r) for r in results if (s := moves.truth(segments, r.t_first_s, r.t_s))]
+    from vmoe.moves import truth
+
+    judged = [(s.label, r) for r in results if (s := truth(segments, r.t_first_s, r.t_s))]
     labels = list(dict.fromkeys(sorted(label for label, _ in judged)))
     rows = []
     for label in labels:
@@ -211,13 +222,11 @@ PACKAGES = {
     "onnx": "export", "onnxscript": "export", "safetensors": "checkpoints",
     "scikit-image": "the demo's photographs",
 }  # fmt: skip
-COMMANDS = {
-    "vmoe-run": ("numpy", "opencv-python", "onnxruntime|onnxruntime-gpu"),
-    "vmoe-bench": ("numpy", "onnxruntime|onnxruntime-gpu"),
-    "vmoe-train": ("torch", "safetensors", "opencv-python"),
-    "vmoe-attack": ("torch", "safetensors", "opencv-python"),
-    "vmoe-export": ("torch", "onnx", "onnxscript", "safetensors", "onnxruntime|onnxruntime-gpu"),
-}
+COMMANDS = {  # what each imports, beyond what is always installed
+    "vmoe-run": ("onnxruntime",), "vmoe-bench": ("onnxruntime",),
+    "vmoe-train": ("torch", "safetensors"), "vmoe-attack": ("torch", "safetensors"),
+    "vmoe-export": ("torch", "safetensors", "onnx", "onnxscript", "onnxruntime"),
+}  # fmt: skip
 VERIFIED = [
     ["ONNX Runtime CPU, routing, streaming, attacks, training", "CI, without a GPU"],
     ["a camera through OpenCV's V4L2 code", "an emulated device; no camera hardware"],
@@ -231,10 +240,7 @@ VERIFIED = [
 def doctor(as_json: bool) -> None:
     """Say what is installed, what can run here, and what was verified where."""
     versions = {name: _version(name) for name in PACKAGES}
-    missing = {
-        command: [need for need in needs if not any(versions.get(n) for n in need.split("|"))]
-        for command, needs in COMMANDS.items()
-    }
+    missing = {command: _missing(command) for command in COMMANDS}
     cameras = sorted(str(path) for path in Path("/dev").glob("video*"))
     machine = {
         "vmoe": vmoe.__version__, "python": platform.python_version(),
@@ -249,7 +255,7 @@ def doctor(as_json: bool) -> None:
     click.echo("  ".join(f"{key} {value}" for key, value in machine.items()))
     click.echo("\n" + report.table([[n, v, PACKAGES[n]] for n, v in versions.items()],
                                    ["package", "installed", "for"]))  # fmt: skip
-    rows = [[c, "runs here" if not lacks else f"needs {', '.join(lacks).replace('|', ' or ')}"]
+    rows = [[c, "runs here" if not lacks else f"needs {', '.join(lacks)}"]
             for c, lacks in missing.items()]  # fmt: skip
     click.echo("\n" + report.table(rows, ["command", "here"]))
     click.echo(f"\ncameras: {', '.join(cameras) or 'none'}")
@@ -261,6 +267,49 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _missing(command: str) -> list[str]:
+    """Return what a command imports and is not installed."""
+    return [name for name in COMMANDS[command] if importlib.util.find_spec(name) is None]
+
+
+def _enter(command: str, module: str) -> None:
+    """Run a command's own main, or say in one line what it needs.
+
+    A command that serves loads without its backend: the engine says itself what is missing.
+    """
+    lacks = _missing(command)
+    if lacks and "torch" in COMMANDS[command]:
+        need = f"{', '.join(lacks)} not installed"
+        click.echo(f"{command}: {need}: pip install 'vmoe[train,cpu]'.", err=True)
+        sys.exit(MissingDependencyError.exit_code)
+    importlib.import_module(module).main()
+
+
+def train() -> None:
+    """Run vmoe-train."""
+    _enter("vmoe-train", "vmoe.train.cli")
+
+
+def attack() -> None:
+    """Run vmoe-attack."""
+    _enter("vmoe-attack", "vmoe.attacks.cli")
+
+
+def export() -> None:
+    """Run vmoe-export."""
+    _enter("vmoe-export", "vmoe.export.cli")
+
+
+def run() -> None:
+    """Run vmoe-run."""
+    _enter("vmoe-run", "vmoe.runtime.cli")
+
+
+def bench() -> None:
+    """Run vmoe-bench."""
+    _enter("vmoe-bench", "vmoe.runtime.bench.cli")
 
 
 for command in (demo, inspect, doctor):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vmoe import output
+from vmoe import opencv, output
 from vmoe.clips import Frame
 from vmoe.data.camera_motion import IMAGE_SUFFIXES, LABELS, camera_path, look, read_picture
 from vmoe.errors import MissingDependencyError, OutputError, SettingError
@@ -82,8 +82,7 @@ def scenes_of(source: Path) -> list[Scene]:
 
 
 def _video(path: Path) -> tuple[Frame, ...]:
-    import cv2
-
+    cv2 = opencv.quiet()
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
     frames: list[Frame] = []
     while len(frames) < MAX_FRAMES:

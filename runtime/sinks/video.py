@@ -15,11 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from vmoe import clips, output
+from vmoe import clips, opencv, output
 from vmoe.errors import OutputError, SettingError, SourceError
 from vmoe.runtime.frames import Frame
 from vmoe.runtime.results import Result
-from vmoe.runtime.sources import _opencv
 
 from . import Step, _draw
 
@@ -99,7 +98,7 @@ class Video:
         self._last = drawn
 
     def _open_writer(self, fps: float, size: tuple[int, int]) -> None:
-        cv2 = _opencv.setup()
+        cv2 = opencv.quiet()
         self._fps, self._size = fps or UNKNOWN_FPS, size
         fourcc = cv2.VideoWriter_fourcc(*CODECS[self._path.suffix.lower()])
         name = str(self._temporary)
@@ -189,7 +188,7 @@ def _holds(path: Path, frames: int) -> bool:
 
 @contextlib.contextmanager
 def _reader(path: Path) -> Iterator[tuple[Any, Any]]:
-    cv2 = _opencv.setup()
+    cv2 = opencv.quiet()
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
     try:
         yield cv2, capture

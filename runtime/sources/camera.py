@@ -10,10 +10,11 @@ import time
 from collections.abc import Generator, Iterator
 from typing import Any
 
+from vmoe import opencv
 from vmoe.errors import SourceError
 from vmoe.runtime.frames import Frame, Stop
 
-from . import SourceSettings, _opencv
+from . import SourceSettings
 
 log = logging.getLogger("vmoe")
 
@@ -82,7 +83,7 @@ class CameraSource:
 
         Timestamps are the driver's (or ours, where it gives none), from the first frame on.
         """
-        cv2 = _opencv.setup(self._timeout_s)
+        cv2 = opencv.quiet(self._timeout_s)
         sequence, epoch, tries, wait_s = 0, 0, 0, FIRST_WAIT_S
         while not stop.asked():
             why = self.why_missing()

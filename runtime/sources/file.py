@@ -10,10 +10,11 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+from vmoe import opencv
 from vmoe.errors import SourceError
 from vmoe.runtime.frames import Frame, Stop
 
-from . import SourceSettings, _container, _opencv
+from . import SourceSettings, _container
 
 log = logging.getLogger("vmoe")
 
@@ -73,7 +74,7 @@ class FileSource:
             start_s = end_s + 1 / self.fps
 
     def _once(self, epoch: int, first: int, start_s: float, stop: Stop) -> Iterator[Frame]:
-        cv2 = _opencv.setup()
+        cv2 = opencv.quiet()
         capture = self._open(cv2)
         try:
             read, last_s = 0, -math.inf

@@ -13,10 +13,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from vmoe import clips
+from vmoe import clips, opencv
 from vmoe.runtime.frames import Frame, Stop
 
-from . import SourceSettings, _opencv
+from . import SourceSettings
 
 FPS = 30.0
 MOVE_S = 3.0  # how long one move takes
@@ -79,7 +79,7 @@ class TestSource:
 
     def frames(self, stop: Stop) -> Generator[Frame, None, None]:
         """Yield the pattern in its own time, for ever; timestamps are exactly number / FPS."""
-        _opencv.setup()
+        opencv.quiet()
         began, number = time.monotonic(), 0
         while not stop.asked():
             due = began + number / FPS

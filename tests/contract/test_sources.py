@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from tests import videos
-from vmoe import registry
+from vmoe import opencv, registry
 from vmoe.errors import SourceError
 from vmoe.runtime import sources
 from vmoe.runtime.frames import Frame, Stop
-from vmoe.runtime.sources import SourceSettings, _container, _opencv, camera, file
+from vmoe.runtime.sources import SourceSettings, _container, camera, file
 from vmoe.runtime.sources import test as pattern
 
 KINDS = registry.names(sources.SOURCES)
@@ -176,7 +176,7 @@ def test_the_pattern_moves_as_it_says() -> None:
     assert len(moves) == 10
 
     def shift(label: str) -> tuple[float, float]:
-        cv2 = _opencv.setup()
+        cv2 = opencv.quiet()
         at = round((moves[label] * pattern.MOVE_S + 1.0) * pattern.FPS)
         pair = [pattern.render(at + i).mean(axis=2).astype(np.float32) for i in (0, 6)]
         (x, y), _ = cv2.phaseCorrelate(*pair)

@@ -11,7 +11,6 @@ by their true timestamps, as the live runtime chooses them.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from vmoe import opencv
 from vmoe.clips import ClipSpec, Frame, choose, prepare
 from vmoe.data import DataSettings
 from vmoe.data._splits import share_of, split_of
@@ -40,7 +40,6 @@ SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "test": "test"}
 CACHE_BYTES = 1 << 30  # of prepared frames, kept by one process for all folders that it opens
 UNKNOWN_FPS = 25.0  # of a file that gives neither timestamps nor a rate
 NAMED = 3  # how many videos a line names
-QUIET = {"OPENCV_FFMPEG_LOGLEVEL": "-8"}  # our own line says what is wrong with a file
 
 Files = dict[str, list[Path]]  # of each class
 
@@ -303,11 +302,8 @@ def _cut(
 @contextmanager
 def _capture(path: Path) -> Iterator[cv2.VideoCapture]:
     """Open a file for one thread; the file may turn out to hold no video."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    before = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    opencv.quiet()
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
-    cv2.utils.logging.setLogLevel(before)
     try:
         yield capture
     finally:

@@ -17,8 +17,11 @@ QUIET = {
 }
 
 
-def setup(read_timeout_s: float = 3.0) -> Any:
-    """Return the cv2 module, quiet and with V4L2's read timeout; call before any capture."""
+def quiet(read_timeout_s: float = 3.0) -> Any:
+    """Return the cv2 module, quiet and with V4L2's read timeout; call before any capture.
+
+    FFmpeg's own log level is read once per process, so that every capture begins here.
+    """
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     os.environ["OPENCV_VIDEOIO_V4L_SELECT_TIMEOUT"] = str(max(1, math.ceil(read_timeout_s)))
