@@ -154,3 +154,7 @@ def _next(made: Exported, folder: Path) -> list[str]:
     if made.bundle.extra.get("weights") == "random":
         return [f"vmoe-bench BUNDLE --baseline {folder}"]
     return [*lines, f"vmoe-bench {folder}"]
+
+
+if __name__ == "__main__":
+    main()

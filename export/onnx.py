@@ -77,11 +77,11 @@ def from_twin(twin: VideoMoE, opset: int) -> Parts:
         MissingDependencyError: onnx or onnxscript is not installed.
     """
     shape = twin.spec.shape
-    router = None if twin.router is None else _export([twin.router], "scores", shape, opset)[0]
-    return Parts(router, _export(list(twin.experts), "logits", shape, opset))
+    router = None if twin.router is None else trace([twin.router], "scores", shape, opset)[0]
+    return Parts(router, trace(list(twin.experts), "logits", shape, opset))
 
 
-def _export(
+def trace(
     modules: Sequence[nn.Module], output: str, shape: tuple[int, ...], opset: int
 ) -> list[ModelProto]:
     """Export modules of one architecture: traced once, then the weights of each put in.
@@ -156,7 +156,7 @@ class _Forward(logging.Handler):
         log.debug("%s: %s", record.name, record.getMessage())
 
 
-def write(model: ModelProto, folder: Path, name: str) -> Part:
+def write_part(model: ModelProto, folder: Path, name: str) -> Part:
     """Write one part, NAME.onnx and its weights NAME.data; return it as the manifest has it.
 
     The weights of branches lie outside of the graph too: ONNX Runtime maps the file, so that only

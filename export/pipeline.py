@@ -17,15 +17,16 @@ from typing import Any, NamedTuple
 import vmoe
 from vmoe import bundle as bundles
 from vmoe import checkpoint, output, registry
-from vmoe.bundle import Bundle
+from vmoe.bundle import Bundle, Part
 from vmoe.checkpoint import Checkpoint
 from vmoe.errors import SettingError
 from vmoe.models import build, dense_counterpart, flops
 from vmoe.runtime import load
 from vmoe.settings import opt, to_mapping
 
-from . import gates, onnx
+from . import gates
 from .gates import Findings, GateSettings
+from .onnx import OPSETS, Parts, from_twin, write_part
 
 log = logging.getLogger("vmoe.export")
 
@@ -37,8 +38,8 @@ class ExportSettings(GateSettings):
     """One plan of export."""
 
     lowering: str = opt("split", "how routing is deployed: split (host routes) or if (one file)")
-    opset: int = opt(20, "version of the ONNX operators", at_least=onnx.OPSETS[0],
-                     at_most=onnx.OPSETS[1])  # fmt: skip
+    opset: int = opt(20, "version of the ONNX operators", at_least=OPSETS[0],
+                     at_most=OPSETS[1])  # fmt: skip
     twin: bool = opt(True, "carry the twin in the bundle, for attacks on what was deployed")
     verify_data: str | None = opt(None, "data set of the check; default: camera motion and noise")
     name: str | None = opt(None, "the model's name; default: as the checkpoint is called")
@@ -173,14 +174,10 @@ def run(plan: Plan, out: Path, *, overwrite: bool = False) -> Exported:
     with stages.stage("clips", "to check the bundle with"):
         clips = gates.clips_for(twin.spec, settings.verify_data, plan.seed)
     with stages.stage("onnx", f"{len(twin.experts)} expert(s), opset {settings.opset}"):
-        parts = onnx.from_twin(twin, settings.opset)
+        parts = from_twin(twin, settings.opset)
     with output.whole_folder(out, overwrite=overwrite) as folder:
         with stages.stage("write", f"lowering {settings.lowering}"):
-            lower = registry.load(LOWERINGS, settings.lowering, "lowering").lower
-            graphs = lower(parts.router, parts.experts)
-            written = {name: onnx.write(graphs[name], folder, name) for name in graphs}
-            bundle = _manifest(plan, folder, written)
-            bundles.write_manifest(bundle, folder)
+            bundle = write(plan, parts, folder)
         checking = stages.stage("check", f"against the twin on {len(clips)} clips")
         with checking, load(folder, device="cpu") as engine:
             found = gates.check(twin, engine, clips, settings)
@@ -192,7 +189,20 @@ def run(plan: Plan, out: Path, *, overwrite: bool = False) -> Exported:
     return Exported(bundles.read(out), report, found)
 
 
-def _manifest(plan: Plan, folder: Path, parts: dict[str, bundles.Part]) -> Bundle:
+def write(plan: Plan, parts: Parts, folder: Path) -> Bundle:
+    """Lower a twin's graphs as planned, and write them with their manifest into a folder.
+
+    The same bytes for the same twin, plan and versions.
+    """
+    lower = registry.load(LOWERINGS, plan.settings.lowering, "lowering (--lowering)").lower
+    graphs = lower(parts.router, parts.experts)
+    made = {name: write_part(graph, folder, name) for name, graph in graphs.items()}
+    bundle = _manifest(plan, folder, made)
+    bundles.write_manifest(bundle, folder)
+    return bundle
+
+
+def _manifest(plan: Plan, folder: Path, parts: dict[str, Part]) -> Bundle:
     twin = plan.checkpoint.twin
     return Bundle(
         path=folder,

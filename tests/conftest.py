@@ -9,6 +9,10 @@ import pytest
 
 from vmoe.clips import ClipSpec
 
+# torch's threads spin while they wait: on a shared machine they make tests three times as long.
+# Set before torch is imported, and inherited by the commands that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session")
 def spec() -> ClipSpec:
@@ -25,3 +29,28 @@ def real_data() -> Path:
             "no real clips here: set VMOE_DATA to a folder with streams/ and ut_interaction/"
         )
     return Path(named)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the checkpoint of an untrained twin: tsm, width 0.1, 4 experts, camera-motion.
+
+    It answers differently to different clips, and noise reaches every expert (tests.twins).
+    """
+    from tests.twins import lively
+    from vmoe.checkpoint import Checkpoint, save
+    from vmoe.data.camera_motion import LABELS
+
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
+    save(Checkpoint(lively(experts=4, classes=len(LABELS)), LABELS), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the bundle of `tiny_checkpoint`, lowering split, as vmoe-export writes it."""
+    from vmoe.export import export
+
+    path = tmp_path_factory.mktemp("bundle") / "tiny-split"
+    export(tiny_checkpoint, path)
+    return path

@@ -1,0 +1,301 @@
+"""vmoe-export as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+from click.testing import CliRunner, Result
+
+import vmoe
+from tests.twins import SPEC, random_clips
+from vmoe import bundle as bundles
+from vmoe import checkpoint
+from vmoe.checkpoint import Checkpoint
+from vmoe.export.cli import main
+from vmoe.models import ModelSettings, build
+from vmoe.runtime import load
+
+SCHEMA = json.loads(Path(vmoe.__file__).with_name("bundle.schema.json").read_text())
+COMMAND = [sys.executable, "-m", "vmoe.export.cli"]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def last_line(result: Result) -> str:
+    return result.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint that exports fast: r3d18, two experts."""
+    path = tmp_path_factory.mktemp("small") / "small.safetensors"
+    twin = build(ModelSettings("r3d18", 0.1, 2, 2), SPEC).eval()
+    checkpoint.save(Checkpoint(twin, ("left", "right")), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(
+    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Return what the command makes of the tiny checkpoint in a fresh process and folder."""
+    cwd = tmp_path_factory.mktemp("cwd")
+    (cwd / "expert0.data").write_text("a file of the user's that happens to be called so")
+    done = subprocess.run(
+        [*COMMAND, str(tiny_checkpoint), "--name", "tiny"],
+        cwd=cwd, capture_output=True, text=True, check=False, env=_environment(),
+    )  # fmt: skip
+    return cwd / "runs/export/tiny-split", done
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def test_it_says_where_the_bundle_is_how_good_and_what_next(
+    exported: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, done = exported
+    assert done.returncode == 0, done.stderr
+    said = done.stderr
+    assert "bundle: runs/export/tiny-split" in said
+    assert "next: vmoe-run runs/export/tiny-split --camera 0" in said
+    assert "next: vmoe-attack runs/export/tiny-split" in said
+    assert "next: vmoe-bench runs/export/tiny-split" in said
+    assert "less than its dense counterpart" in said
+    assert "Warning" not in said, "the exporter's talk got through"
+    assert "torch" not in said
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [row.split()[1] for row in rows[2:]] == ["router", *(f"expert{i}" for i in range(4))]
+    assert all(row.rstrip(" |").endswith("ok") for row in rows[2:])
+    assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_the_same_twin_gives_the_same_bytes(
+    exported: tuple[Path, subprocess.CompletedProcess[str]], tiny_bundle: Path
+) -> None:
+    folder, _ = exported
+    names = {path.name for path in tiny_bundle.iterdir()}
+    assert {path.name for path in folder.iterdir()} == names
+    for name in names - {bundles.REPORT}:  # it holds seconds
+        assert (folder / name).read_bytes() == (tiny_bundle / name).read_bytes(), name
+
+
+def test_nothing_in_it_names_a_place_of_this_machine(tiny_bundle: Path) -> None:
+    places = [str(ROOT), str(Path.home()), str(tiny_bundle.parent), sys.prefix, "site-packages",
+              "stack_trace", ".py"]  # fmt: skip
+    for path in tiny_bundle.iterdir():
+        data = path.read_bytes()
+        assert not [place for place in places if place.encode() in data], path.name
+
+
+def test_the_manifest_fits_its_schema_and_the_report_says_what_was_measured(
+    tiny_bundle: Path, tiny_checkpoint: Path
+) -> None:
+    manifest = json.loads((tiny_bundle / bundles.MANIFEST).read_text())
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    jsonschema.validate(manifest, SCHEMA)
+    jsonschema.validate({**manifest, "of_a_later_version": 1}, SCHEMA)
+    for broken in ({"schema_version": 2}, {"lowering": "magic"}, {"labels": []}, {"twin": {}}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**manifest, **broken}, SCHEMA)
+    read = bundles.read(tiny_bundle)
+    assert read.twin == {"sha256": bundles.sha256(tiny_checkpoint), "file": "twin.safetensors"}
+    assert set(read.versions) == {"vmoe", "torch", "onnx", "onnxscript", "opset"}
+    report = read.report()
+    assert report["parity"]["clips"] == 64
+    assert report["route"]["agreement_pct"] == 100
+    assert sum(report["route"]["clips_per_expert"]) == 64
+    assert min(report["route"]["clips_per_expert"]) > 0
+    assert all(gate["ok"] for gate in report["gates"])
+    assert report["flops_per_clip"]["saved"] > 0.6
+    assert set(report["seconds"]) == {"clips", "onnx", "write", "check"}
+    assert report["versions"]["onnxruntime"]
+
+
+def test_if_as_json_without_its_twin_and_over_an_older_bundle(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "one"
+    plan = [small, "--lowering", "if", "--out", out, "--no-twin", "--json", "--opset", "18"]
+    first = run(*plan)
+    assert first.exit_code == 0, first.stderr
+    said = json.loads(first.stdout)
+    assert said["bundle"] == str(out)
+    assert said["lowering"] == "if"
+    assert {path.name for path in out.iterdir()} == {
+        "moe.onnx", "moe.data", "vmoe.json", "report.json",
+    }  # fmt: skip
+    manifest = json.loads((out / bundles.MANIFEST).read_text())
+    jsonschema.validate(manifest, SCHEMA)
+    assert manifest["model"]["name"] == "small"
+    assert "file" not in manifest["twin"]
+    assert manifest["versions"]["opset"] == "18"
+    before = (out / "moe.onnx").read_bytes()
+    second = run(*plan)
+    assert second.exit_code == 2
+    assert last_line(second).endswith("exists. Choose another --out, or say --overwrite.")
+    third = run(*plan, "--overwrite")
+    assert third.exit_code == 0, third.stderr
+    assert (out / "moe.onnx").read_bytes() == before
+    with load(out, threads=1) as engine:
+        got = engine.infer(random_clips(3), force_route=1)
+    assert got.logits.shape == (3, 2)
+    assert list(got.route) == [1, 1, 1]
+
+
+def test_the_counterpart_is_dense_twice_as_wide_and_says_that_it_is_random(
+    small: Path, tmp_path: Path
+) -> None:
+    result = run(small, "--counterpart", "--lowering", "if", "--out", tmp_path / "dense")
+    assert result.exit_code == 0, result.stderr
+    assert "random weights: for latency only" in result.stderr
+    assert f"vmoe-bench BUNDLE --baseline {tmp_path / 'dense'}" in result.stderr
+    read = bundles.read(tmp_path / "dense")
+    assert read.extra == {"weights": "random"}
+    assert read.model["name"] == "small-dense"
+    assert (read.model["experts"], read.model["width"]) == (1, 0.2)
+    assert read.report()["weights"] == "random"
+    assert "file" not in read.twin
+    jsonschema.validate(json.loads((tmp_path / "dense/vmoe.json").read_text()), SCHEMA)
+    with load(tmp_path / "dense", threads=1) as engine:
+        got = engine.infer(random_clips(3))
+    assert not got.scores.any()
+    assert got.scores.shape == (3, 1)
+    assert not got.route.any()
+    dense = tmp_path / "dense.safetensors"
+    twin = build(ModelSettings("r3d18", 0.1, 1, 2), SPEC).eval()
+    checkpoint.save(Checkpoint(twin, ("left", "right")), dense)
+    again = run(dense, "--counterpart", "--dry-run")
+    assert again.exit_code == 2
+    assert "this model is dense already" in last_line(again)
+
+
+def test_a_gate_that_fails_leaves_nothing(small: Path, tmp_path: Path) -> None:
+    result = run(small, "--out", tmp_path / "x", "--gate-parity", "1e-12")
+    assert result.exit_code == 3
+    line = last_line(result)
+    assert line.startswith("vmoe-export: refused: max |d logits| is ")
+    assert "must be at most" in line
+    assert "--gate-parity" in line
+    assert "gate route: route agreement 100 % >= 100 %: ok" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_nothing(small: Path, tmp_path: Path) -> None:
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)); "
+        "from vmoe.export.cli import main; main(sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limited, str(small), "--out", str(tmp_path / "x")],
+        capture_output=True, text=True, check=False, env=_environment(),
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert f"cannot write {tmp_path / 'x'}: File too large. Nothing was left half-written." in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(small: Path, tmp_path: Path) -> None:
+    result = run(small, "--lowering", "if", "--out", tmp_path / "x", "--dry-run", "--json")
+    assert result.exit_code == 0, result.stderr
+    planned = json.loads(result.stdout)
+    assert planned["parts"] == ["moe"]
+    assert planned["out"] == str(tmp_path / "x")
+    assert planned["gates"] == {"parity": 1e-4, "route_pct": 100.0}
+    plain = run(small, "--dry-run")
+    assert "parts: router, expert0, expert1" in plain.stdout
+    assert "out: runs/export/small-split" in plain.stdout
+    assert not list(tmp_path.iterdir())
+    assert run(small, "--out", small.parent, "--dry-run").exit_code == 2
+
+
+def test_trt_says_honestly_that_it_is_not_there(small: Path, tmp_path: Path) -> None:
+    result = run("--trt", "--fp16")
+    assert result.exit_code == 5
+    assert len(result.stderr.splitlines()) == 1
+    assert "TensorRT plans are not in this version" in result.stderr
+    assert "Leave --trt and --fp16 out" in result.stderr
+    assert run(small, "--fp16").exit_code == 2
+    assert "exclude each other" in last_line(run(small, "--onnx", "--trt"))
+
+
+def bad_pickle(folder: Path) -> Path:
+    path = folder / "model.pt"
+    path.write_bytes(pickle.dumps({"weights": [1, 2, 3]}))
+    return path
+
+
+def bad_text(folder: Path) -> Path:
+    path = folder / "model.safetensors"
+    path.write_text("this is no checkpoint")
+    return path
+
+
+def bad_missing(folder: Path) -> Path:
+    return folder / "nowhere.safetensors"
+
+
+def bad_folder(folder: Path) -> Path:
+    (folder / "empty").mkdir()
+    return folder / "empty"
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (bad_pickle, "is a pickle, which can run code when it is read"),
+        (bad_text, "is damaged or no safetensors file"),
+        (bad_missing, "cannot read checkpoint"),
+        (bad_folder, "holds no checkpoint"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused_in_one_line(
+    make: object, says: str, tmp_path: Path
+) -> None:
+    assert callable(make)
+    result = run(make(tmp_path), "--out", tmp_path / "x")
+    assert result.exit_code == 1
+    assert says in last_line(result)
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--lowering", "iff"], "did you mean 'if'?"),
+        (["--opset", "12"], "--opset is 12; it must be at least 18"),
+        (["--opset", "99"], "--opset is 99; it must be at most 23"),
+        (["--name", "../up"], "--name is '../up'; use letters"),
+        (["--gate-route", "200"], "--gate-route is 200.0; it must be at most 100"),
+        (["--verify-data", "camera-motoin"], "did you mean 'camera-motion'?"),
+    ],
+)
+def test_flags_that_make_no_sense_are_usage_errors(
+    small: Path, flags: list[str], says: str, tmp_path: Path
+) -> None:
+    result = run(small, "--out", tmp_path / "x", *flags)
+    assert result.exit_code == 2
+    assert says in last_line(result)
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_has_three_examples() -> None:
+    text = run("--help").stdout
+    assert text.split("Examples:")[1].count("vmoe-export") == 3
+
+
+def test_the_twin_inside_exports_to_the_same_bundle(tiny_bundle: Path) -> None:
+    result = run(tiny_bundle, "--dry-run", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["name"] == "tiny-split"
