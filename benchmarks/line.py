@@ -16,9 +16,9 @@ run_ready_cpu_s
     a video file is in its hands: interpreter, imports, the bundle's hashes, the first graph loaded,
     the capture opened and one frame decoded. A child process runs vmoe-run's own entry point with
     small changes: what `sources.open` returns notes `time.process_time()` (which counts from the
-    process's start) when it is asked for its first frame (`asked_s`) and when it has it. Experts
-    load in another thread meanwhile, as in any run; what of that has happened by then is counted,
-    and `loaded_s` is the CPU time when all are loaded.
+    process's start) when it is asked for its first frame (`asked_s`) and when it has it; then it
+    loads what of the bundle is not loaded yet (vmoe-run itself loads an expert of a file when it
+    is first routed to) and notes it once more (`loaded_s`).
 run_imports_torch_or_onnx
     How many of torch and onnx are imported in that process by then.
 flops_saved_default
@@ -72,40 +72,33 @@ PARITY = 1e-4  # as a share of the largest logit
 # Runs vmoe-run, and notes what it cost until the first frame was asked for and was there, and
 # until every part of the bundle was loaded.
 WATCHED = """
-import json, os, sys, threading, time
+import json, os, sys, time
 from vmoe.runtime import sources
 from vmoe.runtime.engine import Engine
 
-place, noted, lock = sys.argv.pop(1), {}, threading.Lock()
+place, engines = sys.argv.pop(1), []
 opened, load_parts = sources.open, Engine.load_parts
-
-def note(name):
-    with lock:
-        noted[name] = time.process_time()
-        if name == "ready":
-            noted["heavy"] = [name for name in ("torch", "onnx") if name in sys.modules]
-        if {"ready", "loaded"} <= set(noted):
-            with open(place, "w") as file:
-                json.dump(noted, file)
-            os._exit(0)
 
 def open_watched(*args):
     source = opened(*args)
     frames = source.frames
     def watched(stop):
-        note("asked")
-        real = frames(stop)
-        first = next(real)
-        note("ready")
-        threading.Event().wait(60)  # until every part is loaded
-        yield first
+        noted = {"asked": time.process_time()}
+        next(frames(stop))
+        noted["ready"] = time.process_time()
+        noted["heavy"] = [name for name in ("torch", "onnx") if name in sys.modules]
+        load_parts(engines[0])
+        noted["loaded"] = time.process_time()
+        with open(place, "w") as file:
+            json.dump(noted, file)
+        os._exit(0)
+        yield
     source.frames = watched
     return source
 
 def load_watched(self, names=None):
+    engines.append(self)
     load_parts(self, names)
-    if names is None:
-        note("loaded")
 
 sources.open, Engine.load_parts = open_watched, load_watched
 from vmoe.runtime.cli import main

@@ -48,12 +48,21 @@ class Entry:
 
 @dataclass(frozen=True)
 class Route:
-    """One forced route: the time of a call and of its parts alone (medians), and their ratio."""
+    """One forced route, over router alone + expert alone.
+
+    Attributes:
+        route: the expert.
+        latency_ms: median of a call.
+        alone_ms: sum of the medians of router alone and expert alone.
+        ratio: of the two, on the clock.
+        cpu: the same of CPU time, which other processes do not stretch.
+    """
 
     route: int
     latency_ms: float
-    alone_ms: float | None
-    ratio: Ratio | None
+    alone_ms: float | None = None
+    ratio: Ratio | None = None
+    cpu: Ratio | None = None
 
 
 @dataclass(frozen=True)
@@ -165,14 +174,18 @@ def _why(of: Entry, routes: list[int], parts: str | None) -> str | None:
 
 
 def _route(of: Entry, index: int, parts: str | None, measured: Measured) -> Route:
-    over = measured[of.name, forms.route(index)].wall_ms
-    found = None
-    alone_ms = None
-    if parts is not None:
-        alone = [measured[parts, name].wall_ms for name in (forms.ROUTER, forms.expert(index))]
-        found = ratio(over, *alone)
-        alone_ms = _median(over) / found.medians
-    return Route(index, _median(over), alone_ms, found)
+    over = measured[of.name, forms.route(index)]
+    latency_ms = _median(over.wall_ms)
+    if parts is None:
+        return Route(index, latency_ms)
+    alone = [measured[parts, name] for name in (forms.ROUTER, forms.expert(index))]
+    return Route(
+        route=index,
+        latency_ms=latency_ms,
+        alone_ms=sum(_median(samples.wall_ms) for samples in alone),
+        ratio=ratio(over.wall_ms, *(samples.wall_ms for samples in alone)),
+        cpu=ratio(over.cpu_ms, *(samples.cpu_ms for samples in alone)),
+    )
 
 
 def _against(of: Entry, base: Entry, routes: list[int], measured: Measured) -> Against:

@@ -53,20 +53,19 @@ def main(
     """
     chosen = cli.resolve(BenchSettings, flags, config)
     files = _files(chosen)
-    paths, said = list(bundle), ""
+    paths = list(bundle)
     if not paths:
         path, said = latest.bundle(None)
         paths = [path]
         log.info("%s", said)
     made = scenarios.run(paths, list(baseline), chosen)
-    for path, text in files.items():
-        output.write_text(path, text(made))
     if as_json:
         cli.print_json(made.to_json())
         log.info("%s", made.to_text())
     else:
         click.echo(made.to_text())
-    for path in files:
+    for path, text in files.items():  # after what is printed: a full disk costs no measurement
+        output.write_text(path, text(made))
         log.info("written: %s", path)
     log.info("next: %s", _next_command(paths[0], baseline, made))
 

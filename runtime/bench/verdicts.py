@@ -49,7 +49,7 @@ def _sparsity(made: Certificate) -> Verdict:
     ratio, worst = max(known, key=lambda pair: pair[0].medians)
     above = (ratio.medians > BOUND, ratio.minima > BOUND)
     extra_ms = worst.latency_ms - (worst.alone_ms or 0.0)
-    cost = f"route {worst.route} costs {_figures(ratio)} of router alone + expert alone"
+    cost = f"route {worst.route} costs {_figures(ratio, worst.cpu)} of router alone + expert alone"
     if not any(above):
         return Verdict("sparse", made.bundle, True, f"{cost}; at most {BOUND}.")
     if not all(above):
@@ -133,7 +133,8 @@ def without_accuracy(random: Sequence[str]) -> list[Verdict]:
     ]
 
 
-def _figures(ratio: Ratio) -> str:
-    """Return a ratio as `1.03 (minima 1.01, rounds 1.00-1.06)`."""
+def _figures(ratio: Ratio, cpu: Ratio | None = None) -> str:
+    """Return a ratio as `1.03 (minima 1.01, CPU time 1.02, rounds 1.00-1.06)`."""
+    on_cpu = "" if cpu is None else f", CPU time {cpu.medians:.2f}"
     rounds = "" if ratio.low is None else f", rounds {ratio.low:.2f}-{ratio.high:.2f}"
-    return f"{ratio.medians:.2f} (minima {ratio.minima:.2f}{rounds})"
+    return f"{ratio.medians:.2f} (minima {ratio.minima:.2f}{on_cpu}{rounds})"

@@ -124,12 +124,16 @@ def test_duration_and_warm_up_are_kept() -> None:
 
 
 def planted(**times_ms: float) -> Measured:
-    """Return samples that are all alike: `split__route_0=11` is split's `route 0`."""
+    """Return samples that are all alike: `split__route_0=11` is split's `route 0`.
+
+    Routes have half of their time as CPU time, all else all of it.
+    """
     named = {}
     for key, ms in times_ms.items():
         subject, form = key.split("__")
         times = np.full(8, ms)
-        named[subject, form.replace("_", " ")] = Samples(times, times)
+        cpu = times / 2 if form.startswith("route_") else times
+        named[subject, form.replace("_", " ")] = Samples(times, cpu)
     return named
 
 
@@ -153,6 +157,7 @@ def test_the_certificate_of_a_split_bundle_is_of_its_own_parts() -> None:
     assert [r.latency_ms for r in made.routes] == [11, 22]
     assert [r.alone_ms for r in made.routes] == pytest.approx([10, 20])
     assert [r.ratio.medians for r in made.routes if r.ratio] == pytest.approx([1.1, 1.1])
+    assert [r.cpu.medians for r in made.routes if r.cpu] == pytest.approx([0.55, 0.55])
     (against,) = made.against
     assert (against.baseline, against.same_lowering, against.dense) == ("dense", True, True)
     assert [r.medians for r in against.ratios] == pytest.approx([11 / 40, 22 / 40])
