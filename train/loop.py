@@ -41,6 +41,7 @@ class LoopSettings(Settings):
     val_steps: int = opt(
         10, "PGD steps of the validation; 0 validates clean clips alone", at_least=0
     )
+    val_eps: float = opt(8 / 255, "budget of the validation's attack", at_least=0, at_most=1)
     seed: int = opt(0, "random seed of weights, order and attacks")
 
 
@@ -100,7 +101,7 @@ def run(
             loss, taken = _walk(state, walk, number, len(passes), data, settings, device)
             row[f"loss_{walk.name.replace(' ', '_')}"] = loss
             gradients += taken
-        found = validate(state.twin, held_val, settings.val_steps, settings.batch)
+        found = _validate(state.twin, held_val, settings)
         row |= found.row()
         row |= {"gradients_per_clip": gradients / len(data), "epoch_s": time.monotonic() - begin}
         state.epoch += 1
@@ -142,6 +143,10 @@ def _walk(
         total += loss * len(batch.label)
         gradients += taken + update.gradients
     return total / len(data), gradients
+
+
+def _validate(twin: VideoMoE, data: ClipData, settings: LoopSettings) -> Validation:
+    return validate(twin, data, settings.val_steps, settings.val_eps, settings.batch)
 
 
 def rate(done: float, warmup: float) -> float:

@@ -66,13 +66,14 @@ class Validation:
         )
 
 
-def validate(twin: VideoMoE, data: ClipData, steps: int, batch: int) -> Validation:
+def validate(twin: VideoMoE, data: ClipData, steps: int, eps: float, batch: int) -> Validation:
     """Measure a twin on validation clips.
 
     Args:
         twin: in eval mode.
         data: the clips; the test split is never used here.
-        steps: of PGD at 8/255; 0 measures clean clips alone.
+        steps: of PGD; 0 measures clean clips alone.
+        eps: its budget, on pixels in [0, 1].
         batch: clips of a batch.
     """
     device = next(twin.parameters()).device
@@ -84,7 +85,8 @@ def validate(twin: VideoMoE, data: ClipData, steps: int, batch: int) -> Validati
         right += int((out.logits.argmax(dim=1) == part.label).sum())
         scores.append(out.scores.cpu())
         if steps:
-            found = pgd.attack(twin, part.clip, part.label, pgd.Settings(steps=steps), part.index)
+            how = pgd.Settings(eps=eps, steps=steps)
+            found = pgd.attack(twin, part.clip, part.label, how, part.index)
             stood += int((~found.success).sum())
             kept += int((found.route_before == found.route_after).sum())
     every, count = torch.cat(scores), len(data)

@@ -227,16 +227,21 @@ def _shown(name: str, default: Any) -> str:
     return f" [default: {', '.join(_one(name, value) for value in values)}]"
 
 
+def _is_budget(name: str) -> bool:
+    """Return whether a field is a budget: `eps`, `val_eps`; `steps` is none."""
+    return name.split("_")[-1] == "eps"
+
+
 def _one(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, float):
-        return _settings.format_eps(value) if name == "eps" else f"{value:.4g}"
+        return _settings.format_eps(value) if _is_budget(name) else f"{value:.4g}"
     return str(value)
 
 
 def _click_type(name: str, kind: type, choices: tuple[str, ...] | None) -> click.ParamType[Any]:
-    if name == "eps":
+    if _is_budget(name):
         return EpsType()
     if choices:
         return NameType(choices)
