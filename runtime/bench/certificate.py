@@ -55,7 +55,8 @@ class Route:
         latency_ms: median of a call.
         alone_ms: sum of the medians of router alone and expert alone.
         ratio: of the two, on the clock.
-        cpu: the same of CPU time, which other processes do not stretch.
+        cpu: the same of CPU time, which other processes do not stretch; None where the clock of
+            CPU time is too coarse for the parts.
     """
 
     route: int
@@ -179,12 +180,13 @@ def _route(of: Entry, index: int, parts: str | None, measured: Measured) -> Rout
     if parts is None:
         return Route(index, latency_ms)
     alone = [measured[parts, name] for name in (forms.ROUTER, forms.expert(index))]
+    fine = all((samples.cpu_ms > 0).all() for samples in alone)
     return Route(
         route=index,
         latency_ms=latency_ms,
         alone_ms=sum(_median(samples.wall_ms) for samples in alone),
         ratio=ratio(over.wall_ms, *(samples.wall_ms for samples in alone)),
-        cpu=ratio(over.cpu_ms, *(samples.cpu_ms for samples in alone)),
+        cpu=ratio(over.cpu_ms, *(samples.cpu_ms for samples in alone)) if fine else None,
     )
 
 

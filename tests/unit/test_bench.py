@@ -164,6 +164,13 @@ def test_the_certificate_of_a_split_bundle_is_of_its_own_parts() -> None:
     assert against.worst.medians == pytest.approx(22 / 40)
 
 
+def test_a_clock_of_cpu_time_that_is_too_coarse_gives_no_ratio() -> None:
+    coarse = {name: Samples(s.wall_ms, np.zeros(8)) for name, s in TIMES.items()}
+    made = certificate.certify(SPLIT, [SPLIT], coarse)
+    assert [r.cpu for r in made.routes] == [None, None]
+    assert verdicts.of_certificate(made)[0].name == "sparse"
+
+
 def test_a_bundle_in_one_file_takes_the_parts_of_a_split_one_of_its_twin() -> None:
     made = certificate.certify(ONE, [ONE, SPLIT], TIMES)
     assert made.parts_of == "split"
