@@ -1,8 +1,7 @@
 """Gates: what is measured on a bundle before anyone gets it, and can refuse it.
 
-The twin is the reference. Every clip is answered by the engine as it would be in service, and
-once more with its route forced, expert after expert, so that no expert goes unseen because the
-router never chose it.
+The twin is the reference. The engine answers every clip as it would in service, and once more
+with its route forced, expert after expert: none goes unseen because the router never chose it.
 """
 
 from __future__ import annotations
@@ -160,7 +159,7 @@ def check(twin: VideoMoE, engine: Engine, clips: Clips, settings: GateSettings) 
     n, rows = len(clips), np.arange(len(clips))
     forced = rows % experts
     free = _infer(engine, clips, None)
-    each = _infer(engine, clips, forced)
+    each = free if experts == 1 else _infer(engine, clips, forced)
     reference = _reference(twin, clips, free.route, forced)
     scores = max(_largest(p.scores - reference.scores) for p in (free, each))
     logits = _largest(free.logits - reference.logits[rows, free.route])
@@ -205,7 +204,7 @@ def _reference(
         for at in _batches(n):
             clip = to_tensor(clips[at], device)
             scores[at] = twin.scores(clip).cpu().numpy()
-            for route in (free, forced):
+            for route in (free,) if experts == 1 else (free, forced):
                 answer = twin.run_routed(clip, torch.from_numpy(route[at]).to(device))
                 logits[np.arange(n)[at], route[at]] = answer.cpu().numpy()
     return Reference(scores, logits)

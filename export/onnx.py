@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from vmoe import bundle as bundles
 from vmoe.bundle import Part
-from vmoe.errors import MissingDependencyError
 from vmoe.models import VideoMoE
 
 from . import graphs
@@ -72,9 +71,6 @@ def from_twin(twin: VideoMoE, opset: int) -> Parts:
     Args:
         twin: in eval mode, on the CPU.
         opset: version of the ONNX operators.
-
-    Raises:
-        MissingDependencyError: onnx or onnxscript is not installed.
     """
     shape = twin.spec.shape
     router = None if twin.router is None else trace([twin.router], "scores", shape, opset)[0]
@@ -89,13 +85,8 @@ def trace(
     Tracing takes most of the time, and is the same for all; what the optimiser folds (batch
     normalisation into convolutions, for one) depends on the weights, so that it comes after.
     """
-    try:
-        import onnxscript
-        import onnxscript.optimizer
-    except ImportError as e:
-        raise MissingDependencyError(
-            "onnxscript is not installed: pip install 'vmoe[train]'"
-        ) from e
+    import onnxscript.optimizer  # slow to import, and a plan alone (--dry-run) does not need it
+
     doors = [Door(module).eval() for module in modules]
     clip = torch.zeros((2, *shape), dtype=torch.uint8)  # a batch of 1 would be taken as fixed
     with _quiet():

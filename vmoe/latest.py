@@ -19,7 +19,7 @@ def bundle(named: Path | None) -> tuple[Path, str]:
     """
     if named is not None:
         return named, f"bundle: {named}"
-    found = _newest(path.parent for path in RUNS.glob("**/vmoe.json"))
+    found = _newest(path.parent for path in RUNS.glob("**/vmoe.json") if not _is_random(path))
     if found:
         return found, f"bundle: {found} (the newest under {RUNS}/)"
     return _shipped(SHIPPED), f"bundle: {SHIPPED.name} (the one that ships)"
@@ -64,6 +64,11 @@ def _inside(named: Path) -> Path:
         if path.is_file():
             return path
     raise VmoeError(f"{named} holds no checkpoint: neither a bundle's twin nor a training's best.")
+
+
+def _is_random(manifest: Path) -> bool:
+    """Return whether a bundle's weights mean nothing: `vmoe-export --counterpart` made it."""
+    return b'"weights": "random"' in manifest.read_bytes()
 
 
 def _newest(paths: Iterable[Path]) -> Path | None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import jsonschema
+import onnx
 import pytest
 from click.testing import CliRunner, Result
 
 import vmoe
 from tests.twins import SPEC, random_clips
 from vmoe import bundle as bundles
-from vmoe import checkpoint
+from vmoe import checkpoint, latest
 from vmoe.checkpoint import Checkpoint
 from vmoe.export.cli import main
 from vmoe.models import ModelSettings, build
@@ -93,7 +95,7 @@ def test_the_same_twin_gives_the_same_bytes(
 
 def test_nothing_in_it_names_a_place_of_this_machine(tiny_bundle: Path) -> None:
     places = [str(ROOT), str(Path.home()), str(tiny_bundle.parent), sys.prefix, "site-packages",
-              "stack_trace", ".py"]  # fmt: skip
+              "stack_trace", 'File "']  # fmt: skip
     for path in tiny_bundle.iterdir():
         data = path.read_bytes()
         assert not [place for place in places if place.encode() in data], path.name
@@ -123,10 +125,13 @@ def test_the_manifest_fits_its_schema_and_the_report_says_what_was_measured(
     assert report["versions"]["onnxruntime"]
 
 
-def test_if_as_json_without_its_twin_and_over_an_older_bundle(small: Path, tmp_path: Path) -> None:
-    out = tmp_path / "one"
-    plan = [small, "--lowering", "if", "--out", out, "--no-twin", "--json", "--opset", "18"]
-    first = run(*plan)
+def test_if_as_json_without_its_twin_then_its_counterpart_in_its_place(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = Path("runs/one")
+    plan = [small, "--lowering", "if", "--out", out]
+    first = run(*plan, "--no-twin", "--json", "--opset", "18")
     assert first.exit_code == 0, first.stderr
     said = json.loads(first.stdout)
     assert said["bundle"] == str(out)
@@ -139,44 +144,48 @@ def test_if_as_json_without_its_twin_and_over_an_older_bundle(small: Path, tmp_p
     assert manifest["model"]["name"] == "small"
     assert "file" not in manifest["twin"]
     assert manifest["versions"]["opset"] == "18"
-    before = (out / "moe.onnx").read_bytes()
-    second = run(*plan)
-    assert second.exit_code == 2
-    assert last_line(second).endswith("exists. Choose another --out, or say --overwrite.")
-    third = run(*plan, "--overwrite")
-    assert third.exit_code == 0, third.stderr
-    assert (out / "moe.onnx").read_bytes() == before
+    assert onnx.load(out / "moe.onnx", load_external_data=False).opset_import[0].version == 18
+    assert latest.bundle(None)[0] == out
     with load(out, threads=1) as engine:
         got = engine.infer(random_clips(3), force_route=1)
     assert got.logits.shape == (3, 2)
     assert list(got.route) == [1, 1, 1]
+    second = run(*plan)
+    assert second.exit_code == 2
+    assert last_line(second).endswith("exists. Choose another --out, or say --overwrite.")
+    shutil.copytree(out, "runs/before")
+    third = run(*plan, "--counterpart", "--overwrite")
+    assert third.exit_code == 0, third.stderr
+    assert "random weights: for latency only" in third.stderr
+    assert f"vmoe-bench BUNDLE --baseline {out}" in third.stderr
+    check_counterpart(out)
 
 
-def test_the_counterpart_is_dense_twice_as_wide_and_says_that_it_is_random(
-    small: Path, tmp_path: Path
-) -> None:
-    result = run(small, "--counterpart", "--lowering", "if", "--out", tmp_path / "dense")
-    assert result.exit_code == 0, result.stderr
-    assert "random weights: for latency only" in result.stderr
-    assert f"vmoe-bench BUNDLE --baseline {tmp_path / 'dense'}" in result.stderr
-    read = bundles.read(tmp_path / "dense")
+def check_counterpart(out: Path) -> None:
+    read = bundles.read(out)
     assert read.extra == {"weights": "random"}
     assert read.model["name"] == "small-dense"
     assert (read.model["experts"], read.model["width"]) == (1, 0.2)
     assert read.report()["weights"] == "random"
     assert "file" not in read.twin
-    jsonschema.validate(json.loads((tmp_path / "dense/vmoe.json").read_text()), SCHEMA)
-    with load(tmp_path / "dense", threads=1) as engine:
+    jsonschema.validate(json.loads((out / bundles.MANIFEST).read_text()), SCHEMA)
+    with load(out, threads=1) as engine:
         got = engine.infer(random_clips(3))
     assert not got.scores.any()
     assert got.scores.shape == (3, 1)
     assert not got.route.any()
+    assert latest.bundle(None)[0] == Path("runs/before"), "random weights would be served"
+
+
+def test_a_dense_model_has_no_counterpart(tmp_path: Path) -> None:
     dense = tmp_path / "dense.safetensors"
     twin = build(ModelSettings("r3d18", 0.1, 1, 2), SPEC).eval()
     checkpoint.save(Checkpoint(twin, ("left", "right")), dense)
-    again = run(dense, "--counterpart", "--dry-run")
-    assert again.exit_code == 2
-    assert "this model is dense already" in last_line(again)
+    result = run(dense, "--counterpart", "--dry-run")
+    assert result.exit_code == 2
+    assert "this model is dense already" in last_line(result)
+    plain = run(dense, "--dry-run", "--json")
+    assert json.loads(plain.stdout)["parts"] == ["expert0"]
 
 
 def test_a_gate_that_fails_leaves_nothing(small: Path, tmp_path: Path) -> None:
