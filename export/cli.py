@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,8 @@ def _table(made: Exported) -> str:
     return report.table(rows, columns)
 
 
-def _next(made: Exported, folder: Path) -> list[str]:
+def _next(made: Exported, out: Path) -> list[str]:
+    folder = shlex.quote(str(out))
     lines = [f"vmoe-run {folder} --camera 0"]
     if "file" in made.bundle.twin:
         lines.append(f"vmoe-attack {folder} --n 100")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import platform
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,7 +113,7 @@ def plan(path: Path, settings: ExportSettings, seed: int = 0) -> Plan:
     """Read a checkpoint, and decide what is to be exported.
 
     Raises:
-        VmoeError: the checkpoint is missing, a pickle, damaged, or of another kind.
+        VmoeError: the checkpoint (or the bundle around it) is missing, damaged, or a pickle.
         SettingError: the counterpart of a model that is dense already.
     """
     held = checkpoint.load(path)
@@ -129,9 +128,11 @@ def plan(path: Path, settings: ExportSettings, seed: int = 0) -> Plan:
 
 
 def _name(path: Path) -> str:
-    """Return what a checkpoint is called: its file, or its folder where the file says nothing."""
+    """Return what a model is called: as its bundle says, or its file, or the file's folder."""
     plain = path.resolve()
     said = plain.parent.name if plain.stem in ("best", "last", "twin") else plain.stem
+    if plain.name == bundles.TWIN and plain.with_name(bundles.MANIFEST).is_file():
+        said = str(bundles.read(plain.parent).model.get("name", said))
     return re.sub(r"[^\w.+-]+", "-", said).strip("-.+") or "model"
 
 
@@ -230,7 +231,7 @@ def _twin(plan: Plan, folder: Path) -> dict[str, str]:
     if plan.file is None:
         checkpoint.save(plan.checkpoint, inside)
     else:
-        shutil.copyfile(plan.file, inside)
+        inside.write_bytes(plan.file.read_bytes())
     entry = {"sha256": bundles.sha256(inside)}
     if plan.file is not None and plan.settings.twin:
         return entry | {"file": inside.name}

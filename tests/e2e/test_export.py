@@ -307,4 +307,4 @@ def test_help_has_three_examples() -> None:
 def test_the_twin_inside_exports_to_the_same_bundle(tiny_bundle: Path) -> None:
     result = run(tiny_bundle, "--dry-run", "--json")
     assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout)["name"] == "tiny-split"
+    assert json.loads(result.stdout)["name"] == "tiny"
