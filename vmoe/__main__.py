@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import sys
 import time
@@ -63,6 +64,7 @@ def demo(source: Path | None, out: Path, rounds: int, seed: int, as_json: bool) 
     """
     from vmoe import moves
 
+    _wait_idly()
     _refuse_strange(out)
     scenes = moves.scenes_of(source) if source else moves.photographs()
     model = _exported(out / "bundle")
@@ -274,11 +276,20 @@ def _missing(command: str) -> list[str]:
     return [name for name in COMMANDS[command] if importlib.util.find_spec(name) is None]
 
 
+def _wait_idly() -> None:
+    """Let torch's threads sleep while they wait: where others use the cores, spinning costs all.
+
+    Read when torch is imported; a user's own setting stands.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def _enter(command: str, module: str) -> None:
     """Run a command's own main, or say in one line what it needs.
 
     A command that serves loads without its backend: the engine says itself what is missing.
     """
+    _wait_idly()
     lacks = _missing(command)
     if lacks and "torch" in COMMANDS[command]:
         need = f"{', '.join(lacks)} not installed"
