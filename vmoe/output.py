@@ -83,6 +83,26 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
         raise SettingError(f"{path} holds more than a bundle, so that it is not replaced.")
 
 
+def probe(path: Path) -> None:
+    """Make sure, before any work, that a file or folder can be written; nothing of it stays.
+
+    Raises:
+        OutputError: the folder cannot be written or made, or the disk is full.
+    """
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            return  # a pipe, /dev/stdout
+        path = path.resolve()
+        place = next(at for at in (path, *path.parents) if at.exists())
+        if place == path and place.is_file():
+            place = path.parent
+        with tempfile.NamedTemporaryFile(dir=place, prefix=f".{path.stem}.") as file:
+            file.write(b"x")
+            file.flush()
+    except OSError as e:
+        raise _cannot(path, e) from e
+
+
 def _is_only_a_bundle(folder: Path) -> bool:
     """Return whether replacing a folder can lose nothing else: flat, and with a manifest."""
     entries = list(folder.iterdir())

@@ -102,6 +102,18 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         output.write_text(tmp_path / "folder", "x")
 
 
+def test_an_output_is_probed_and_nothing_stays(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    for path in (tmp_path, tmp_path / "file", tmp_path / "new", tmp_path / "new" / "a" / "b"):
+        output.probe(path)
+    output.probe(Path("/dev/null"))
+    assert names(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
+    for path in (tmp_path / "file" / "a" / "b", tmp_path / ("n" * 300), Path("/proc/x")):
+        with pytest.raises(OutputError, match=f"cannot write {path}: "):
+            output.probe(path)
+
+
 def test_an_error_of_another_file_is_not_ours(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), output.whole_folder(tmp_path / "out"):
         (tmp_path / "missing.mp4").read_bytes()
@@ -142,7 +154,10 @@ def many(path):
     with output.whole_folder(path) as folder:
         (folder / "a").write_bytes(bytes(500))
         (folder / "b").write_bytes(bytes(5000))
-for write, name in ((one, "file"), (many, "folder")):
+def none(path):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 1000))
+    output.probe(path)
+for write, name in ((one, "file"), (many, "folder"), (none, "probed")):
     try:
         write(where / name)
     except OutputError as e:
@@ -154,6 +169,6 @@ def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert all("File too large. Nothing was left half-written." in line for line in lines)
     assert not list(tmp_path.iterdir())
