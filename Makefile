@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check lint clean
+.PHONY: demo test lint check
 
 demo: $(VENV)/.ready
 	$(BIN)/vmoe demo $(if $(SOURCE),--source "$(SOURCE)")
@@ -19,13 +19,22 @@ lint: $(VENV)/.ready
 
 check: lint test
 
-# A torch that is installed already is taken as it is; else TORCH is installed, before what needs it.
-$(VENV)/.ready: pyproject.toml
-	@if $(PYTHON) -c "import torch" 2>/dev/null; then \
-	  echo "taking the torch that is installed"; $(PYTHON) -m venv --system-site-packages $(VENV); \
-	else $(PYTHON) -m venv $(VENV) && $(BIN)/pip install -q $(TORCH); fi
-	$(BIN)/pip install -q -e ".[cpu,train,dev]"
+# Whatever a failed attempt left in .venv is replaced; a VENV of your own is never cleared.
+CLEAR = $(if $(filter .venv,$(VENV)),--clear)
+
+# A torch that PYTHON has is taken as it is, be it installed in the system or in a virtual
+# environment that is active; else TORCH is installed, before what would fetch another.
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "vmoe needs Python 3.10 or newer: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(CLEAR) $(VENV)
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+	  echo "taking the torch that is installed"; \
+	  $(PYTHON) -c 'import site; print(*site.getsitepackages(), sep="\n")' \
+	    > "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')/outer.pth"; \
+	else $(BIN)/pip install -q $(TORCH); fi
 	@touch $@
 
-clean:
-	rm -rf $(VENV) demo
+$(VENV)/.ready: pyproject.toml $(VENV)/.torch
+	$(BIN)/pip install -q -e ".[cpu,train,dev]"
+	@touch $@

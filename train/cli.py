@@ -93,7 +93,7 @@ def _fields(cls: type[Settings]) -> set[str]:
     "vmoe-train /data/clips --method standard --experts 1 --group 'seq\\d+' --epochs 30",
     "vmoe-train --out runs/train/mine --resume",
 )
-@click.argument("data", default="camera-motion")
+@click.argument("data", required=False)
 @cli.options(RunSettings)
 @cli.options(ModelSettings, skip=["classes"])
 @cli.options(loop.LoopSettings, skip=["seed"])
@@ -111,25 +111,31 @@ def _fields(cls: type[Settings]) -> set[str]:
 @cli.config_option
 @cli.json_option
 def main(
-    data: str, init_from: Path | None, out: Path | None, resume: bool, reported: bool,
-    dry_run: bool, seed: int,
-    device: str, config: Path | None, as_json: bool, **flags: Any,
+    data: str | None, init_from: Path | None, out: Path | None, resume: bool, reported: bool,
+    dry_run: bool, seed: int, device: str, config: Path | None, as_json: bool, **flags: Any,
 ) -> None:  # fmt: skip
-    """Train a twin on DATA: camera-motion, a folder with a folder per class, or NAME:/path."""
-    plan, spec = _plan(data, init_from, seed, config, flags)
+    """Train a twin on DATA: camera-motion (the default), a folder per class, or NAME:/path.
+
+    A run that was interrupted goes on with --resume and its --out; it knows its own recipe.
+    """
+    if resume:
+        if out is None:
+            raise SettingError("--resume goes on with the run in a folder; name it with --out.")
+        data, init_from, seed, flags = _as_before(loop.recipe_of(out), data, flags)
+    plan, spec = _plan(data or "camera-motion", init_from, seed, config, flags)
     where = checkpoint.device(device)
     folder = out or Path("runs/train") / f"{plan.run.method}-{plan.model.arch}"
     plan.passes()  # refuses what does not fit, before any work
     twin = build(plan.model, spec, seed)
     cost = flops.count(twin)
-    log.info("data: %s  recipe: %s  out: %s", data, plan.run.method, folder)
+    log.info("data: %s  recipe: %s  out: %s", plan.data, plan.run.method, folder)
     log.info("%s", _describe(plan.model, cost))
     if dry_run:
         cli.print_json(plan.mapping()) if as_json else click.echo(_lines(plan.mapping()))
         return
     if not resume and folder.exists():
         raise SettingError(f"{folder} exists. Choose another --out, or go on with --resume.")
-    if init_from is not None:
+    if init_from is not None and not resume:
         log.info("weights: %s", initial.take_weights(twin, init_from))
     twin.to(where)
     state = loop.start(twin, plan.loop)
@@ -137,25 +143,42 @@ def main(
         state = loop.load(state, plan.mapping(), folder)
         log.info("resumed after epoch %d of %d", state.epoch, plan.loop.epochs)
     labels = plan.open("train", plan.clips.clips, spec).labels
+    test = plan.open("test", plan.run.test_clips, spec) if reported else None
+    output.probe(folder)  # all that can be refused is refused before the first epoch
     _train(state, plan, spec, labels, folder)
-    if reported:
-        _report(plan, spec, folder, where, as_json=as_json)
+    found = {"validation": state.rows[-1], "recipe": plan.mapping()}
+    if test is not None:
+        found = _report(plan, test, folder, where)
+    if as_json:
+        cli.print_json(found)
     log.info("next: vmoe-attack %s", folder / "best.safetensors")
     log.info("next: vmoe-export %s", folder / "best.safetensors")
 
 
-def _report(
-    plan: Plan, spec: ClipSpec, folder: Path, where: torch.device, *, as_json: bool
-) -> None:
+def _report(plan: Plan, test: ClipData, folder: Path, where: torch.device) -> dict[str, Any]:
     """Measure the best epoch on the test split, which nothing has seen; write the report."""
     best = checkpoint.load(folder / "best.safetensors", where)
-    data = plan.open("test", plan.run.test_clips, spec)
-    found = report.make(best, data, plan.loop.batch, plan.run.report_steps)
+    eps = getattr(plan.recipe, "eps", plan.loop.val_eps)
+    steps = plan.run.report_steps
+    found = report.make(best, test, batch=plan.loop.batch, steps=steps, eps=eps)
     output.write_json(folder / "report.json", found)
     output.write_text(folder / "report.md", report.markdown(found))
-    if as_json:
-        cli.print_json(found)
     log.info("report: %s", folder / "report.md")
+    return found
+
+
+def _as_before(
+    recipe: dict[str, Any], data: str | None, flags: dict[str, Any]
+) -> tuple[str, Path | None, int, dict[str, Any]]:
+    """Return data, weights, seed and flags of a run that goes on; a flag given stands over them.
+
+    Where such a flag contradicts the recipe, `loop.load` refuses and says which.
+    """
+    parts = (recipe[part] for part in ("run", "model", "loop", "clips", "method"))
+    held = {key: value for part in parts for key, value in part.items()}
+    given = {key: value for key, value in flags.items() if value is not None}
+    begun = Path(recipe["init_from"]) if recipe["init_from"] else None
+    return data or recipe["data"], begun, held["seed"], {**flags, **held, **given}
 
 
 def _plan(

@@ -19,7 +19,7 @@ Tamper: TypeAlias = Callable[[Batch], Tensor]
 AXES = [min(LABELS.index(a), LABELS.index(REVERSED.get(a, a))) for a in LABELS]
 
 
-def gather(twin: VideoMoE, data: ClipData, batch: int = 32) -> dict[str, float]:
+def gather(twin: VideoMoE, data: ClipData, batch: int = 32) -> dict[str, float | None]:
     """Return what a model of camera-motion does with tampered clips, as shares in [0, 1].
 
     Keys:
@@ -64,10 +64,14 @@ def _shuffled(batch: Batch) -> Tensor:
     """Return clips whose frames stand in an order drawn from each clip's index, never its own."""
     rows = []
     for clip, index in zip(batch.clip, batch.index.tolist(), strict=True):
-        order = np.random.default_rng(index).permutation(clip.shape[1])
+        rng, own = np.random.default_rng(index), np.arange(clip.shape[1])
+        order = rng.permutation(own)
+        while len(own) > 1 and (order == own).all():
+            order = rng.permutation(own)
         rows.append(clip[:, torch.from_numpy(order)])
     return torch.stack(rows)
 
 
-def _share(hits: Tensor) -> float:
-    return float(hits.double().mean()) if len(hits) else float("nan")
+def _share(hits: Tensor) -> float | None:
+    """Return the mean; None of nothing, as where no clip was right."""
+    return float(hits.double().mean()) if len(hits) else None

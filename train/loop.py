@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from vmoe import checkpoint
-from vmoe.batches import Held, batches, shuffled
+from vmoe.batches import Batch, Held, batches, shuffled
 from vmoe.cli import log, progress
 from vmoe.data import ClipData
 from vmoe.errors import VmoeError
 from vmoe.models import VideoMoE
 from vmoe.settings import Settings, opt
-from vmoe.train.passes import Pass, training
+from vmoe.train.passes import Pass, Update, training
 from vmoe.train.validate import Validation, validate
 
 STATE = "state.safetensors"
+LARGEST_GRADIENT = 5.0  # norm over a pass's parameters
 GIVEN_UP = 1e30  # a loss beyond this, or that is no number, ends the training
 
 Row: TypeAlias = "dict[str, float]"
@@ -62,6 +65,20 @@ class State:
     best: float
 
 
+class Walked(NamedTuple):
+    """One walk over the data.
+
+    Attributes:
+        loss: its mean.
+        gradients: clips that a gradient was taken of through experts, those of updates included.
+        flops: floating-point operations of one clip.
+    """
+
+    loss: float
+    gradients: int
+    flops: float
+
+
 def start(twin: VideoMoE, settings: LoopSettings) -> State:
     """Return the state before the first epoch."""
     optimiser = torch.optim.AdamW(
@@ -96,14 +113,16 @@ def run(
         begin = time.monotonic()
         data = Held(train_data(state.epoch))
         row: Row = {"epoch": state.epoch + 1}
-        gradients = 0
+        gradients, spent = 0, 0.0
         for number, walk in enumerate(passes):
-            loss, taken = _walk(state, walk, number, len(passes), data, settings, device)
-            row[f"loss_{walk.name.replace(' ', '_')}"] = loss
-            gradients += taken
+            walked = _walk(state, walk, number, len(passes), data, settings, device)
+            row[f"loss_{walk.name.replace(' ', '_')}"] = walked.loss
+            gradients += walked.gradients
+            spent += walked.flops
         found = _validate(state.twin, held_val, settings)
         row |= found.row()
-        row |= {"gradients_per_clip": gradients / len(data), "epoch_s": time.monotonic() - begin}
+        row |= {"gradients_per_clip": gradients / len(data), "gflops_per_clip": spent / 1e9}
+        row["epoch_s"] = time.monotonic() - begin
         state.epoch += 1
         state.rows.append(row)
         state.best = max(state.best, found.figure)
@@ -114,26 +133,29 @@ def run(
 def _walk(
     state: State, walk: Pass, number: int, of: int, data: Held,
     settings: LoopSettings, device: torch.device,
-) -> tuple[float, int]:  # fmt: skip
-    """Walk over the data once; return the mean loss, and how many gradients it took."""
+) -> Walked:  # fmt: skip
+    """Walk over the data once.
+
+    The FLOPs of everything that it runs, attack, update and terms, are counted on its first batch
+    by torch's own counter: clips cost alike, so that the rest is the same per clip.
+    """
     seed = (settings.seed, state.epoch, number)
     order = shuffled(len(data), *seed)
     attack_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    total, gradients, steps = 0.0, 0, math.ceil(len(data) / settings.batch)
+    total, gradients, spent, steps = 0.0, 0, 0.0, math.ceil(len(data) / settings.batch)
     label = f"epoch {state.epoch + 1}/{settings.epochs} {walk.name}"
     for step, batch in enumerate(
         progress(batches(data, settings.batch, device, order), label, steps)
     ):
-        clip, taken = walk.prepare(state.twin, batch, attack_seed)
         done = (state.epoch + (number + step / steps) / of) / settings.epochs
         for group in state.optimiser.param_groups:
             group["lr"] = settings.lr * rate(done, settings.warmup)
-        with training(state.twin, walk.part) as parameters:
-            update = walk.update(state.twin, batch, clip)
-            state.optimiser.zero_grad(set_to_none=True)
-            update.loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(parameters, 5.0)
-            state.optimiser.step()
+        counter = FlopCounterMode(display=False)
+        with contextlib.nullcontext() if step else counter:
+            clip, taken = walk.prepare(state.twin, batch, attack_seed)
+            update = _step(state, walk, batch, clip)
+        if not step:
+            spent = counter.get_total_flops() / len(batch.label)
         loss = float(update.loss.detach())
         if not abs(loss) < GIVEN_UP:
             raise VmoeError(
@@ -142,7 +164,18 @@ def _walk(
             )
         total += loss * len(batch.label)
         gradients += taken + update.gradients
-    return total / len(data), gradients
+    return Walked(total / len(data), gradients, spent)
+
+
+def _step(state: State, walk: Pass, batch: Batch, clip: Tensor) -> Update:
+    """Update the pass's part of the twin on one batch."""
+    with training(state.twin, walk.part) as parameters:
+        update = walk.update(state.twin, batch, clip)
+        state.optimiser.zero_grad(set_to_none=True)
+        update.loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
+        state.optimiser.step()
+    return update
 
 
 def _validate(twin: VideoMoE, data: ClipData, settings: LoopSettings) -> Validation:
@@ -176,6 +209,16 @@ def save(state: State, recipe: dict[str, Any], folder: Path) -> None:
         tensors |= {f"optimiser.{index}.{key}": torch.as_tensor(v) for key, v in values.items()}
     header = {"recipe": recipe, "epoch": state.epoch, "rows": state.rows, "best": state.best}
     checkpoint.write_tensors(tensors, header, folder / STATE)
+
+
+def recipe_of(folder: Path) -> dict[str, Any]:
+    """Return the recipe of the run in a folder.
+
+    Raises:
+        VmoeError: no state there.
+    """
+    recipe: dict[str, Any] = checkpoint.read_tensors(folder / STATE)[1]["recipe"]
+    return recipe
 
 
 def load(state: State, recipe: dict[str, Any], folder: Path) -> State:

@@ -49,8 +49,10 @@ class Pass:
     Attributes:
         name: for the log.
         part: what it updates, of PARTS; the rest keeps its weights and its statistics.
-        update: from a twin (the part being in train mode), a batch and a seed to an Update.
-        prepare: from the same, the twin being in eval mode, to the adversarial clips.
+        update: from a twin (the part being in train mode), a batch and its adversarial clips to
+            an Update.
+        prepare: from a twin in eval mode, a batch and a seed to the adversarial clips, and of how
+            many clips it took a gradient through experts.
     """
 
     name: str
@@ -84,7 +86,7 @@ def training(twin: VideoMoE, part: str) -> Iterator[list[nn.Parameter]]:
 
 
 def constant(twin: VideoMoE, answer: Callable[[], Tensor]) -> Tensor:
-    """Return what the twin answers in its present mode, without gradient or a trace.
+    """Return what the twin answers in its present mode, without gradient or new statistics.
 
     The clean side of a Lipschitz term is a fixed target (ours). It must be normalised as the
     other side is, by its batch: the running statistics may lie so far off that the term, whose
@@ -118,7 +120,10 @@ def load_balance(scores: Tensor) -> Tensor:
 def whole_update(
     twin: VideoMoE, batch: Batch, clip: Tensor, *, balance: float, lam: float = 0.0
 ) -> Update:
-    """Return CE(F(clip), y) + lam L_Lip(F) + balance load_balance over a batch, by its mean."""
+    """Return CE(F(clip), y) + lam L_Lip(F) + balance load_balance over a batch, by its mean.
+
+    Both sides of L_Lip(F) are routed freely, as F is: a flip counts as a change of F.
+    """
     clean = constant(twin, lambda: twin(batch.clip, "frozen").logits) if lam else None
     out = twin(clip)
     loss = cross_entropy(out.logits, batch.label)

@@ -87,7 +87,8 @@ def validate(twin: VideoMoE, data: ClipData, steps: int, eps: float, batch: int)
         if steps:
             how = pgd.Settings(eps=eps, steps=steps)
             found = pgd.attack(twin, part.clip, part.label, how, part.index)
-            stood += int((~found.success).sum())
+            right_too = out.logits.argmax(dim=1) == part.label  # zero lies in the ball, too
+            stood += int((right_too & ~found.success).sum())
             kept += int((found.route_before == found.route_after).sum())
     every, count = torch.cat(scores), len(data)
     shares = expert_shares(every.argmax(dim=1), every.shape[1])
@@ -106,7 +107,8 @@ def _entropy(shares: list[float]) -> float:
     p = torch.tensor(shares, dtype=torch.float64)
     if len(p) == 1:
         return 0.0
-    return float(-(p * p.clamp(min=1e-12).log()).sum() / torch.tensor(float(len(p))).log())
+    entropy = -(p * p.clamp(min=1e-12).log()).sum() / torch.tensor(float(len(p))).log()
+    return max(0.0, float(entropy))
 
 
 def _margin(scores: Tensor) -> float:

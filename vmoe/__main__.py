@@ -9,8 +9,10 @@ import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
+import shlex
 import sys
 import time
 from collections import Counter
@@ -22,7 +24,7 @@ import click
 import vmoe
 from vmoe import bundle as bundles
 from vmoe import cli, latest, output, report
-from vmoe.errors import MissingDependencyError, SettingError
+from vmoe.errors import MissingDependencyError, SettingError, nearest
 
 if TYPE_CHECKING:
     from vmoe.moves import Segment
@@ -31,7 +33,26 @@ if TYPE_CHECKING:
 log = cli.log
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class Group(click.Group):
+    """Commands; an unknown name is one line, as a wrong option is."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that the first argument names."""
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            known = ", ".join(sorted(self.commands))
+            near = nearest(args[0], self.commands)
+            click.echo(f"vmoe: unknown command {args[0]!r}{near} Known: {known}.", err=True)
+            ctx.exit(2)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=Group,
+    epilog="\b\nExamples:\n  vmoe demo\n  vmoe doctor\n  vmoe inspect runs/export/mine-split",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(vmoe.__version__, prog_name="vmoe")
 def main() -> None:
     """Sparse video Mixture-of-Experts that survive attack: train, export, serve, attack.
@@ -67,11 +88,12 @@ def demo(source: Path | None, out: Path, rounds: int, seed: int, as_json: bool) 
     _wait_idly()
     _refuse_strange(out)
     scenes = moves.scenes_of(source) if source else moves.photographs()
+    output.write_json(out / "report.json", {"made_by": MADE_BY})  # until there is more to say
     model = _exported(out / "bundle")
     log.info("rendering %d known moves over %s", 10 * rounds, ", ".join(s.name for s in scenes))
     segments = moves.render(scenes, out / "moves.avi", rounds=rounds, seed=seed)
     results = _watch(model, out / "moves.avi", out / "annotated.mp4", segments)
-    found = judge(segments, results)
+    found = {"made_by": MADE_BY, **judge(segments, results)}
     found |= {"bundle": str(model), "video": str(out / "moves.avi"), "seed": seed}
     output.write_json(out / "report.json", found)
     text = _markdown(found)
@@ -81,20 +103,25 @@ def demo(source: Path | None, out: Path, rounds: int, seed: int, as_json: bool) 
     else:
         click.echo(text)
     log.info("annotated video: %s   report: %s", out / "annotated.mp4", out / "report.md")
-    log.info("next: vmoe-run %s --camera 0", model)
-    log.info("next: vmoe-attack %s --n 100", model)
-    log.info("next: vmoe-bench %s", model)
+    for command in ("vmoe-run {} --camera 0", "vmoe-attack {} --n 100", "vmoe-bench {}"):
+        if not _missing(command.split()[0]):
+            log.info("next: %s", command.format(shlex.quote(str(model))))
 
 
-DEMO_FILES = {"bundle", "moves.avi", "annotated.mp4", "report.json", "report.md"}
+MADE_BY = "vmoe demo"  # in its report.json: how the demo knows a folder of its own
 
 
 def _refuse_strange(out: Path) -> None:
-    """Refuse a folder that holds anything but an earlier demo; nothing is ever deleted."""
-    strange = {path.name for path in out.iterdir()} - DEMO_FILES if out.is_dir() else set()
-    if strange or (out.exists() and not out.is_dir()):
-        what = f"holds {min(strange)!r}" if strange else "is a file"
-        raise SettingError(f"{out} {what}, so it is no earlier demo; choose another --out.")
+    """Refuse a folder that is not a demo's own: its files will be replaced."""
+    if not out.exists():
+        output.probe(out)
+        return
+    try:
+        own = json.loads((out / "report.json").read_text())["made_by"] == MADE_BY
+    except (OSError, ValueError, KeyError, TypeError):
+        own = False
+    if not own and (not out.is_dir() or any(out.iterdir())):
+        raise SettingError(f"{out} is no folder of an earlier demo; choose another --out.")
 
 
 def _exported(folder: Path) -> Path:
@@ -104,12 +131,11 @@ def _exported(folder: Path) -> Path:
         log.info(
             "%s not installed: taking the bundle that ships, not a fresh one", ", ".join(lacks)
         )
-        return latest.bundle(latest.SHIPPED)[0]
+        return latest.shipped()
     from vmoe.export import export
 
     begin = time.monotonic()
-    path, _ = latest.checkpoint(latest.SHIPPED)
-    export(path, folder, overwrite=True)
+    export(latest.shipped() / bundles.TWIN, folder, overwrite=True)
     log.info("exported the model that ships to %s in %.1f s", folder, time.monotonic() - begin)
     return folder
 
@@ -148,7 +174,7 @@ def judge(segments: list[Segment], results: list[Result]) -> dict[str, Any]:
     from vmoe.moves import truth
 
     judged = [(s.label, r) for r in results if (s := truth(segments, r.t_first_s, r.t_s))]
-    labels = list(dict.fromkeys(sorted(label for label, _ in judged)))
+    labels = sorted({label for label, _ in judged})
     rows = []
     for label in labels:
         given = Counter(r.label for was, r in judged if was == label)
@@ -257,7 +283,7 @@ def doctor(as_json: bool) -> None:
     click.echo("  ".join(f"{key} {value}" for key, value in machine.items()))
     click.echo("\n" + report.table([[n, v, PACKAGES[n]] for n, v in versions.items()],
                                    ["package", "installed", "for"]))  # fmt: skip
-    rows = [[c, "runs here" if not lacks else f"needs {', '.join(lacks)}"]
+    rows = [[c, "is installed" if not lacks else f"needs {', '.join(lacks)}"]
             for c, lacks in missing.items()]  # fmt: skip
     click.echo("\n" + report.table(rows, ["command", "here"]))
     click.echo(f"\ncameras: {', '.join(cameras) or 'none'}")
@@ -295,7 +321,10 @@ def _enter(command: str, module: str) -> None:
         need = f"{', '.join(lacks)} not installed"
         click.echo(f"{command}: {need}: pip install 'vmoe[train,cpu]'.", err=True)
         sys.exit(MissingDependencyError.exit_code)
-    importlib.import_module(module).main()
+    try:
+        importlib.import_module(module).main()
+    except KeyboardInterrupt:  # before the command could say itself how it ends
+        sys.exit(0 if command == "vmoe-run" else 130)
 
 
 def train() -> None:

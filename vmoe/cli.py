@@ -185,7 +185,9 @@ config_option = click.option(
     callback=_take_config,
     help="TOML file of these options.",
 )
-seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Random seed.")
+seed_option = click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Random seed."
+)
 device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu or cuda:N."
 )

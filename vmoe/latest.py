@@ -19,10 +19,10 @@ def bundle(named: Path | None) -> tuple[Path, str]:
     """
     if named is not None:
         return named, f"bundle: {named}"
-    found = _newest(path.parent for path in RUNS.glob("**/vmoe.json") if not _is_random(path))
+    found = _newest(_bundles())
     if found:
         return found, f"bundle: {found} (the newest under {RUNS}/)"
-    return _shipped(SHIPPED), f"bundle: {SHIPPED.name} (the one that ships)"
+    return shipped(), f"bundle: {SHIPPED.name} (the one that ships)"
 
 
 def checkpoint(named: Path | None) -> tuple[Path, str]:
@@ -37,7 +37,7 @@ def checkpoint(named: Path | None) -> tuple[Path, str]:
     found = _newest(RUNS.glob("**/best.safetensors"))
     if found:
         return found, f"checkpoint: {found} (the newest under {RUNS}/)"
-    return _shipped(SHIPPED / "twin.safetensors"), "checkpoint: camera-motion (the one that ships)"
+    return shipped() / "twin.safetensors", f"checkpoint: {SHIPPED.name} (the one that ships)"
 
 
 def target(named: Path | None) -> tuple[Path, str]:
@@ -50,11 +50,25 @@ def target(named: Path | None) -> tuple[Path, str]:
         best = named / "best.safetensors"
         trained = best.is_file() and not (named / "vmoe.json").exists()
         return (best if trained else named), f"target: {named}"
-    bundles = (path.parent for path in RUNS.glob("**/vmoe.json"))
-    found = _newest([*bundles, *RUNS.glob("**/best.safetensors")])
+    found = _newest([*_bundles(), *RUNS.glob("**/best.safetensors")])
     if found:
         return found, f"target: {found} (the newest under {RUNS}/)"
-    return _shipped(SHIPPED), f"target: {SHIPPED.name} (the one that ships)"
+    return shipped(), f"target: {SHIPPED.name} (the one that ships)"
+
+
+def shipped() -> Path:
+    """Return the bundle that ships; it carries its twin.
+
+    Raises:
+        VmoeError: this installation has none.
+    """
+    if not SHIPPED.exists():
+        raise VmoeError(f"this installation ships no model ({SHIPPED} is missing): name a path.")
+    return SHIPPED
+
+
+def _bundles() -> list[Path]:
+    return [path.parent for path in RUNS.glob("**/vmoe.json") if not _is_random(path)]
 
 
 def _inside(named: Path) -> Path:
@@ -75,9 +89,3 @@ def _newest(paths: Iterable[Path]) -> Path | None:
     # nothing half-written: that stands under a name that begins with a dot
     found = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
-
-
-def _shipped(path: Path) -> Path:
-    if not path.exists():
-        raise VmoeError(f"this installation ships no model ({path} is missing): name a path.")
-    return path

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ROOMS = ("train", "export", "runtime", "attacks")
 COMMANDS = {"vmoe", "vmoe-train", "vmoe-export", "vmoe-run", "vmoe-attack", "vmoe-bench"}
-NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "runs", "dist", "demo", "benchmarks")
+NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "runs", "dist", "benchmarks")
 
 pytestmark = pytest.mark.slow
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.videos import write
 from vmoe import checkpoint
 from vmoe.train.cli import main
 
@@ -46,9 +47,13 @@ def test_standard_trains_and_says_what_to_do_next(tmp_path: Path) -> None:
     rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert {"loss_whole", "clean", "robust", "share0", "gradients_per_clip"} <= set(rows[0])
+    assert float(rows[0]["gflops_per_clip"]) > 0
     report = json.loads((out / "report.json").read_text())
     assert report["recipe"]["run"]["method"] == "standard"
     assert "one_frame_repeated_is_static" in report["evidence"]
+    robust = report["robust"]
+    assert robust["worst_of"]["hits"] <= robust["attacks"][0]["robust"]["hits"]
+    assert robust["attacks"][0]["robust"]["hits"] <= robust["clean"]["hits"]
     assert (out / "report.md").read_text().startswith("# ")
     held = checkpoint.load(out / "best.safetensors")
     assert held.labels[0] == "static"
@@ -69,7 +74,7 @@ def test_resumed_is_what_an_uninterrupted_run_gives_bit_for_bit(tmp_path: Path) 
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
     assert (parts / "state.safetensors").exists()
-    result = train(*method, "--out", str(parts), "--resume")
+    result = train("--out", str(parts), "--no-report", "--resume")  # it knows its own recipe
     assert result.exit_code == 0, result.output
     for name in ("last.safetensors", "state.safetensors"):
         one, two = weights(whole / name), weights(parts / name)
@@ -85,6 +90,9 @@ def test_resume_of_another_recipe_is_refused(tmp_path: Path) -> None:
     result = train(*arguments, "--lr", "0.5", "--resume")
     assert result.exit_code == 1
     assert "lr 0.003 then, 0.5 now" in result.output
+    nowhere = train("--resume")
+    assert nowhere.exit_code == 2
+    assert "name it with --out" in nowhere.output
 
 
 def test_experts_begin_as_copies_of_a_single_expert(tmp_path: Path) -> None:
@@ -176,3 +184,17 @@ def test_real_clips_of_a_folder_are_learnt_from(real_data: Path, tmp_path: Path)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert len(report["labels"]) == 6
     assert report["evidence"] is None  # camera-motion's evidence is of camera-motion alone
+
+
+def test_a_data_set_without_test_split_is_refused_before_the_first_epoch(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            for i in range(4):
+                path = tmp_path / "data" / split / label / f"{i}.avi"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write(path, frames=20, fps=10)
+    arguments = ["--method", "standard", "--experts", "1", "--epochs", "1"]
+    result = train(str(tmp_path / "data"), *arguments, "--out", str(tmp_path / "run"))
+    assert result.exit_code == 2
+    assert "test" in result.output
+    assert not (tmp_path / "run").exists()

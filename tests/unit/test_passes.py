@@ -8,14 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.twins import lively
 from vmoe import registry
+from vmoe.attacks.methods import pgd
 from vmoe.batches import Batch, Held, batches, shuffled, to_tensor
 from vmoe.clips import ClipSpec
 from vmoe.data import DataSettings, open_data
 from vmoe.models import ModelSettings, VideoMoE, build
 from vmoe.train import loop
-from vmoe.train.passes import load_balance, training, whole_update
+from vmoe.train.passes import constant, load_balance, training, whole_update
 from vmoe.train.recipes import j_tlat
+from vmoe.train.validate import Validation, validate
 
 RECIPES = registry.names("vmoe.train.recipes")
 
@@ -127,6 +130,74 @@ def test_weak_experts_update_is_the_weighted_sum_over_the_top_two(
             each = torch.nn.functional.cross_entropy(every[i, expert][None], label)
             total += float(weight * each)
     assert update.loss.item() == pytest.approx(total / len(batch.clip), rel=1e-5)
+
+
+def test_router_update_holds_the_route_of_inference(spec: ClipSpec, batch: Batch) -> None:
+    twin = lively(4, 10, spec=spec)
+    settings = j_tlat.Settings(lam=0.3, balance=0.7)
+    moved = (batch.clip + 0.02).clamp(0, 1)
+    with torch.no_grad():
+        top1 = twin.scores(batch.clip).argmax(dim=1)  # eval mode: by the running statistics
+        with training(twin, "router"):
+            update = j_tlat.router_update(twin, batch, moved, settings)
+            clean, scores = twin.scores(batch.clip), twin.scores(moved)
+    mse = (clean - scores).square().mean(1) / (batch.clip - moved).square().flatten(1).mean(1)
+    expected = torch.nn.functional.cross_entropy(scores, top1) + 0.3 * mse.mean()
+    expected = expected + 0.7 * load_balance(scores)
+    assert update.loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_lipschitz_term_of_the_whole_compares_two_free_answers(
+    spec: ClipSpec, batch: Batch
+) -> None:
+    twin = lively(4, 10, spec=spec)
+    moved = (batch.clip + 0.02).clamp(0, 1)
+    with torch.no_grad():
+        clean, out = twin(batch.clip).logits, twin(moved).logits
+        update = whole_update(twin, batch, moved, balance=0.0, lam=0.5)
+    ratio = (clean - out).square().mean(1) / (batch.clip - moved).square().flatten(1).mean(1)
+    expected = torch.nn.functional.cross_entropy(out, batch.label) + 0.5 * ratio.mean()
+    assert update.loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_constant_leaves_mode_statistics_and_momenta(spec: ClipSpec, batch: Batch) -> None:
+    twin = twin_of(spec)
+    norm = next(m for m in twin.modules() if isinstance(m, torch.nn.BatchNorm3d))
+    before = norm.running_mean.clone()  # type: ignore[union-attr]
+    with training(twin, "whole"):
+        answer = constant(twin, lambda: twin.scores(batch.clip))
+        assert not answer.requires_grad
+        assert norm.training
+        assert norm.momentum == 0.1
+    assert torch.equal(norm.running_mean, before)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("shares", "warns"),
+    [([0.25] * 4, False), ([1.0, 0, 0, 0], True), ([0.5, 0.5, 0.0, 0.0], True), ([1.0], False)],
+)
+def test_collapse_is_said_with_what_to_change(shares: list[float], warns: bool) -> None:
+    said = Validation(0.5, None, shares, 0.0, 0.0, 0.0).collapse()
+    assert (said is not None) == warns
+    assert said is None or "--balance" in said
+
+
+def test_validation_counts_what_is_right_and_what_stands(spec: ClipSpec) -> None:
+    twin = lively(4, 10, spec=spec)
+    data = open_data("camera-motion", "val", spec, DataSettings(clips=20))
+    found = validate(twin, data, steps=2, eps=8 / 255, batch=7)
+    every = next(batches(data, 20))
+    with torch.no_grad():
+        out = twin(every.clip)
+    right = out.logits.argmax(1) == every.label
+    attacked = pgd.attack(
+        twin, every.clip, every.label, pgd.Settings(eps=8 / 255, steps=2), every.index
+    )
+    assert found.clean == pytest.approx(right.float().mean().item())
+    assert found.robust == pytest.approx((right & ~attacked.success).float().mean().item())
+    assert sum(found.shares) == pytest.approx(1.0)
+    top = out.scores.topk(2, dim=1).values
+    assert found.margin == pytest.approx((top[:, 0] - top[:, 1]).mean().item(), rel=1e-4)
 
 
 class Counting:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from vmoe.attacks.loop import as_found
 from vmoe.attacks.methods import j_tlga, tlga_r
 from vmoe.batches import Batch
 from vmoe.lipschitz import l_lip
@@ -71,9 +72,11 @@ def passes(settings: Settings) -> list[Pass]:
 
 def router_update(twin: VideoMoE, batch: Batch, clip: Tensor, settings: Settings) -> Update:
     """Return CE(R(x'), top1(x)) + lam L_Lip(R) + balance load_balance, x' from TLGA-R."""
+    with as_found(twin), torch.no_grad():  # the route of inference: not by the batch's statistics
+        top1 = twin.scores(batch.clip).argmax(dim=1)
     clean = constant(twin, lambda: twin.scores(batch.clip))
     scores = twin.scores(clip)
-    loss = cross_entropy(scores, clean.argmax(dim=1))
+    loss = cross_entropy(scores, top1)
     loss = loss + settings.lam * l_lip(clean, scores, batch.clip, clip).mean()
     return Update(loss + settings.balance * load_balance(scores), 0)
 
