@@ -79,8 +79,8 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
     """Raise SettingError for an output that exists, before any work is done."""
     if path.exists() and not overwrite:
         raise SettingError(f"{path} exists. Choose another --out, or say --overwrite.")
-    if path.is_dir() and not _is_only_a_bundle(path):
-        raise SettingError(f"{path} holds more than a bundle, so that it is not replaced.")
+    if path.exists() and not _is_only_a_bundle(path):
+        raise SettingError(f"{path} is or holds more than a bundle, so that it is not replaced.")
 
 
 def probe(path: Path) -> None:
@@ -105,6 +105,8 @@ def probe(path: Path) -> None:
 
 def _is_only_a_bundle(folder: Path) -> bool:
     """Return whether replacing a folder can lose nothing else: flat, and with a manifest."""
+    if not folder.is_dir() or folder.is_symlink():
+        return False
     entries = list(folder.iterdir())
     flat = all(entry.is_file() and not entry.is_symlink() for entry in entries)
     return not entries or (flat and (folder / "vmoe.json").is_file())
@@ -121,7 +123,7 @@ def _swap(temporary: Path, path: Path) -> None:
     except OSError:
         old.rename(path)
         raise
-    shutil.rmtree(old) if old.is_dir() else old.unlink()
+    shutil.rmtree(old)
 
 
 def write_text(path: Path, text: str) -> None:
