@@ -13,14 +13,13 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from vmoe import checkpoint
 from vmoe.batches import Batch, Held, batches, shuffled
 from vmoe.cli import log, progress
 from vmoe.data import ClipData
 from vmoe.errors import VmoeError
-from vmoe.models import VideoMoE
+from vmoe.models import VideoMoE, flops
 from vmoe.settings import Settings, opt
 from vmoe.train.passes import Pass, Update, training
 from vmoe.train.validate import Validation, validate
@@ -150,12 +149,12 @@ def _walk(
         done = (state.epoch + (number + step / steps) / of) / settings.epochs
         for group in state.optimiser.param_groups:
             group["lr"] = settings.lr * rate(done, settings.warmup)
-        counter = FlopCounterMode(display=False)
+        counter = flops.Counter()
         with contextlib.nullcontext() if step else counter:
             clip, taken = walk.prepare(state.twin, batch, attack_seed)
             update = _step(state, walk, batch, clip)
         if not step:
-            spent = counter.get_total_flops() / len(batch.label)
+            spent = counter.total / len(batch.label)
         loss = float(update.loss.detach())
         if not abs(loss) < GIVEN_UP:
             raise VmoeError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from vmoe.clips import ClipSpec
 from vmoe.models import ModelSettings, build, flops
 
@@ -49,3 +51,16 @@ def test_counting_leaves_the_twin_alone() -> None:
     assert twin.training
     assert all((value == before[name]).all() for name, value in twin.state_dict().items())
     assert {p.device.type for p in twin.parameters()} == {"cpu"}
+
+
+def test_counter_counts_attacks_and_backward_passes() -> None:
+    layer = torch.nn.Linear(6, 5, bias=False)
+    x = torch.rand(4, 6, requires_grad=True)
+    with flops.Counter() as counter:
+        (gradient,) = torch.autograd.grad(layer(x).sum(), x)  # what an attack does
+    one = 2 * 4 * 6 * 5
+    assert gradient.shape == x.shape
+    assert counter.total == 2 * one  # forward, and the gradient of the clip
+    with flops.Counter() as counter:
+        layer(x).sum().backward()
+    assert counter.total == 3 * one  # forward, and the gradients of clip and weights
