@@ -8,9 +8,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from vmoe import clips
+if TYPE_CHECKING:  # numpy would make vmoe-run deaf to signals for so long
+    from vmoe import clips
 
 T = TypeVar("T")
 POLL_S = 0.1  # how soon a waiting stage sees that the pipeline has been stopped

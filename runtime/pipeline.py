@@ -18,7 +18,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -193,7 +193,6 @@ class Pipeline:
                     if limit_s is not None and self._source.live:
                         self.stop.ask_at(time.monotonic() + limit_s)
                 self.tally.stream_s = frame.t_s - first_s
-                self.tally.epochs = frame.epoch + 1
                 if limit_s is not None and frame.t_s - first_s >= limit_s:
                     return
                 if not self._frames.put(frame):
@@ -205,8 +204,9 @@ class Pipeline:
             window = windows.push(frame)
             tally.frames, tally.frames_dropped = windows.frames, windows.dropped
             tally.windows_incomplete = windows.incomplete
+            tally.epochs = windows.epoch + 1
             if self._keep_frames or window is not None:
-                kept = frame if self._keep_frames else None
+                kept = replace(frame, epoch=windows.epoch) if self._keep_frames else None
                 self._work.put(_Work(kept, window))
         windows.end()
 

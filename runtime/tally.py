@@ -25,7 +25,7 @@ class Tally:
         windows_dropped: made, but the engine was too slow for them.
         results_dropped: labelled, but the sinks were too slow for them.
         stream_s: from the first frame to the last on the source's clock, in seconds.
-        epochs: connections or rounds of the source.
+        epochs: connections or rounds of the source, and breaks in its times.
     """
 
     def __init__(self) -> None:

@@ -24,6 +24,11 @@ from .frames import Frame
 EXACT, NEAREST = "exact", "nearest"
 LOOKED_AT = 8  # distances between frames after which a source counts as too slow
 EARLY_S = 1e-6  # timestamps are floats: a frame this much before its time is on time
+# A break is a hole that no clip can honour (over two spacings some wanted time always lies more
+# than half a spacing from every frame), and that is no habit of the source: a slow one is regular.
+BREAK_SPACINGS = 2
+BREAK_USUAL = 3
+REMEMBERED = 16  # newest distances between frames, whose median is the usual one
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Window:
     Attributes:
         number: of the window, from 0.
         clip: uint8 [T, H, W, 3], prepared as the spec has it.
-        epoch: of its frames.
+        epoch: of its frames; changes with the source's own, and at every break in its times.
         t_first_s: timestamp of its first frame, on the source's clock, in seconds.
         t_s: timestamp of its last frame.
         frame_first: sequence of its first frame.
@@ -79,6 +84,7 @@ class Windows:
         incomplete: windows that were due, but whose times the frames could not honour.
         dropped: frames that the source or its queue lost.
         frame_s: median distance between the first frames, in seconds; 0 before it is known.
+        epoch: of the newest frame: the source's own, and one more for every break in its times.
     """
 
     def __init__(
@@ -103,7 +109,10 @@ class Windows:
         self._spec, self._source, self._nearest = spec, source, sampling == NEAREST
         self._ring: deque[_Kept] = deque()
         self._distances: list[float] = []
-        self._epoch: int | None = None
+        self.epoch = 0
+        self._breaks = 0
+        self._last: Frame | None = None
+        self._apart: deque[float] = deque(maxlen=REMEMBERED)
         self._due_s = 0.0
         self._next = 0  # the sequence that comes next where nothing is lost
         self._lost = 0
@@ -136,23 +145,33 @@ class Windows:
         self._refuse_slow()
 
     def _account(self, frame: Frame) -> None:
-        """Count the frame and what was lost before it; begin anew with a new epoch."""
+        """Count the frame and what was lost before it; begin anew after a break."""
         lost = max(0, frame.sequence - self._next)
         self.frames += 1
         self.dropped += lost
         self._lost += lost
-        if frame.epoch != self._epoch:
-            self._broken = self._epoch is not None
-            self._epoch = frame.epoch
+        last, self._last = self._last, frame
+        self._next = frame.sequence + 1
+        if last is None or frame.epoch != last.epoch or self._is_break(last, frame):
+            self._broken = last is not None
+            self.epoch = frame.epoch + self._breaks
             self._ring.clear()
             self._due_s = frame.t_s + self._spec.window_s
-        elif self.frame_s == 0.0 and self._ring:
-            last = self._ring[-1]  # of two neighbours, however many were lost between them
+        elif self.frame_s == 0.0:  # of two neighbours, however many were lost between them
             steps = frame.sequence - last.sequence
             self._distances.append((frame.t_s - last.t_s) / max(1, steps))
             if len(self._distances) >= LOOKED_AT:
                 self._refuse_slow()
-        self._next = frame.sequence + 1
+
+    def _is_break(self, last: Frame, frame: Frame) -> bool:
+        """Return whether two frames of an epoch are too far apart for this source; count it."""
+        apart_s = frame.t_s - last.t_s
+        usual_s = statistics.median(self._apart) if self._apart else apart_s
+        self._apart.append(apart_s)
+        longest_s = max(BREAK_SPACINGS * self._spec.spacing_s, BREAK_USUAL * usual_s)
+        broken = apart_s > longest_s + EARLY_S
+        self._breaks += broken
+        return broken
 
     def _refuse_slow(self) -> None:
         if self.frame_s or not self._distances:
@@ -181,7 +200,7 @@ class Windows:
         window = Window(
             number=self.made,
             clip=np.stack([one.pixels for one in kept]),
-            epoch=frame.epoch,
+            epoch=self.epoch,
             t_first_s=kept[0].t_s,
             t_s=frame.t_s,
             frame_first=kept[0].sequence,

@@ -2,7 +2,7 @@
 
 window         number of the window, from 0
 source         the source's name
-epoch          changes at every reconnect and loop
+epoch          changes at every reconnect, loop and break in the timestamps
 t_first_s      timestamp of its first frame, on the source's own clock, in seconds
 t_s            timestamp of its last frame
 t_capture      when its last frame was there, in seconds since 1970

@@ -102,6 +102,40 @@ def test_dropped_frames_do_not_make_a_source_slow() -> None:
     assert windows.incomplete > 0
 
 
+@pytest.mark.parametrize("sampling", ["exact", "nearest"])
+@pytest.mark.parametrize("hole_s", [0.6, 60.0])
+def test_a_hole_in_the_times_is_a_new_epoch(sampling: str, hole_s: float) -> None:
+    times = [i * 0.1 for i in range(8)] + [0.7 + hole_s + i * 0.1 for i in range(8)]
+    windows = Windows(SPEC, "x", hop_s=0.1, sampling=sampling)
+    made = run(windows, frames(times))
+    assert [seen(w) for w in made[:5]] == [[i, i + 1, i + 2, i + 3] for i in range(5)]
+    assert [seen(w) for w in made[5:]] == [[i, i + 1, i + 2, i + 3] for i in range(8, 13)]
+    assert [w.epoch for w in made] == [0] * 5 + [1] * 5
+    assert [w.gap for w in made] == [False] * 5 + [True] + [False] * 4
+    assert (windows.incomplete, windows.epoch) == (0, 1)
+
+
+def test_epochs_of_the_source_and_breaks_add_up() -> None:
+    first = frames([0.0, 0.1, 0.2, 0.3, 5.0, 5.1, 5.2, 5.3])
+    second = frames([5.4, 5.5, 5.6, 5.7], first=8, epoch=1)
+    made = run(Windows(SPEC, "x"), first + second)
+    assert [(w.epoch, w.gap) for w in made] == [(0, False), (1, True), (2, True)]
+
+
+@pytest.mark.parametrize("apart_s", [0.4, 1.0, 30.0])
+def test_a_slow_but_regular_source_has_no_breaks(apart_s: float) -> None:
+    made = run(Windows(SPEC, "x", sampling="nearest"), frames(i * apart_s for i in range(20)))
+    assert len(made) == 19
+    assert {(w.epoch, w.gap) for w in made} == {(0, False)}
+
+
+def test_a_source_that_becomes_slow_is_broken_only_until_that_is_usual() -> None:
+    times = [i / 30 for i in range(30)] + [1 + i * 0.5 for i in range(40)]
+    made = run(Windows(SPEC, "x", sampling="nearest"), frames(times))
+    assert len({w.epoch for w in made}) == 2
+    assert [w.epoch for w in made][-30:] == [made[-1].epoch] * 30
+
+
 def test_only_small_frames_are_kept_and_no_more_than_needed() -> None:
     windows = Windows(SPEC, "x")
     run(windows, frames((i * 0.01 for i in range(200)), first=0))
