@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 QUIET = {
@@ -29,3 +30,12 @@ def quiet(read_timeout_s: float = 3.0) -> Any:
 
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     return cv2
+
+
+def can_open(path: Path) -> bool:
+    """Return whether OpenCV can take a path: one that is no UTF-8 crashes the process."""
+    try:
+        str(path.resolve()).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -40,10 +40,12 @@ def open(path: Path, *, overwrite: bool = False) -> Video:
         overwrite: replace a file that is there.
 
     Raises:
-        SettingError: the file exists, or is of another kind.
+        SettingError: the file exists, is of another kind, or its name is no UTF-8.
     """
     if path.suffix.lower() not in CODECS:
         raise SettingError(f"--save {path}: cannot write {path.suffix!r}; use .mp4, .avi or .mkv.")
+    if not opencv.can_open(path):
+        raise SettingError(f"--save {str(path)!a} is no UTF-8, so that OpenCV cannot write it.")
     if path.is_dir() or (path.exists() and not overwrite):
         raise SettingError(f"{path} exists. Choose another --save, or say --overwrite.")
     return Video(path)

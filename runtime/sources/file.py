@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import statistics
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -21,6 +22,9 @@ log = logging.getLogger("vmoe")
 OPEN_TIMEOUT_MS = 5000
 MISSING_SHARE = 0.02  # of a file's length, that its last frames may lack before it counts as broken
 UNKNOWN_FPS = 25.0  # of a file that gives neither timestamps nor a rate
+BELIEVED_FPS = 240.0  # a claim above is often a clock's rate (WebM: 1000), so it is measured
+ANY_FPS = 10000.0  # what claims more has no rate at all
+MEASURED = 33  # first frames whose timestamps tell the rate
 
 
 def claims(name: str) -> bool:
@@ -35,6 +39,8 @@ def open(name: str, settings: SourceSettings) -> FileSource:
         SourceError: it cannot.
     """
     path = Path(name)
+    if not opencv.can_open(path):
+        raise SourceError(f"{name!a} is no UTF-8, so that OpenCV cannot open it: rename it.")
     try:
         if path.is_dir():
             raise SourceError(f"{name} is a folder; name a video file.")
@@ -58,6 +64,8 @@ class FileSource:
         """Take a path that `open` has looked at."""
         self.name = name
         self.fps = 0.0
+        self._path = Path(name).resolve()  # FFmpeg takes `12:30.avi` for an address
+        self._claimed_fps = 0.0
         self._loop = settings.loop
         self._timeout_ms = math.ceil(settings.read_timeout_s * 1000)
 
@@ -96,27 +104,43 @@ class FileSource:
             capture.release()
 
     def _open(self, cv2: Any) -> Any:
-        wanted = [
-            cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, OPEN_TIMEOUT_MS,
-            cv2.CAP_PROP_READ_TIMEOUT_MSEC, self._timeout_ms,
-            cv2.CAP_PROP_N_THREADS, 1,
-        ]  # fmt: skip
-        capture = cv2.VideoCapture(self.name, cv2.CAP_FFMPEG, wanted)
+        capture = self._capture(cv2)
         if not capture.isOpened():
             capture.release()
             raise SourceError(
                 f"{self.name} is no video that can be decoded here (damaged, or cut before its "
                 "index). Play it with ffplay to see, or convert it with ffmpeg."
             )
-        fps = capture.get(cv2.CAP_PROP_FPS)
-        self.fps = fps if 0 < fps < 10000 else UNKNOWN_FPS
+        self._claimed_fps = capture.get(cv2.CAP_PROP_FPS)
+        believed = 0 < self._claimed_fps <= BELIEVED_FPS
+        self.fps = self._claimed_fps if believed else self._measured_fps(cv2)
         return capture
+
+    def _capture(self, cv2: Any) -> Any:
+        wanted = [
+            cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, OPEN_TIMEOUT_MS,
+            cv2.CAP_PROP_READ_TIMEOUT_MSEC, self._timeout_ms,
+            cv2.CAP_PROP_N_THREADS, 1,
+        ]  # fmt: skip
+        return cv2.VideoCapture(str(self._path), cv2.CAP_FFMPEG, wanted)
+
+    def _measured_fps(self, cv2: Any) -> float:
+        """Return the rate that the first timestamps show, in a capture of its own."""
+        capture, times_ms = self._capture(cv2), []
+        try:
+            while len(times_ms) < MEASURED and capture.grab():
+                times_ms.append(capture.get(cv2.CAP_PROP_POS_MSEC))
+        finally:
+            capture.release()
+        apart_ms = [b - a for a, b in itertools.pairwise(times_ms) if b > a]
+        return 1000 / statistics.median(apart_ms) if apart_ms else UNKNOWN_FPS
 
     def _judge(self, counted: float, read: int, last_s: float) -> None:
         """Tell a file's end from a break; a mere estimate of its length gives only a warning."""
-        path = Path(self.name)
+        path = self._path
         frames = round(counted) if 0 < counted < 1e12 else 0
-        expected_s = frames / self.fps
+        claimed = self._claimed_fps  # OpenCV's count of frames is often the length times this
+        expected_s = frames / (claimed if 0 < claimed < ANY_FPS else self.fps)
         lacks = read < frames and _lacks(last_s, expected_s, self.fps)
         cut, exact_s = _container.is_cut(path), _container.duration_s(path, expected_s)
         of = f"{read} of {frames} frames" if frames else f"{read} frames"

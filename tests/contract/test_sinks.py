@@ -186,6 +186,11 @@ def test_what_exists_is_refused_unless_told(tmp_path: Path) -> None:
         video.open(tmp_path / "a.gif")
 
 
+def test_a_video_whose_name_is_no_utf8_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"caf\\udce9.* is no UTF-8"):
+        video.open(tmp_path / os.fsdecode(b"caf\xe9.mkv"))
+
+
 def test_no_screen_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DISPLAY", raising=False)
     with pytest.raises(SettingError, match=r"no screen here \(DISPLAY is not set\). Use --save"):

@@ -154,6 +154,45 @@ def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
         sources.open(str(path))
 
 
+@pytest.mark.parametrize("folder", [".", os.fsdecode(b"caf\xe9")])
+def test_a_name_that_is_no_utf8_is_refused(tmp_path: Path, folder: str) -> None:
+    path = tmp_path / folder / os.fsdecode(b"caf\xe9.mkv")
+    path.parent.mkdir(exist_ok=True)
+    videos.write(tmp_path / "a.mkv", 5).rename(path)
+    with pytest.raises(SourceError, match=r"caf\\udce9.* is no UTF-8.*rename it") as e:
+        sources.open(str(path))
+    str(e.value).encode()
+
+
+def test_a_name_that_looks_like_an_address_is_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    videos.write(tmp_path / "a.avi", 10).rename("2024-01-01T12:30:00.avi")
+    source = sources.open("2024-01-01T12:30:00.avi")
+    assert len(take(source)) == 10
+    assert source.name == "2024-01-01T12:30:00.avi"
+
+
+@pytest.mark.parametrize("claimed_ns", [1_000_000, 2_000_000])
+def test_a_rate_that_is_no_rate_is_measured(tmp_path: Path, claimed_ns: int) -> None:
+    path = videos.write(tmp_path / "a.mkv", 60, 25.0)
+    data = path.read_bytes()
+    at = data.index(b"\x23\xe3\x83")  # the default duration of a frame, in nanoseconds
+    assert data[at + 3] & 0x80
+    width = data[at + 3] & 0x7F
+    assert int.from_bytes(data[at + 4 : at + 4 + width], "big") == 40_000_000
+    new = claimed_ns.to_bytes(width, "big")
+    path.write_bytes(data[: at + 4] + new + data[at + 4 + width :])
+    cv2 = opencv.quiet()
+    capture = cv2.VideoCapture(str(path))
+    assert capture.get(cv2.CAP_PROP_FPS) == 1e9 / claimed_ns
+    capture.release()
+    source = sources.open(str(path))
+    assert len(take(source)) == 60
+    assert source.fps == pytest.approx(25)
+
+
 def test_an_unknown_kind_says_what_there_is() -> None:
     with pytest.raises(SourceError, match="source 'gopher://x': cannot read this kind"):
         sources.open("gopher://x")
