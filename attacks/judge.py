@@ -12,12 +12,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from vmoe.attacks.loop import as_found
 from vmoe.batches import to_tensor
 from vmoe.clips import Clips
-from vmoe.errors import SettingError
 from vmoe.lipschitz import l_lip
 from vmoe.models import VideoMoE
 from vmoe.runtime.engine import Prediction
@@ -43,18 +41,11 @@ def of_twin(twin: VideoMoE, device: torch.device | str = "cpu") -> Judge:
             scores = twin.scores(clip)
             route = scores.argmax(dim=1)
             if force_route is not None:
-                route = _forced(force_route, len(twin.experts)).to(device)
+                route = torch.tensor(force_route, dtype=torch.int64, device=device)
             logits = twin.run_routed(clip, route)
         return Prediction(logits.cpu().numpy(), scores.cpu().numpy(), route.cpu().numpy())
 
     return judge
-
-
-def _forced(route: Sequence[int], experts: int) -> Tensor:
-    for expert in route:
-        if not 0 <= expert < experts:
-            raise SettingError(f"expert {expert} does not exist: the twin has 0 to {experts - 1}.")
-    return torch.tensor(route, dtype=torch.int64)
 
 
 class Seen(NamedTuple):

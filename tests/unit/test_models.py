@@ -326,6 +326,46 @@ def test_an_expert_of_fewer_than_two_clips_uses_and_leaves_its_statistics(arch: 
     assert left == [True, False, True]
 
 
+def test_a_router_of_fewer_than_two_clips_uses_and_leaves_its_statistics() -> None:
+    twin, clip = small(), torch.rand(1, 3, 1, 16, 16)
+    assert twin.router is not None
+    lived(twin.router)
+    with torch.no_grad():
+        still = twin.scores(clip)
+        twin.train()
+        before = {n: v.clone() for n, v in twin.router.state_dict().items()}
+        torch.testing.assert_close(twin.scores(clip), still)
+    assert all(module.training for module in twin.modules())
+    assert all(torch.equal(v, before[n]) for n, v in twin.router.state_dict().items())
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+@pytest.mark.parametrize("route_grad", ROUTE_GRADS)
+def test_no_clips_give_empty_answers(experts: int, route_grad: str) -> None:
+    twin = small(experts=experts)
+    for mode in (twin.eval(), twin.train()):
+        out = mode(clips(0), route_grad)
+        assert out.logits.shape == (0, 5)
+        assert out.scores.shape == (0, experts)
+        assert out.route.shape == (0,)
+    assert twin.run_all(clips(0)).shape == (0, experts, 5)
+
+
+@pytest.mark.parametrize("strange", [-1, 3])
+def test_a_route_to_no_expert_is_refused(strange: int) -> None:
+    wanted = f"expert {strange} does not exist: the twin has 0 to 2"
+    with pytest.raises(SettingError, match=wanted):
+        small().run_routed(clips(2), torch.tensor([0, strange]))
+
+
+def test_a_width_that_no_machine_holds_is_refused() -> None:
+    with pytest.raises(SettingError, match="--width is 100000; it must be at most 4"):
+        ModelSettings(width=100000.0)
+    assert dense_counterpart(ModelSettings(width=4.0)).width == 8
+    with pytest.raises(SettingError, match="--width is 9; it must be at most 8"):
+        ModelSettings(width=9.0, experts=1)
+
+
 def test_modes_come_back_as_they_were_also_after_an_error() -> None:
     twin = routed(small(), [0]).train()
     frozen = twin.experts[0][1].bn1  # type: ignore[index]

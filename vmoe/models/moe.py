@@ -18,6 +18,7 @@ from vmoe.settings import Settings, opt
 
 FAMILIES = "vmoe.models.experts"
 ROUTE_GRADS = ("frozen", "straight-through", "all", "soft")
+WIDEST = 4.0  # of an expert; its dense counterpart is twice as wide
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,13 @@ class ModelSettings(Settings):
     width: float = opt(0.5, "channels of an expert, as a share of the family's own", above=0)
     experts: int = opt(4, "how many experts; 1 is a dense model, without a router", at_least=1)
     classes: int = opt(10, "how many labels (K)", at_least=2)
+
+    def __post_init__(self) -> None:
+        """Check every value; a dense model may be as wide as the widest counterpart."""
+        super().__post_init__()
+        most = WIDEST if self.experts > 1 else 2 * WIDEST
+        if self.width > most:
+            raise SettingError(f"--width is {self.width:g}; it must be at most {most:g}.")
 
 
 class MoEOutput(NamedTuple):
@@ -93,11 +101,13 @@ class VideoMoE(nn.Module):
         )
 
     def scores(self, clip: Tensor) -> Tensor:
-        """Return the router's logits, [B, M]; zeros [B, 1] for a dense model."""
+        """Return the router's logits, [B, M]; zeros [B, 1] for a dense model.
+
+        In training, a router that receives fewer than two clips uses its running statistics.
+        """
         if self.router is None:
             return clip.new_zeros(len(clip), 1)
-        scores: Tensor = self.router(clip)
-        return scores
+        return _run(self.router, clip, len(self.experts))
 
     def forward(self, clip: Tensor, route_grad: str = "straight-through") -> MoEOutput:
         """Answer clips; in a batch, an expert runs once, on the clips that are routed to it.
@@ -133,8 +143,18 @@ class VideoMoE(nn.Module):
         return MoEOutput((weights[:, :, None] * every).sum(dim=1), scores, route)
 
     def run_routed(self, clip: Tensor, route: Tensor) -> Tensor:
-        """Run each expert once, on the clips routed to it; return the logits, [B, K]."""
-        order = [torch.nonzero(route == i).flatten() for i in range(len(self.experts))]
+        """Run each expert once, on the clips routed to it; return the logits, [B, K].
+
+        Raises:
+            SettingError: a route to an expert that does not exist.
+        """
+        experts = len(self.experts)
+        order = [torch.nonzero(route == i).flatten() for i in range(experts)]
+        if sum(map(len, order)) < len(route):
+            strange = int(route[(route < 0) | (route >= experts)][0])
+            raise SettingError(f"expert {strange} does not exist: the twin has 0 to {experts - 1}.")
+        if not len(clip):
+            return self.run_expert(0, clip)
         parts = [self.run_expert(i, clip[at]) for i, at in enumerate(order) if len(at)]
         return torch.cat(parts)[torch.argsort(torch.cat(order))]
 
@@ -147,17 +167,23 @@ class VideoMoE(nn.Module):
 
         In training, an expert that receives fewer than two clips uses its running statistics.
         """
-        expert = self.experts[index]
-        if not expert.training or len(clip) > 1:
-            logits: Tensor = expert(clip)
-            return logits
-        modes = {module: module.training for module in expert.modules()}
-        try:
-            logits = expert.eval()(clip)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-        return logits
+        return _run(self.experts[index], clip, self.settings.classes)
+
+
+def _run(part: nn.Module, clip: Tensor, outputs: int) -> Tensor:
+    """Run a router or an expert; in training, fewer than two clips use its running statistics."""
+    if not len(clip):
+        return clip.new_zeros(0, outputs)
+    if not part.training or len(clip) > 1:
+        out: Tensor = part(clip)
+        return out
+    modes = {module: module.training for module in part.modules()}
+    try:
+        out = part.eval()(clip)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return out
 
 
 def build(settings: ModelSettings, spec: ClipSpec, seed: int = 0) -> VideoMoE:
