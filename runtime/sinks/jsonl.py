@@ -30,6 +30,7 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
+from vmoe import output
 from vmoe.errors import OutputError, SettingError
 
 from . import Step
@@ -38,7 +39,8 @@ from . import Step
 def open(path: Path | None, *, overwrite: bool = False) -> JsonLines:
     """Return a sink that writes a file, or stdout where `path` is None.
 
-    A file grows line by line, so that it can be followed while the run goes on.
+    A file begins with the first result and grows line by line, so that it can be followed while
+    the run goes on. Where nothing was labelled it is as it was, or (after a clean end) empty.
 
     Raises:
         SettingError: the file exists and `overwrite` is off.
@@ -56,7 +58,7 @@ class JsonLines:
     wants_frames = False
 
     def __init__(self, path: Path | None) -> None:
-        """Take the file; it is opened when the run begins."""
+        """Take the file; it is opened with the first result."""
         self._path = path
         self._handle = -1
         self._whole_bytes = 0
@@ -65,7 +67,7 @@ class JsonLines:
         """Write the result, if there is one.
 
         Raises:
-            OutputError: the disk is full; the line that did not fit is taken back.
+            OutputError: it cannot be written; a line that did not fit on the disk is taken back.
         """
         if step.result is None:
             return
@@ -75,6 +77,8 @@ class JsonLines:
             sys.stdout.flush()
             return
         data = text.encode()
+        if self._handle < 0:
+            self._handle = _begin(self._path)
         try:
             while data:
                 data = data[os.write(self._handle, data) :]
@@ -88,12 +92,7 @@ class JsonLines:
 
     def __enter__(self) -> JsonLines:
         if self._path is not None:
-            try:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-                self._handle = os.open(self._path, flags, 0o666)
-            except OSError as e:
-                raise OutputError(f"cannot write {self._path}: {e.strerror}.") from e
+            output.probe(self._path)
         return self
 
     def __exit__(
@@ -102,6 +101,18 @@ class JsonLines:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        ended = kind in (None, GeneratorExit, BrokenPipeError)
+        if ended and self._path is not None and self._handle < 0:
+            self._handle = _begin(self._path)
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
+
+
+def _begin(path: Path) -> int:
+    """Open a file to be written anew; return its descriptor."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    except OSError as e:
+        raise OutputError(f"cannot write {path}: {e.strerror}.") from e

@@ -87,6 +87,26 @@ def test_json_lines_on_a_full_disk_stay_whole(tmp_path: Path) -> None:
     assert [json.loads(line)["window"] for line in text.splitlines()] == [0, 1]
 
 
+def test_json_lines_begin_with_the_first_result(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    for before in (None, "mine"):
+        if before:
+            path.write_text(before)
+        with pytest.raises(SourceError), jsonl.open(path, overwrite=True) as sink:  # noqa: PT012
+            for step in steps(4):
+                sink.take(step)
+            raise SourceError("cannot be opened")
+        assert [p.read_text() for p in tmp_path.iterdir()] == [before] * bool(before)
+    feed(jsonl.open(path, overwrite=True), steps(4))
+    assert path.read_text() == ""  # it ended well: no window, no line
+
+
+def test_json_lines_that_cannot_be_written_are_refused_before_any_frame(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"cannot write .*a\.jsonl"):
+        jsonl.open(tmp_path / "file" / "a.jsonl").__enter__()
+
+
 class _SmallFiles:
     """No file of this process may grow beyond a limit: what a full disk does, without one."""
 
