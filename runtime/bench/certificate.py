@@ -6,8 +6,10 @@ counterpart in the same lowering. FLOPs promise the saving; this is whether it a
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -27,6 +29,7 @@ class Entry:
 
     Attributes:
         name: as in `Measured`.
+        path: its folder.
         lowering: how routing is expressed.
         experts: how many; 1 is a dense model.
         twin: sha256 of the twin; two bundles of one twin have the same experts.
@@ -37,6 +40,7 @@ class Entry:
     """
 
     name: str
+    path: Path
     lowering: str
     experts: int
     twin: str | None
@@ -112,6 +116,7 @@ def entry(name: str, bundle: Bundle, *, baseline: bool = False) -> Entry:
     """Return what the certificate needs to know of a bundle."""
     return Entry(
         name=name,
+        path=bundle.path,
         lowering=bundle.lowering,
         experts=bundle.experts,
         twin=bundle.twin.get("sha256"),
@@ -169,7 +174,7 @@ def _why(of: Entry, routes: list[int], parts: str | None) -> str | None:
         return (
             f"a bundle in one file has no router alone and no expert alone: give a split bundle "
             f"of the same twin and precision too (vmoe-export CKPT --lowering split --out DIR; "
-            f"vmoe-bench {of.name} DIR)"
+            f"vmoe-bench {shlex.quote(str(of.path))} DIR)"
         )
     return None
 

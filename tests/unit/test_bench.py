@@ -138,7 +138,8 @@ def planted(**times_ms: float) -> Measured:
 
 
 def entry(name: str, lowering: str, experts: int = 2, **more: Any) -> Entry:
-    return Entry(name, lowering, experts, more.pop("twin", "t"), (4, 32, 32), **more)
+    path = Path("my runs", name)
+    return Entry(name, path, lowering, experts, more.pop("twin", "t"), (4, 32, 32), **more)
 
 
 SPLIT = entry("split", "split")
@@ -189,12 +190,13 @@ def test_parts_of_another_twin_or_precision_do_not_serve(other: Entry) -> None:
     made = certificate.certify(ONE, [ONE, other], TIMES)
     assert made.parts_of is None
     assert "vmoe-export CKPT --lowering split" in str(made.why)
+    assert "vmoe-bench 'my runs/one' DIR" in str(made.why)
     (said,) = verdicts.of_certificate(made)
     assert said.name == "uncertified"
 
 
 def test_a_baseline_of_another_lowering_or_clip_certifies_nothing() -> None:
-    smaller = Entry("small", "if", 1, "d", (4, 16, 16), baseline=True)
+    smaller = Entry("small", Path("small"), "if", 1, "d", (4, 16, 16), baseline=True)
     made = certificate.certify(ONE, [ONE, DENSE, smaller], TIMES)
     assert [(a.baseline, a.same_lowering) for a in made.against] == [("dense", False)]
     said = {verdict.name: verdict.says for verdict in verdicts.of_certificate(made)}
