@@ -85,11 +85,13 @@ def say(figures: Sequence[Figure], *, as_json: bool) -> None:
         click.echo(table(figures))
 
 
-def check_files(paths: Sequence[Path]) -> None:
-    """Refuse a result that is neither .json nor .md, before any work is done."""
+def check_files(paths: Sequence[Path], *, overwrite: bool) -> None:
+    """Refuse a result that is neither .json nor .md, or exists, before any work is done."""
     for path in paths:
         if path.suffix not in (".json", ".md"):
             raise SettingError(f"--out is {path}; results are .json or .md.")
+        if path.exists() and not overwrite:
+            raise SettingError(f"{path} exists. Choose another --out, or say --overwrite.")
 
 
 def write(

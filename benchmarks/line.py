@@ -1,7 +1,8 @@
-"""The whole line: does the sparsity that FLOPs promise arrive, and how soon is vmoe-run ready?
+r"""The whole line: does the sparsity that FLOPs promise arrive, and how soon is vmoe-run ready?
 
     python benchmarks/line.py --quick
-    python benchmarks/line.py --out benchmarks/results/line.json --out benchmarks/results/line.md
+    python benchmarks/line.py --out benchmarks/results/line.json --out benchmarks/results/line.md \
+        --overwrite
 
 Figures, for experts r3d18 of width 0.5 on clips 8x64x64, and `shipped_` for the model that ships:
 
@@ -132,16 +133,17 @@ FULL = Effort(experts=4, rounds=60, duration_s=20, starts=9)
     "line.py",
     "python benchmarks/line.py --quick",
     "python benchmarks/line.py --json",
-    "python benchmarks/line.py --out benchmarks/results/line.json --out benchmarks/results/line.md",
+    "python benchmarks/line.py --quick --out quick.json --out quick.md",
 )
 @click.option("--quick", is_flag=True, help="Under a minute; tells the direction.")
 @click.option("--threads", type=int, default=1, show_default=True, help="CPU threads of an engine.")
 @click.option("--out", multiple=True, type=click.Path(path_type=Path),
               help="Write the results, .json or .md; may be given again.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace results that exist.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a figure on stdout.")
-def main(quick: bool, threads: int, out: tuple[Path, ...], as_json: bool) -> None:
+def main(quick: bool, threads: int, out: tuple[Path, ...], overwrite: bool, as_json: bool) -> None:
     """Measure the figures of the whole line, everything that is compared interleaved in one run."""
-    figures.check_files(out)
+    figures.check_files(out, overwrite=overwrite)
     machine = context.read()
     effort = QUICK if quick else FULL
     settings = BenchSettings(threads=threads, iterations=effort.rounds, duration=effort.duration_s)

@@ -39,7 +39,7 @@ def test_results_carry_the_command_and_the_machine(tmp_path: Path) -> None:
                "python": "3.11", "versions": {"numpy": "2"}}  # fmt: skip
     made = [Figure("f", 0.3, "ratio", 0.45), Figure("g", None, "s", 1.5, why="none here")]
     paths = [tmp_path / "r.json", tmp_path / "r.md"]
-    figures.check_files(paths)
+    figures.check_files(paths, overwrite=False)
     figures.write(paths, "Title", made, machine, {"More": "| a |"}, {"rows": []})
     record = json.loads(paths[0].read_text())
     assert [figure["figure"] for figure in record["figures"]] == ["f", "g"]
@@ -52,4 +52,13 @@ def test_results_carry_the_command_and_the_machine(tmp_path: Path) -> None:
 
 def test_results_of_another_kind_are_refused_before_any_work() -> None:
     with pytest.raises(SettingError, match=r"results are \.json or \.md"):
-        figures.check_files([Path("line.txt")])
+        figures.check_files([Path("line.txt")], overwrite=True)
+
+
+def test_results_that_exist_are_refused_unless_told(tmp_path: Path) -> None:
+    path = tmp_path / "line.json"
+    path.write_text("a full run")
+    with pytest.raises(SettingError, match=r"line\.json exists.*--overwrite"):
+        figures.check_files([path], overwrite=False)
+    figures.check_files([path], overwrite=True)
+    assert path.read_text() == "a full run"
