@@ -2,7 +2,8 @@
 
     manifest.json      the clip spec, labels, attacks, budgets, and the hash of every file
     clean.npz          clips uint8 [N, T, H, W, 3]
-    pgd-8.npz, ...     the same clips under one attack at one budget (here 8/255)
+    1-pgd-8.npz, ...   the same clips under one attack at one budget (here 8/255), numbered: the
+                       names of two budgets may read the same
 
 Lossless and without pickle. Hashes prove that nothing changed since the clips were made.
 """
@@ -43,10 +44,9 @@ class Attacked:
     settings: list[dict[str, Any]]
     clips: Clips
 
-    @property
-    def file(self) -> str:
-        """The name of its file."""
-        return f"{self.attack}-{self.eps * 255:.6g}.npz"
+    def file(self, number: int) -> str:
+        """Return the name of its file, as one of several."""
+        return f"{number}-{self.attack}-{self.eps * 255:.6g}.npz"
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ def save(clips: AdversarialClips, path: Path) -> None:
     """
     refuse_existing(path)
     with output.whole_folder(path) as folder:
+        files = {attacked.file(i): attacked for i, attacked in enumerate(clips.attacked, 1)}
         hashes = {CLEAN: _write(folder / CLEAN, clips.clean)}
-        for attacked in clips.attacked:
-            hashes[attacked.file] = _write(folder / attacked.file, attacked.clips)
+        hashes |= {file: _write(folder / file, a.clips) for file, a in files.items()}
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "vmoe": __version__,
@@ -98,8 +98,8 @@ def save(clips: AdversarialClips, path: Path) -> None:
             "label": list(clips.label),
             "index": list(clips.index),
             "attacked": [
-                {"attack": a.attack, "eps": a.eps, "settings": a.settings, "file": a.file}
-                for a in clips.attacked
+                {"attack": a.attack, "eps": a.eps, "settings": a.settings, "file": file}
+                for file, a in files.items()
             ],
             "sha256": hashes,
             "origin": clips.origin,

@@ -14,12 +14,14 @@ from vmoe.adversarial import AdversarialClips, Attacked
 from vmoe.bundle import sha256
 from vmoe.errors import SettingError, VmoeError
 
+NEARLY = 0.03137255  # 8/255 as a decimal: another budget, whose name reads the same
+
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     attacked = tuple(
         Attacked(name, eps, [{"eps": eps, "steps": 3}], random_clips(3, seed))
-        for seed, (name, eps) in enumerate([("pgd", 8 / 255), ("pgd", 0.031), ("j-tlga", 8 / 255)])
+        for seed, (name, eps) in enumerate([("pgd", 8 / 255), ("pgd", NEARLY), ("j-tlga", 8 / 255)])
     )
     clips = AdversarialClips(
         SPEC, ("a", "b"), random_clips(3, 9), (0, 1, 0), (4, 7, 9), attacked, {"data": "mine test"}
@@ -35,14 +37,14 @@ def edit(folder: Path, **values: object) -> None:
 
 def test_comes_back_without_loss(saved: Path) -> None:
     assert sorted(path.name for path in saved.iterdir()) == [
-        "clean.npz", "j-tlga-8.npz", "manifest.json", "pgd-7.905.npz", "pgd-8.npz",
+        "1-pgd-8.npz", "2-pgd-8.npz", "3-j-tlga-8.npz", "clean.npz", "manifest.json",
     ]  # fmt: skip
     clips = adversarial.load(saved)
     assert (clips.clean == random_clips(3, 9)).all()
     assert clips.spec == SPEC
     assert (clips.labels, clips.label, clips.index) == (("a", "b"), (0, 1, 0), (4, 7, 9))
     assert [(a.attack, a.eps) for a in clips.attacked] == [
-        ("pgd", 8 / 255), ("pgd", 0.031), ("j-tlga", 8 / 255),
+        ("pgd", 8 / 255), ("pgd", NEARLY), ("j-tlga", 8 / 255),
     ]  # fmt: skip
     assert all((a.clips == random_clips(3, i)).all() for i, a in enumerate(clips.attacked))
     assert clips.origin == {"data": "mine test"}
@@ -68,10 +70,10 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 
 def test_changed_byte(saved: Path) -> None:
-    data = bytearray((saved / "pgd-8.npz").read_bytes())
+    data = bytearray((saved / "1-pgd-8.npz").read_bytes())
     data[len(data) // 2] ^= 1
-    (saved / "pgd-8.npz").write_bytes(data)
-    with pytest.raises(VmoeError, match=r"pgd-8\.npz has changed since it was made"):
+    (saved / "1-pgd-8.npz").write_bytes(data)
+    with pytest.raises(VmoeError, match=r"1-pgd-8\.npz has changed since it was made"):
         adversarial.load(saved)
 
 
@@ -122,16 +124,16 @@ def test_path_that_leaves_the_folder(saved: Path, name: str) -> None:
 
 
 def test_link_is_refused(saved: Path) -> None:
-    (saved / "pgd-8.npz").rename(saved.parent / "elsewhere.npz")
-    (saved / "pgd-8.npz").symlink_to(saved.parent / "elsewhere.npz")
+    (saved / "1-pgd-8.npz").rename(saved.parent / "elsewhere.npz")
+    (saved / "1-pgd-8.npz").symlink_to(saved.parent / "elsewhere.npz")
     with pytest.raises(VmoeError, match="refused"):
         adversarial.load(saved)
 
 
 def test_pickle_inside_is_refused(saved: Path) -> None:
     """An array of objects is a pickle, whatever its hash says."""
-    np.savez(saved / "pgd-8.npz", clips=np.array([{"a": print}], dtype=object))
+    np.savez(saved / "1-pgd-8.npz", clips=np.array([{"a": print}], dtype=object))
     hashes = json.loads((saved / "manifest.json").read_text())["sha256"]
-    edit(saved, sha256=hashes | {"pgd-8.npz": sha256(saved / "pgd-8.npz")})
+    edit(saved, sha256=hashes | {"1-pgd-8.npz": sha256(saved / "1-pgd-8.npz")})
     with pytest.raises(VmoeError, match="holds no clips"):
         adversarial.load(saved)
