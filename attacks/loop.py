@@ -59,8 +59,10 @@ class AttackResult(NamedTuple):
         loss: the attack's own, [B].
         route_before: route of the clean clip, [B].
         route_after: route of the adversarial clip, [B].
-        forwards: forward passes of each sample through what is attacked (the router, an expert
-            or the whole model), the pass of the clean clip included.
+        forwards: forward passes of each sample through what is attacked, the one of the clean
+            clip included: the router, an expert, or the whole model. A pass of the whole model is
+            the router and one expert; by route_grad `all` and `soft`, the router and every
+            expert. Its clean pass is the router's alone where no Lipschitz term needs more.
         backwards: backward passes of each sample.
     """
 
@@ -238,6 +240,8 @@ def temporal_step(
     Source: arXiv 2602.01369, the temporal step of TLA, in both readings of its text.
     """
     norms = gradient.square().sum(dim=(1, 3, 4)).sqrt()
+    # Ours: a norm whose square overflows would make V infinite, for good, and the step 0.
+    norms = norms.clamp(max=torch.finfo(norms.dtype).max ** 0.5)
     if settings.temporal == "frames":
         running, rows = torch.zeros_like(norms[:, 0]), []
         for norm in norms.unbind(dim=1):

@@ -1,7 +1,7 @@
 """What the attacks maximise, in the paper's letters: R router, E_i expert, F whole model.
 
-Source: arXiv 2602.01369. Each loss is per sample, [B]; METHOD and the paper average over a batch,
-which would make a sample's step depend on the others, so here it is never averaged.
+Source: arXiv 2602.01369. Each loss is per sample, [B], and never averaged over a batch: a sample's
+step does not depend on the clips beside it.
 """
 
 from __future__ import annotations

@@ -18,7 +18,9 @@ LEGEND = (
     "to the expert of the lowest clean score. clean route: accuracy with the clean route kept. "
     "gap: mean top-2 gap of the scores, clean > adversarial. L_Lip R: of the router, mean. linf: "
     "largest change found in the final uint8 clips, in grey levels. passes: forward + backward, "
-    "for each clip. worst-of: broken by at least one attack of the table."
+    "for each clip, over all route_grads: of the router (pgd-r, tla-r, tlga-r), of an expert "
+    "(tla-e), else of router and routed expert; by route_grad all and soft, of router and every "
+    "expert. worst-of: broken by at least one attack of the table."
 )
 
 

@@ -1,4 +1,4 @@
-"""What every file of attacks/methods promises (METHOD section 3); a new file needs no edit here."""
+"""What every file of attacks/methods promises; a new file is tested with no edit here."""
 
 from __future__ import annotations
 
