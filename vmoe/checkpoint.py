@@ -6,6 +6,7 @@ No pickle: a file that could run code when it is read is refused before it is re
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,13 +138,15 @@ def refuse_pickle(path: Path) -> None:
 
 
 def device(name: str) -> torch.device:
-    """Return a device by its name; `auto` is CUDA where there is one.
+    """Return a device by its name, auto, cpu or cuda:N; `auto` is CUDA where there is one.
 
     Raises:
         SettingError: no such device here.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise SettingError(f"--device {name} is unknown; give auto, cpu or cuda:N.")
     try:
         found = torch.device(name)
         torch.empty(0, device=found)

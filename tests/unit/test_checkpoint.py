@@ -153,9 +153,11 @@ def test_a_place_that_cannot_be_written(twin: VideoMoE, tmp_path: Path) -> None:
 def test_devices() -> None:
     assert checkpoint.device("cpu") == torch.device("cpu")
     assert checkpoint.device("auto").type in ("cpu", "cuda")
-    for name in ("gpu", "cuda:99", "cpu:x"):
-        with pytest.raises(SettingError, match=f"--device {name} cannot be used here"):
+    for name in ("gpu", "cpu:x", "meta", "mps", "cuda:", ""):
+        with pytest.raises(SettingError, match=f"--device {name} is unknown; give auto, cpu or"):
             checkpoint.device(name)
+    with pytest.raises(SettingError, match="--device cuda:99 cannot be used here"):
+        checkpoint.device("cuda:99")
 
 
 @pytest.mark.parametrize("start", [b"\x80", b"PK"])
