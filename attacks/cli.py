@@ -18,10 +18,10 @@ import vmoe
 from vmoe import adversarial, cli, latest, output, registry
 from vmoe.adversarial import AdversarialClips, Attacked
 from vmoe.attacks import tables
-from vmoe.attacks.deployed import Target, open_target
+from vmoe.attacks.deployed import Target, open_target, same_clips
 from vmoe.attacks.evaluate import METHODS, Evaluation, Row, evaluate, plan, replay
 from vmoe.attacks.figures import everything
-from vmoe.attacks.grid import radius
+from vmoe.attacks.grid import linf, radius
 from vmoe.clips import Clips, ClipSpec
 from vmoe.data import DataSettings, open_data
 from vmoe.errors import SettingError
@@ -39,6 +39,9 @@ class RunSettings(Settings):
 
     data: str = opt("camera-motion", "camera-motion, a folder with a folder per class, NAME:/path")
     split: str = opt("test", "which part of the data", choices=("train", "val", "test"))
+    group: str | None = opt(
+        None, "regular expression that splits a folder; default: as the twin was trained"
+    )
     n: int = opt(200, "how many clips", at_least=1)
     attack: tuple[str, ...] = opt(("pgd", "tlga-r", "j-tlga"), "attacks, with commas")
     eps: tuple[float, ...] = opt((8 / 255,), "L-infinity budgets, with commas: 8/255 or 8 or 0.03")
@@ -117,6 +120,8 @@ def main(
     say = log.info if as_json else click.echo
     say(which)
     with open_target(path, twin, device, replay=load_adv is not None) as opened:
+        if settings.group is None:
+            settings = dataclasses.replace(settings, group=opened.group)
         saved = None if load_adv is None else _load(load_adv, opened)
         if saved is not None:
             rows = [row for row, _ in _rows_of(saved)]
@@ -168,9 +173,14 @@ def _refuse_flag(strange: set[str], why: str) -> None:
 def _refuse_existing(
     path: Path, out: Path | None, md: Path | None, save_adv: Path | None, *, overwrite: bool
 ) -> Path:
-    """Refuse outputs that exist, before any work is done; return the folder of the report."""
+    """Refuse, before any work is done, outputs that exist or cannot be written.
+
+    Returns:
+        The folder of the report.
+    """
     if save_adv is not None:
         adversarial.refuse_existing(save_adv)
+        output.probe(save_adv)
     name = path.parent.name if path.name == "best.safetensors" else path.stem
     folder = out or _free(RUNS / name)
     for file in (folder / "report.json", folder / "report.md", *([md] if md else [])):
@@ -180,6 +190,8 @@ def _refuse_existing(
             raise SettingError(f"{file} is a folder; choose another --out or --md.")
     if folder.is_file():
         raise SettingError(f"{folder} is a file; --out is a folder.")
+    for place in (folder, *([md] if md else [])):
+        output.probe(place)
     return folder
 
 
@@ -211,6 +223,8 @@ def _header(
             "sees the clips made on the twin"
         )
     data = f"{settings.data} {settings.split}, {settings.n} clips"
+    if settings.group:
+        data += f", groups {settings.group!r}"
     if saved is not None:
         data = f"{len(saved.label)} clips of {saved.origin.get('data')}, as saved"
     lines.append(f"data: {data}")
@@ -224,7 +238,8 @@ def _header(
 
 def _choose(settings: RunSettings, spec: ClipSpec, labels: tuple[str, ...]) -> Chosen:
     """Take n clips of the data, the same for every seed; labels are matched by name."""
-    data = open_data(settings.data, settings.split, spec, DataSettings())
+    how = DataSettings(group=settings.group or "")
+    data = open_data(settings.data, settings.split, spec, how)
     name = f"{settings.data} {settings.split}"
     if settings.n > len(data):
         raise SettingError(f"--n is {settings.n}; {name} has {len(data)} clips.")
@@ -261,14 +276,19 @@ def _run(
 
 
 def _load(path: Path, opened: Target) -> AdversarialClips:
+    """Read saved clips; refuse those of another model, and those beyond their own budget."""
     saved = adversarial.load(path)
-    if saved.spec.shape != opened.spec.shape:
-        raise SettingError(
-            f"{path} holds clips of {list(saved.spec.shape)}; the target takes "
-            f"{list(opened.spec.shape)}: make them anew for it."
-        )
-    if saved.labels != opened.labels:
-        raise SettingError(f"{path} was made for other labels: {', '.join(saved.labels)}.")
+    same_clips(
+        (f"{path}", saved.spec, saved.labels), (f"{opened.path}", opened.spec, opened.labels),
+        "make the clips anew: vmoe-attack --save-adv",
+    )  # fmt: skip
+    for attacked in saved.attacked:
+        found, most = linf(attacked.clips, saved.clean), radius(attacked.eps)
+        if found > most:
+            raise SettingError(
+                f"{path}: clips of {attacked.attack} at eps {format_eps(attacked.eps)} change by "
+                f"{found} grey levels, more than {most}: make the clips anew."
+            )
     return saved
 
 

@@ -56,6 +56,11 @@ class Target:
         return self._any.labels
 
     @property
+    def group(self) -> str:
+        """The regular expression that split a folder when the twin was trained; empty for none."""
+        return "" if self.twin is None else self.twin.group
+
+    @property
     def _any(self) -> Bundle | Checkpoint:
         if self.engine is not None:
             return self.engine.bundle
@@ -114,26 +119,34 @@ def open_target(
     made = None if file is None else checkpoint.load(file, where)
     digest = bundle.twin.get("sha256", "") if file is None else bundles.sha256(file)
     if made is not None and file is not None:
-        _check_twin(made, file, bundle)
+        same_clips(
+            (f"twin {file}", made.twin.spec, made.labels),
+            (f"bundle {bundle.path}", bundle.spec, bundle.labels),
+            "choose a twin of the same clips and labels",
+        )
     foreign = digest != bundle.twin.get("sha256")
     engine = load(bundle, device=device)
     return Target(path, made, file, digest, foreign, engine, where)
 
 
-def _check_twin(made: Checkpoint, file: Path, bundle: Bundle) -> None:
-    """Refuse a twin whose clips or labels are not the bundle's."""
+Takes = tuple[str, ClipSpec, tuple[str, ...]]  # what something is called; its clips and labels
+
+
+def same_clips(ours: Takes, theirs: Takes, advice: str) -> None:
+    """Refuse a twin or saved clips whose clip spec or labels are not the target's.
+
+    Raises:
+        SettingError: names the first difference, then the advice.
+    """
+    (what, spec, labels), (whose, its_spec, its_labels) = ours, theirs
     # mean and std are applied inside of the model: they may differ
     for name in ("frames", "spacing_s", "height", "width", "resize", "interpolation"):
-        ours, theirs = getattr(made.twin.spec, name), getattr(bundle.spec, name)
-        if ours != theirs:
-            raise SettingError(
-                f"twin {file} takes clips of {name} {ours}, bundle {bundle.path} of {theirs}: "
-                "choose a twin of the same clip spec."
-            )
-    if made.labels != bundle.labels:
+        one, other = getattr(spec, name), getattr(its_spec, name)
+        if one != other:
+            raise SettingError(f"{what} has clips of {name} {one}, {whose} of {other}: {advice}.")
+    if labels != its_labels:
         raise SettingError(
-            f"twin {file} has labels {_few(made.labels)}, bundle {bundle.path} has "
-            f"{_few(bundle.labels)}: choose a twin of the same labels."
+            f"{what} has labels {_few(labels)}, {whose} has {_few(its_labels)}: {advice}."
         )
 
 

@@ -39,6 +39,15 @@ class Checkpoint:
     recipe: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def group(self) -> str:
+        """The regular expression that split the folder it was trained on; empty for none.
+
+        Another group is another split, whose test clips may have been trained on.
+        """
+        clips = self.recipe.get("clips")
+        return str(clips.get("group", "")) if isinstance(clips, dict) else ""
+
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
     """Write a checkpoint whole.

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
+from tests import videos
 from tests.twins import SPEC, lively
-from vmoe import checkpoint
+from vmoe import adversarial, checkpoint
 from vmoe.attacks.cli import main
 from vmoe.checkpoint import Checkpoint
 from vmoe.clips import ClipSpec
+from vmoe.data import DataSettings, open_data
 from vmoe.data.camera_motion import LABELS
+from vmoe.data.folder import FolderClips
 
 QUICK = ["--n", "6", "--steps", "2", "--device", "cpu"]
 FROZEN = ["--route-grad", "frozen"]
@@ -167,7 +172,7 @@ def test_config_file_and_seed(twin: Path) -> None:
         (["--split", "tset"], "did you mean 'test'?"),
         (["--temporal", "never"], "--temporal"),
         (["--twin", "other.safetensors"], "is a checkpoint, a twin itself"),
-        (["--device", "tpu"], "--device tpu cannot be used here"),
+        (["--device", "tpu"], "--device tpu is unknown; give auto, cpu or cuda:N"),
         (["--attack", "tla-e", "--expert", "4", "--n", "2"], "this model has experts 0 to 3"),
     ],
 )
@@ -215,7 +220,7 @@ def test_damaged_bundle(tiny_bundle: Path) -> None:
 
 def test_twin_that_does_not_fit_the_bundle(tiny_bundle: Path) -> None:
     smaller = write_twin(Path("smaller.safetensors"), spec=ClipSpec(4, 0.1, 32, 24))
-    assert "takes clips of width 24" in refused(tiny_bundle, "--twin", smaller)
+    assert "has clips of width 24, bundle" in refused(tiny_bundle, "--twin", smaller)
     others = ("up", "down")
     stranger = write_twin(Path("stranger.safetensors"), labels=others)
     said = refused(tiny_bundle, "--twin", stranger)
@@ -225,10 +230,88 @@ def test_twin_that_does_not_fit_the_bundle(tiny_bundle: Path) -> None:
 def test_saved_clips_that_do_not_fit(twin: Path) -> None:
     assert "cannot read none/manifest.json" in refused(twin, "--load-adv", "none", code=1)
     run(twin, *QUICK, "--attack", "pgd-r", "--save-adv", "clips")
-    smaller = write_twin(Path("smaller.safetensors"), spec=ClipSpec(4, 0.1, 32, 24))
-    assert "the target takes [4, 32, 24, 3]" in refused(smaller, "--load-adv", "clips")
+    for changed, why in (
+        (ClipSpec(4, 0.1, 32, 24), "clips has clips of width 32, other.safetensors of 24: make"),
+        (ClipSpec(4, 0.5, 32, 32), "clips has clips of spacing_s 0.1, other.safetensors of 0.5"),
+    ):
+        other = write_twin(Path("other.safetensors"), spec=changed)
+        assert why in refused(other, "--load-adv", "clips")
     others = write_twin(Path("others.safetensors"), labels=("up", "down"))
-    assert "was made for other labels" in refused(others, "--load-adv", "clips")
+    assert "clips has labels static, " in refused(others, "--load-adv", "clips")
+
+
+def test_saved_clips_beyond_their_budget_are_refused(twin: Path) -> None:
+    run(twin, *QUICK, "--attack", "pgd-r", "--save-adv", "clips")
+    saved = adversarial.load(Path("clips"))
+    (made,) = saved.attacked
+    beyond = dataclasses.replace(made, eps=7 / 255)
+    adversarial.save(dataclasses.replace(saved, attacked=(beyond,)), Path("beyond"))
+    said = refused(twin, "--load-adv", "beyond")
+    assert "clips of pgd-r at eps 7/255 (0.0275) change by 8 grey levels, more than 7" in said
+
+
+SEQUENCE = r"seq\d+"
+
+
+def test_a_folder_is_split_as_the_twin_was_trained(tmp_path: Path) -> None:
+    """Two takes of each sequence: alone, they would fall into different splits."""
+    where = tmp_path / "videos"
+    for label in ("hug", "kick"):
+        (where / label).mkdir(parents=True)
+        for sequence in range(24):
+            for take in range(2):
+                name = f"{label}_seq{sequence:02d}_{take}.avi"
+                videos.write(where / label / name, frames=8)
+    recipe = {"clips": {"group": SEQUENCE}}
+    twin = lively(classes=2)
+    checkpoint.save(Checkpoint(twin, ("hug", "kick"), recipe), Path("grouped.safetensors"))
+    flags = ["--data", where, "--n", "6", "--attack", "pgd-r", "--steps", "1", "--eps", "1"]
+    shown = run("grouped.safetensors", *flags, "--out", "one").stdout
+    assert f"videos test, 6 clips, groups {SEQUENCE!r}" in shown
+
+    def judged(*more: str) -> set[str]:
+        run("grouped.safetensors", *flags, *more, "--out", "two", "--overwrite")
+        index = json.loads(Path("two/report.json").read_text())["clips"]["index"]
+        return {tested.files[i][0].name for i in index}
+
+    def opened(split: str, group: str) -> FolderClips:
+        data = open_data(str(where), split, SPEC, DataSettings(group=group))
+        assert isinstance(data, FolderClips)
+        return data
+
+    def sequences(names: Iterable[str]) -> set[str]:
+        return {name.split("_")[1] for name in names}
+
+    trained = sequences(path.name for path, _ in opened("train", SEQUENCE).files)
+    tested = opened("test", SEQUENCE)
+    flags[3] = str(len(tested))
+    assert not sequences(judged()) & trained
+    tested = opened("test", "")
+    flags[3] = str(len(tested))
+    assert sequences(judged("--group", "")) & trained
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(twin: Path) -> None:
+    for flag in ("--out", "--md", "--save-adv"):
+        said = refused(twin, flag, "/proc/x", code=1)
+        assert "cannot write /proc/x: " in said
+        assert "Nothing was left half-written" in said
+
+
+@pytest.mark.parametrize(("flags", "what"), [(["--save-adv", "clips"], "clips"), ([], "one/rep")])
+def test_a_full_disk_leaves_nothing_half_written(twin: Path, flags: list[str], what: str) -> None:
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024)); "
+        "from vmoe.attacks.cli import main; main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", limited, str(twin), *QUICK, "--attack", "pgd-r", *flags]
+    done = subprocess.run([*command, "--out", "one"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert "cannot write" in line
+    assert what in line
+    assert line.endswith("File too large. Nothing was left half-written.")
+    assert [path for path in Path().rglob("*") if path.is_file()] == [twin.relative_to(Path.cwd())]
 
 
 def test_data_with_labels_that_the_model_does_not_know() -> None:
