@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import logging
+import os
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +36,9 @@ log = logging.getLogger("vmoe")
 class RunSettings(Settings):
     """The flags of vmoe-run."""
 
-    camera: int | None = opt(None, "a camera of this machine, by its number", at_least=0)
+    camera: int | None = opt(
+        None, "a camera of this machine, by its number", at_least=0, at_most=999
+    )
     source: str | None = opt(None, "a video file, a camera (0, /dev/video0), or test")
     backend: str = opt("auto", "what runs the graphs: auto, onnxruntime")
     device: str = opt("auto", "auto, cpu or cuda:N")
@@ -50,7 +55,8 @@ class RunSettings(Settings):
     loop: bool = opt(False, "start a file again when it ends")
     stats_every: float | None = opt(None, "print counts every so many seconds", above=0)
     reconnect: int = opt(5, "tries to reopen a camera that was lost", at_least=0)
-    read_timeout: float = opt(3.0, "seconds of silence after which a camera is lost", above=0)
+    read_timeout: float = opt(3.0, "seconds of silence after which a camera is lost", above=0,
+                              at_most=3600)  # fmt: skip
     show: bool = opt(False, "show the annotated stream in a window; q ends it")
     overwrite: bool = opt(False, "replace the files of --save and --jsonl")
     seed: int = opt(0, "seed of --source test", at_least=0)
@@ -66,7 +72,10 @@ class RunSettings(Settings):
 @cli.options(RunSettings)
 @click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout; all else on stderr.")
 @cli.config_option
-def main(bundle: Path | None, as_json: bool, config: Path | None, **flags: Any) -> None:
+@click.pass_obj
+def command(
+    stop: Stop, /, bundle: Path | None, as_json: bool, config: Path | None, **flags: Any
+) -> None:
     """Label what a camera or a video shows, window by window, until it ends or Ctrl-C.
 
     BUNDLE is a folder that vmoe-export wrote; the newest under runs/ if not given, else the one
@@ -76,12 +85,18 @@ def main(bundle: Path | None, as_json: bool, config: Path | None, **flags: Any) 
     settings = cli.resolve(RunSettings, flags, config)
     if settings.camera is not None and settings.source is not None:
         raise SettingError("--camera and --source exclude each other; give one.")
+    _run(bundle, settings, as_json=as_json, stop=stop)
+
+
+def main(args: Sequence[str] | None = None, prog_name: str | None = None) -> None:
+    """Run the command; from here on, before it loads anything, a signal ends it in order."""
     stop = Stop()
     with _ends_on_signals(stop):
-        _run(bundle, settings, as_json=as_json, stop=stop)
+        command.main(args, prog_name, obj=stop)
 
 
 def _run(named: Path | None, settings: RunSettings, *, as_json: bool, stop: Stop) -> None:
+    _refuse_one_file(settings)
     sinks = _sinks(settings, as_json=as_json, stop=stop)
     path, said = latest.bundle(named)
     from . import engine as engines
@@ -111,20 +126,22 @@ def _run(named: Path | None, settings: RunSettings, *, as_json: bool, stop: Stop
                 log.info("\n".join(pipeline.tally.lines()))
     if not pipeline.tally.windows:
         log.warning("no window: one needs frames over %.2f s, or was too irregular.", spec.window_s)
-    log.info("next: %s", _next_command(path, settings))
+    log.info("next: %s", _next_command(path, settings, live=source.live))
 
 
 def _source(settings: RunSettings) -> Source:
     from . import sources
+    from .sources import camera
 
-    name = settings.source if settings.source is not None else str(settings.camera or 0)
     how = sources.SourceSettings(
         loop=settings.loop,
         reconnect=settings.reconnect,
         read_timeout_s=settings.read_timeout,
         seed=settings.seed,
     )
-    return sources.open(name, how)
+    if settings.source is None:
+        return camera.open(str(settings.camera or 0), how)
+    return sources.open(settings.source, how)
 
 
 def _watch(pipeline: Pipeline, sinks: list[Sink], stats_every_s: float | None) -> None:
@@ -134,6 +151,19 @@ def _watch(pipeline: Pipeline, sinks: list[Sink], stats_every_s: float | None) -
         if stats_every_s and time.monotonic() >= due_s:
             due_s += stats_every_s
             log.info("\n".join(pipeline.tally.lines()))
+
+
+def _refuse_one_file(settings: RunSettings) -> None:
+    """Refuse to write over what is read, or two results into one file."""
+    source = Path(settings.source) if settings.source is not None else None
+    named = {"--source": source, "--save": settings.save, "--jsonl": settings.jsonl}
+    files = [(flag, path) for flag, path in named.items() if path is not None]
+    for (first, one), (second, other) in itertools.combinations(files, 2):
+        same = os.path.realpath(one) == os.path.realpath(other)
+        with contextlib.suppress(OSError):  # what is not there is no other's link
+            same = same or one.samefile(other)
+        if same:
+            raise SettingError(f"{first} and {second} are one file ({other}); name another.")
 
 
 def _sinks(settings: RunSettings, *, as_json: bool, stop: Stop) -> list[Sink]:
@@ -173,11 +203,31 @@ def _ends_on_signals(stop: Stop) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _next_command(bundle: Path, settings: RunSettings) -> str:
-    """Return the command that most would type next."""
+OUTPUTS = {"save", "jsonl", "show", "overwrite"}
+SHARED = {"backend", "device", "threads"}  # flags of vmoe-bench too
+NEXT_S = 20.0  # how long the next command watches what has no end
+
+
+def _next_command(bundle: Path, settings: RunSettings, *, live: bool) -> str:
+    """Return the command that most would type next, with the flags of this one."""
+    names = {field.name for field in dataclasses.fields(settings)}
     if settings.save is not None:
-        return f"vmoe-bench {shlex.quote(str(bundle))}"
-    source = settings.source
-    given = f"--source {shlex.quote(source)}" if source else f"--camera {settings.camera or 0}"
-    ends = "" if source and source != "test" else " --duration 20"
-    return f"vmoe-run {shlex.quote(str(bundle))} {given}{ends} --save labelled.mp4"
+        return shlex.join(["vmoe-bench", str(bundle), *_given(settings, SHARED)])
+    words = ["vmoe-run", str(bundle), *_given(settings, names - OUTPUTS)]
+    if settings.source is None and settings.camera is None:
+        words += ["--camera", "0"]
+    if settings.duration is None and (live or settings.loop):
+        words += ["--duration", f"{NEXT_S:g}"]
+    free = (f"labelled{number}.mp4" for number in itertools.chain([""], itertools.count(2)))
+    return shlex.join([*words, "--save", next(name for name in free if not Path(name).exists())])
+
+
+def _given(settings: RunSettings, names: Container[str]) -> list[str]:
+    """Return the flags of these names that differ from their defaults."""
+    words: list[str] = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name in names and value != field.default:
+            words.append("--" + field.name.replace("_", "-"))
+            words += [] if value is True else [str(value)]
+    return words

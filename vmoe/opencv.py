@@ -35,7 +35,7 @@ def quiet(read_timeout_s: float = 3.0) -> Any:
 def can_open(path: Path) -> bool:
     """Return whether OpenCV can take a path: one that is no UTF-8 crashes the process."""
     try:
-        str(path.resolve()).encode()
+        os.path.realpath(path).encode()
     except UnicodeEncodeError:
         return False
     return True

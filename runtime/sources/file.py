@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import os
 import statistics
 import time
 from collections.abc import Generator, Iterator
@@ -64,7 +65,7 @@ class FileSource:
         """Take a path that `open` has looked at."""
         self.name = name
         self.fps = 0.0
-        self._path = Path(name).resolve()  # FFmpeg takes `12:30.avi` for an address
+        self._path = Path(os.path.realpath(name))  # FFmpeg takes `12:30.avi` for an address
         self._claimed_fps = 0.0
         self._loop = settings.loop
         self._timeout_ms = math.ceil(settings.read_timeout_s * 1000)
@@ -126,7 +127,8 @@ class FileSource:
 
     def _measured_fps(self, cv2: Any) -> float:
         """Return the rate that the first timestamps show, in a capture of its own."""
-        capture, times_ms = self._capture(cv2), []
+        capture = self._capture(cv2)
+        times_ms: list[float] = []
         try:
             while len(times_ms) < MEASURED and capture.grab():
                 times_ms.append(capture.get(cv2.CAP_PROP_POS_MSEC))

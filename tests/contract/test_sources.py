@@ -139,6 +139,9 @@ def test_missing_empty_and_garbage_files_each_say_so(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(SourceError, match="no plain file"):
         sources.open(str(tmp_path / "pipe"))
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(SourceError, match="symbolic links"):
+        sources.open(str(tmp_path / "loop"))
     garbage = tmp_path / "garbage.mp4"
     garbage.write_bytes(np.random.default_rng(0).bytes(20000))
     with pytest.raises(SourceError, match="no video that can be decoded"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -166,6 +167,62 @@ def test_a_signal_ends_it_with_whole_files(bundle: Path, tmp_path: Path, number:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "a.mp4"]
 
 
+READY = """
+import sys
+from vmoe.runtime.cli import main
+print("ready", flush=True)
+try:
+    main(prog_name="vmoe-run")
+except KeyboardInterrupt:  # as the command's door does
+    sys.exit(0)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("delay_s", [0.03, 0.1, 0.3, 1.0])
+def test_a_signal_while_it_starts_ends_it_too(
+    bundle: Path, tmp_path: Path, number: int, delay_s: float
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", READY, str(bundle), "--source", "test"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(delay_s)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    assert "Aborted" not in err
+
+
+def test_nothing_heavy_is_loaded_before_signals_are_heard() -> None:
+    code = "import sys, vmoe.runtime.cli; sys.exit(any(m in sys.modules for m in ('cv2', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def next_of(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """Return the words of the command that a run names at its end."""
+    assert done.returncode == 0, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("next: ")
+    return shlex.split(last.removeprefix("next: "))
+
+
+def test_the_next_command_has_the_flags_of_this_one(run: Run, bundle: Path, tmp_path: Path) -> None:
+    slow = videos.write(tmp_path / "it's slow.avi", 12, 2.5)
+    (tmp_path / "labelled.mp4").write_text("mine")
+    flags = ["--sampling", "nearest", "--hop", "0.5", "--top", "2", "--threads", "1"]
+    command = next_of(run(bundle, "--source", slow.name, *flags, "--jsonl", "a.jsonl"))
+    assert command[:2] == ["vmoe-run", str(bundle)]
+    assert command[-2:] == ["--save", "labelled2.mp4"]
+    assert set(command[2:-2]) == {"--source", slow.name, *flags}
+    assert next_of(run(*command[1:])) == ["vmoe-bench", str(bundle), "--threads", "1"]
+    command = next_of(run(bundle, "--source", "test", "--duration", 0.6, "--seed", 3))
+    assert command[2:-2] == ["--source", "test", "--duration", "0.6", "--seed", "3"]
+
+
 def test_a_reader_that_leaves_is_no_error(bundle: Path, movie: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*RUN, str(bundle), "--source", str(movie), "--loop", "--save", "a.avi"],
@@ -186,16 +243,48 @@ def test_a_reader_that_leaves_is_no_error(bundle: Path, movie: Path, tmp_path: P
 
 def test_sources_that_cannot_be_opened(run: Run, bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "garbage.mp4").write_bytes(os.urandom(9000))
+    (tmp_path / "old.jsonl").write_text("mine")
+    (tmp_path / "1000").write_bytes(b"a file")
     for source, why in (
         ("missing.mp4", "missing.mp4: No such file or directory"),
         ("garbage.mp4", "garbage.mp4 is no video that can be decoded"),
         (".", ". is a folder"),
         ("rtsp://nowhere", "cannot read this kind"),
     ):
-        done = run(bundle, "--source", source, "--save", "a.mp4")
+        done = run(bundle, "--source", source, "--save", "a.mp4", "--jsonl", "a.jsonl")
         refused(done, 4, why)
         assert done.stdout == ""
-    assert [p.name for p in tmp_path.iterdir()] == ["garbage.mp4"]
+    refused(run(bundle, "--source", "garbage.mp4", "--jsonl", "old.jsonl", "--overwrite"), 4)
+    assert (tmp_path / "old.jsonl").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1000", "garbage.mp4", "old.jsonl"]
+    refused(run(bundle, "--camera", 1000), 2, "--camera is 1000; it must be at most 999")
+
+
+def test_what_is_read_is_never_written(run: Run, bundle: Path, movie: Path, tmp_path: Path) -> None:
+    shutil.copy(movie, tmp_path / "a.mp4")
+    (tmp_path / "link.mp4").symlink_to("a.mp4")
+    (tmp_path / "hard.mp4").hardlink_to(tmp_path / "a.mp4")
+    (tmp_path / "d").mkdir()
+    for source, flag, name in (
+        ("a.mp4", "--jsonl", "a.mp4"),
+        ("a.mp4", "--save", "d/../a.mp4"),
+        ("link.mp4", "--save", "a.mp4"),
+        (tmp_path / "a.mp4", "--save", "link.mp4"),
+        ("a.mp4", "--jsonl", "hard.mp4"),
+    ):
+        done = run(bundle, "--source", source, flag, name, "--overwrite")
+        refused(done, 2, f"--source and {flag} are one file ({name})")
+    args = ("--save", "o.mkv", "--jsonl", "d/../o.mkv")
+    refused(run(bundle, "--source", "a.mp4", *args), 2, "--save and --jsonl are one file")
+    assert (tmp_path / "a.mp4").read_bytes() == movie.read_bytes()
+    assert not (tmp_path / "o.mkv").exists()
+
+
+def test_a_name_that_is_no_utf8(run: Run, bundle: Path, movie: Path, tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.mkv")
+    shutil.copy(movie, tmp_path / name)
+    refused(run(bundle, "--source", name), 4, "is no UTF-8", "rename it")
+    refused(run(bundle, "--source", movie, "--save", name, "--overwrite"), 2, "is no UTF-8")
 
 
 @pytest.mark.skipif(Path("/dev/video0").exists(), reason="this machine has a camera")
@@ -262,6 +351,7 @@ def test_settings_that_cannot_be_used(run: Run, bundle: Path, movie: Path, tmp_p
         (("--hop", 0), "--hop is 0.0; it must be above 0"),
         (("--backend", "onnxruntme"), "did you mean 'onnxruntime'?"),
         (("--device", "gpu"), "--device is 'gpu'; it is auto, cpu or cuda:N"),
+        (("--read-timeout", 1e9), "--read-timeout is 1000000000.0; it must be at most 3600"),
         (("--camera", 0), "--camera and --source exclude each other"),
         (("--save", "there.mp4"), "there.mp4 exists. Choose another --save, or say --overwrite"),
         (("--save", "a.gif"), "cannot write '.gif'"),
@@ -310,7 +400,9 @@ def test_real_streams(run: Run, bundle: Path, real_data: Path, name: str) -> Non
     assert done.returncode == 0, done.stderr
     assert f"frames: {frames} in" in done.stderr
     assert "0 incomplete" in done.stderr
-    assert len(lines_of(done.stdout)) >= 3
+    got = lines_of(done.stdout)
+    assert len(got) >= 3
+    assert not any(line["gap"] for line in got)
 
 
 def test_streams_too_slow_for_a_finer_model(run: Run, real_data: Path, tmp_path: Path) -> None:
