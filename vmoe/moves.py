@@ -5,20 +5,29 @@ A camera pans, tilts, zooms, rolls and shakes over photographs, or over the fram
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
 
-from vmoe import opencv, output
+from vmoe import opencv, video
 from vmoe.clips import Frame
-from vmoe.data.camera_motion import IMAGE_SUFFIXES, LABELS, camera_path, look, read_picture
-from vmoe.errors import MissingDependencyError, OutputError, SettingError
+from vmoe.data.camera_motion import (
+    IMAGE_SUFFIXES,
+    LABELS,
+    as_picture,
+    camera_path,
+    look,
+    read_picture,
+)
+from vmoe.errors import MissingDependencyError, SettingError
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
-MAX_FRAMES = 600  # of a user's video; enough for every move, and small in memory
+# Of a user's own file. A move lasts 40 frames; 180 of a phone's video are a quarter of a GiB.
+MAX_FRAMES = 600
+MAX_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a camera looks at: one photograph, or the frames of a video one after another."""
+    """What a camera looks at: one photograph, or the frames of a video, forth and back."""
 
     name: str
     frames: tuple[Frame, ...]
@@ -66,34 +75,49 @@ def photographs() -> list[Scene]:
 def scenes_of(source: Path) -> list[Scene]:
     """Return what a user's own file shows: a picture, a folder of pictures, or a video.
 
+    Of a long video the first frames are taken, of a full folder the first pictures.
+
     Raises:
         SettingError: it cannot be read.
     """
+    if not opencv.can_open(source):
+        raise SettingError(f"--source {str(source)!a} is no UTF-8: rename it.")
     if source.is_dir():
         found = sorted(p for p in source.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
         if not found:
             raise SettingError(f"{source} holds no picture ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-        return [Scene(path.name, (read_picture(path),)) for path in found]
+        pictures = _first(read_picture(path) for path in found)
+        return [Scene(p.name, (picture,)) for p, picture in zip(found, pictures, strict=False)]
     if not source.is_file():
         raise SettingError(f"--source {source} does not exist.")
     if source.suffix.lower() in IMAGE_SUFFIXES:
         return [Scene(source.name, (read_picture(source),))]
-    return [Scene(source.name, _video(source))]
-
-
-def _video(path: Path) -> tuple[Frame, ...]:
-    cv2 = opencv.quiet()
-    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
-    frames: list[Frame] = []
-    while len(frames) < MAX_FRAMES:
-        ok, frame = capture.read()
-        if not ok:
-            break
-        frames.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
-    capture.release()
+    frames = tuple(_first(_frames(source)))
     if not frames:
-        raise SettingError(f"--source {path} cannot be read as a picture or a video.")
-    return tuple(frames)
+        raise SettingError(f"--source {source} cannot be read as a picture or a video.")
+    return [Scene(source.name, frames)]
+
+
+def _first(frames: Iterable[Frame]) -> Iterator[Frame]:
+    """Yield the first frames, at least one, for as long as they are few and small."""
+    held = 0
+    for frame in islice(frames, MAX_FRAMES):
+        held += frame.nbytes
+        if held > MAX_BYTES and held > frame.nbytes:
+            return
+        yield frame
+
+
+def _frames(path: Path) -> Iterator[Frame]:
+    """Yield a video's frames, scaled as pictures are."""
+    cv2 = opencv.quiet()
+    # FFmpeg takes `12:30.avi` for an address, but not where a folder stands before it.
+    capture = cv2.VideoCapture(str(path.resolve()), cv2.CAP_FFMPEG)
+    try:
+        while (read := capture.read())[0]:
+            yield as_picture(read[1])
+    finally:
+        capture.release()
 
 
 def render(
@@ -109,7 +133,8 @@ def render(
     """Write a video in which every move is made once in each round, in a drawn order.
 
     Args:
-        scenes: what is looked at, in turn; a video's frames go on from move to move.
+        scenes: what is looked at, in turn; a video's frames go on from move to move, and back
+            from its end: a jump from last to first would be a motion that no label names.
         path: an .avi, Motion JPEG; written whole.
         rounds: how often each of the ten moves is made.
         move_s: length of a move, in seconds.
@@ -121,26 +146,20 @@ def render(
         The moves, in order.
 
     Raises:
-        OutputError: it cannot be written.
+        SettingError: its name is no UTF-8.
+        OutputError: it cannot be written whole; nothing of it is left.
     """
-    import cv2
-
     rng = np.random.default_rng(seed)
     order = [LABELS[i] for _ in range(rounds) for i in rng.permutation(len(LABELS))]
-    shown = {scene.name: cycle(scene.frames) for scene in scenes}
+    shown = {s.name: cycle((*s.frames, *s.frames[-2:0:-1])) for s in scenes}
     segments: list[Segment] = []
-    with output.whole_file(path) as temporary:
-        codec = cv2.VideoWriter.fourcc(*"MJPG")
-        writer = cv2.VideoWriter(str(temporary), codec, fps, (size[1], size[0]))
-        if not writer.isOpened():
-            raise OutputError(f"cannot write {path}: OpenCV has no encoder for it.")
-        count = round(move_s * fps)
+    count = round(move_s * fps)
+    with video.writing(path, fps, size) as append:
         for number, (label, scene) in enumerate(zip(order, cycle(scenes), strict=False)):
             for frame in _move(label, shown[scene.name], np.arange(count) / fps, size, rng):
-                writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+                append(frame)
             start = number * count / fps
             segments.append(Segment(label, start, start + (count - 1) / fps, scene.name))
-        writer.release()
     return segments
 
 

@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from vmoe import opencv
 from vmoe.clips import ClipSpec, Frame
 from vmoe.data import DataSettings
 from vmoe.data._splits import split_of
@@ -37,6 +38,7 @@ ROLL_PER_S = (0.14, 1.1)  # speed of a roll, in radians per second
 SHAKE = (0.015, 0.06)  # amplitude of a shake, in shorter sides
 DEFAULT_CLIPS = 2000
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+PICTURE = 512  # shorter side of a photograph, at most: pixels beyond would be averaged away
 SPLIT_KEYS = {"train": 0, "val": 1, "test": 2}
 
 Floats = NDArray[np.floating]
@@ -236,15 +238,25 @@ def read_picture(path: Path) -> Frame:
     """Read a photograph, uint8 [H, W, 3] RGB, with a shorter side of at most 512.
 
     Raises:
-        SettingError: it cannot be read.
+        SettingError: it cannot be read, or its name is no UTF-8.
     """
-    found = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    if not opencv.can_open(path):
+        raise SettingError(f"the picture's name {str(path)!a} is no UTF-8: rename it.")
+    try:
+        found = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+    except (OSError, cv2.error) as e:  # cv2.error: an empty file, or one of too many pixels
+        raise SettingError(f"cannot read the picture {path}.") from e
     if found is None:
         raise SettingError(f"cannot read the picture {path}.")
-    scale = 512 / min(found.shape[:2])
+    return as_picture(found)
+
+
+def as_picture(bgr: Frame) -> Frame:
+    """Return a decoded picture or video frame as RGB, with a shorter side of at most 512."""
+    scale = PICTURE / min(bgr.shape[:2])
     if scale < 1:
-        found = cv2.resize(found, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    image: Frame = cv2.cvtColor(found, cv2.COLOR_BGR2RGB)
+        bgr = cv2.resize(bgr, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    image: Frame = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
     return image
 
 
