@@ -52,13 +52,19 @@ def write(
         parts = {name: _write_part(folder, name, g, spec, batch) for name, g in graphs.items()}
         made = Bundle(
             path=folder,
-            model={"name": "tiny", "experts": experts, "classes": len(LABELS)},
+            model={
+                "name": "tiny",
+                "arch": "tsm",
+                "width": 0.125,
+                "experts": experts,
+                "classes": len(LABELS),
+            },
             spec=spec,
             labels=LABELS,
             lowering=lowering,
             parts=parts,
             twin={"sha256": "0" * 64},
-            versions={"onnx": onnx.__version__},
+            versions={"vmoe": "0", "onnx": onnx.__version__},
         )
         bundles.write_manifest(made, folder)
     return path

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,9 @@ TWIN = "twin.safetensors"
 MAX_MANIFEST_BYTES = 4 << 20
 LOWERINGS = ("split", "if", "plugin", "dense")
 MAX_EXPERTS = 256
+MAX_WIDTH = 1000
+RANKS = {"clip": 5, "logits": 2, "scores": 2, "route": 1, "force_route": 0}
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -172,14 +176,20 @@ def _parse(path: Path, values: Mapping[str, Any]) -> Bundle:
     model = dict(values["model"])
     if type(model["experts"]) is not int or not 1 <= model["experts"] <= MAX_EXPERTS:
         raise ValueError(f"model.experts is {model['experts']!r}")
+    width = model["width"]
+    if type(width) not in (int, float) or not 0 < width <= MAX_WIDTH:
+        raise ValueError(f"model.width is {width!r}")
+    if type(model["classes"]) is not int or model["classes"] < 2:
+        raise ValueError(f"model.classes is {model['classes']!r}")
+    for key in ("name", "arch"):
+        _text(model, key)
     if values["lowering"] not in LOWERINGS:
         raise ValueError(f"lowering is {values['lowering']!r}")
     labels = values["labels"]
     if not labels or type(labels) is not list or not all(type(label) is str for label in labels):
         raise ValueError("labels must be a list of names")
-    twin = {key: _text(values["twin"], key) for key in values["twin"]}
-    if "file" in twin:
-        _text(twin, "sha256")
+    twin = _texts(values, "twin")
+    _check_hash("twin", twin["sha256"])
     return Bundle(
         path=path,
         model=model,
@@ -188,7 +198,7 @@ def _parse(path: Path, values: Mapping[str, Any]) -> Bundle:
         lowering=values["lowering"],
         parts={name: _part_from_json(part) for name, part in values["parts"].items()},
         twin=twin,
-        versions=dict(values["versions"]),
+        versions=_texts(values, "versions"),
         extra={key: value for key, value in values.items() if key not in known},
     )
 
@@ -257,11 +267,16 @@ def _part_to_json(part: Part) -> dict[str, Any]:
 
 def _part_from_json(values: Mapping[str, Any]) -> Part:
     known = {"file", "format", "sha256", "precision", "inputs", "outputs"}
+    hashes, precision = _texts(values, "sha256"), _texts(values, "precision")
+    for name, digest in hashes.items():
+        _check_hash(name, digest)
+    for key in ("asked", "found"):
+        _text(precision, key)
     return Part(
         file=_text(values, "file"),
         format=_text(values, "format"),
-        hashes={name: _text(values["sha256"], name) for name in values["sha256"]},
-        precision=dict(values["precision"]),
+        hashes=hashes,
+        precision=precision,
         inputs=tuple(_port_from_json(port) for port in values["inputs"]),
         outputs=tuple(_port_from_json(port) for port in values["outputs"]),
         extra={key: value for key, value in values.items() if key not in known},
@@ -273,10 +288,23 @@ def _port_to_json(port: Port) -> dict[str, Any]:
 
 
 def _port_from_json(values: Mapping[str, Any]) -> Port:
-    shape = tuple(values["shape"])
-    if not all(size is None or type(size) is int for size in shape):
-        raise ValueError(f"shape is {values['shape']!r}")
-    return Port(_text(values, "name"), _text(values, "dtype"), shape)
+    name, shape = _text(values, "name"), values["shape"]
+    ranked = type(shape) is list and len(shape) == RANKS.get(name, len(shape))
+    if not ranked or not all(n is None or (type(n) is int and n > 0) for n in shape):
+        raise ValueError(f"{name}'s shape is {shape!r}")
+    return Port(name, _text(values, "dtype"), tuple(shape))
+
+
+def _check_hash(name: str, digest: str) -> None:
+    if not SHA256.fullmatch(digest):
+        raise ValueError(f"sha256 of {name} is {digest!r}")
+
+
+def _texts(values: Mapping[str, Any], key: str) -> dict[str, str]:
+    found = values[key]
+    if type(found) is not dict:
+        raise ValueError(f"{key} is {found!r}")
+    return {name: _text(found, name) for name in found}
 
 
 def _text(values: Mapping[str, Any], key: str) -> str:

@@ -6,12 +6,15 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
+import vmoe
 from vmoe import bundle as bundles
 from vmoe import output
 from vmoe.bundle import Bundle, Part, Port
@@ -20,6 +23,7 @@ from vmoe.errors import BundleError, CorruptBundleError, EngineMismatchError
 
 FILES = {"router.onnx": b"r", "expert0.onnx": b"e0", "expert1.onnx": b"e1", "expert1.data": b"d"}
 TWIN = b"twin"
+SCHEMA = json.loads(Path(vmoe.__file__).with_name("bundle.schema.json").read_text())
 
 
 def digest(data: bytes) -> str:
@@ -40,7 +44,7 @@ def part(*files: str, out: str) -> Part:
 def made(path: Path) -> Bundle:
     return Bundle(
         path=path,
-        model={"name": "tiny", "arch": "tsm", "experts": 2, "classes": 3},
+        model={"name": "tiny", "arch": "tsm", "width": 0.5, "experts": 2, "classes": 3},
         spec=ClipSpec(),
         labels=("a", "b", "c"),
         lowering="split",
@@ -152,11 +156,47 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no file": (lambda m: m["parts"]["router"].pop("file"), "key 'file' is missing"),
     "file": (lambda m: m["parts"]["router"].update(file=[1]), r"file is \[1\]"),
     "hashes": (lambda m: m["parts"]["router"].update(sha256={"router.onnx": 1}), "router.onnx is"),
-    "shape": (lambda m: m["parts"]["router"]["inputs"][0].update(shape="N8"), "shape is 'N8'"),
+    "shape": (
+        lambda m: m["parts"]["router"]["inputs"][0].update(shape="N8"),
+        "clip's shape is 'N8'",
+    ),
     "port": (lambda m: m["parts"]["router"]["inputs"][0].update(name=3), "name is 3"),
     "twin": (lambda m: m["twin"].update(file=3), "file is 3"),
     "twin hash": (lambda m: m["twin"].pop("sha256"), "key 'sha256' is missing"),
-    "versions": (lambda m: m.update(versions=3), "is damaged"),
+    "versions": (lambda m: m.update(versions=3), "versions is 3"),
+    "version": (lambda m: m["versions"].update(onnx=3), "onnx is 3"),
+    "versions list": (lambda m: m.update(versions=[1]), r"versions is \[1\]"),
+    "no name": (lambda m: m["model"].pop("name"), "key 'name' is missing"),
+    "no arch": (lambda m: m["model"].pop("arch"), "key 'arch' is missing"),
+    "arch": (lambda m: m["model"].update(arch=3), "arch is 3"),
+    "no width": (lambda m: m["model"].pop("width"), "key 'width' is missing"),
+    "width": (lambda m: m["model"].update(width="x"), r"model\.width is 'x'"),
+    "no width at all": (lambda m: m["model"].update(width=0), r"model\.width is 0"),
+    "true width": (lambda m: m["model"].update(width=True), r"model\.width is True"),
+    "giant width": (lambda m: m["model"].update(width=10**400), r"model\.width is 1000"),
+    "classes": (lambda m: m["model"].update(classes=1), r"model\.classes is 1"),
+    "twin list": (lambda m: m.update(twin=[0]), r"twin is \[0\]"),
+    "twin empty": (lambda m: m.update(twin={}), "key 'sha256' is missing"),
+    "short hash": (lambda m: m["twin"].update(sha256="0" * 63), "sha256 of twin is '0"),
+    "large hash": (lambda m: m["twin"].update(sha256="A" * 64), "sha256 of twin is 'A"),
+    "part hash": (
+        lambda m: m["parts"]["router"].update(sha256={"router.onnx": "x"}),
+        r"sha256 of router\.onnx is 'x'",
+    ),
+    "precision": (lambda m: m["parts"]["router"].update(precision=3), "precision is 3"),
+    "found": (lambda m: m["parts"]["router"]["precision"].update(found=3), "found is 3"),
+    "no found": (lambda m: m["parts"]["router"]["precision"].pop("found"), "key 'found' is missi"),
+    **{
+        f"clip {shape}": (
+            lambda m, shape=shape: m["parts"]["expert0"]["inputs"][0].update(shape=shape),  # type: ignore[misc]
+            rf"clip's shape is {re.escape(str(shape))}",
+        )
+        for shape in ([], [0, 8, 64, 64, 3], [-1, 8, 64, 64, 3], [8, 64, 64, 3], [True] * 5)
+    },
+    "logits": (
+        lambda m: m["parts"]["expert0"]["outputs"][0].update(shape=[2]),
+        r"logits's shape is \[2\]",
+    ),
 }
 
 
@@ -169,6 +209,16 @@ def test_a_bad_value_is_named(folder: Path, name: str) -> None:
     assert "\n" not in str(e.value)
     assert str(e.value).endswith("Export it again.")
     assert ".." not in str(e.value)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_the_schema_refuses_what_is_refused(folder: Path, name: str) -> None:
+    path = folder / "vmoe.json"
+    jsonschema.validate(json.loads(path.read_text()), SCHEMA)
+    change(folder, BAD[name][0])
+    if name != "clip key":  # a schema allows the keys of a later version
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(json.loads(path.read_text()), SCHEMA)
 
 
 def test_a_part_that_is_not_listed(folder: Path) -> None:
@@ -211,7 +261,7 @@ def test_a_name_that_leaves_the_folder(folder: Path, name: str) -> None:
 
 
 def test_external_data_and_twin_stay_inside_too(folder: Path) -> None:
-    change(folder, lambda m: m["parts"]["router"]["sha256"].update({"../x": "0"}))
+    change(folder, lambda m: m["parts"]["router"]["sha256"].update({"../x": "0" * 64}))
     with pytest.raises(CorruptBundleError, match=r"'\.\./x' leaves"):
         bundles.read(folder)
     change(folder, lambda m: m["parts"]["router"]["sha256"].pop("../x"))
@@ -222,7 +272,7 @@ def test_external_data_and_twin_stay_inside_too(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
 def test_a_name_that_no_file_can_have(folder: Path, name: str) -> None:
-    change(folder, lambda m: m["parts"]["router"].update(file=name, sha256={name: "0"}))
+    change(folder, lambda m: m["parts"]["router"].update(file=name, sha256={name: "0" * 64}))
     with pytest.raises(CorruptBundleError, match=r"is missing|cannot be read"):
         bundles.read(folder)
 
