@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 import os
 import sys
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 import click
 
 import vmoe
+from vmoe import report
 from vmoe import settings as _settings
 from vmoe.errors import SettingError, UnknownNameError, VmoeError, nearest
 from vmoe.settings import Settings
@@ -271,8 +271,8 @@ def resolve(cls: type[S], flags: dict[str, Any], config: Path | None = None, **f
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON object on stdout."""
-    click.echo(json.dumps(value, ensure_ascii=False))
+    """Print one JSON object on stdout, as `report.plain` makes it."""
+    click.echo(report.to_json(value))
 
 
 T = TypeVar("T")

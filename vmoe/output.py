@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vmoe import report
 from vmoe.errors import OutputError, SettingError
 
 
@@ -137,8 +137,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole, sorted where the order means nothing, with a newline at its end."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write JSON whole, as `report.plain` makes it, with a newline at its end."""
+    write_text(path, report.to_json(value, indent=2) + "\n")
 
 
 def _elsewhere(e: OSError, temporary: Path) -> bool:

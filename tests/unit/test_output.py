@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from vmoe import output
+from vmoe import cli, output
 from vmoe.errors import OutputError, SettingError
 
 
@@ -138,6 +139,14 @@ def test_a_pipe_is_written_as_it_stands() -> None:
 def test_json_ends_with_a_newline(tmp_path: Path) -> None:
     output.write_json(tmp_path / "a.json", {"b": "é", "a": [1]})
     assert (tmp_path / "a.json").read_text() == '{\n  "b": "é",\n  "a": [\n    1\n  ]\n}\n'
+
+
+def test_json_holds_no_nan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    value = {"a": float("nan"), "b": [float("-inf"), 1.5]}
+    output.write_json(tmp_path / "a.json", value)
+    cli.print_json(value)
+    for text in ((tmp_path / "a.json").read_text(), capsys.readouterr().out):
+        assert json.loads(text, parse_constant=pytest.fail) == {"a": None, "b": [None, 1.5]}
 
 
 FULL_DISK = """
