@@ -122,35 +122,69 @@ def open_clips(
     official = _official(where)
     files = _sorted_already(where, official, split) if official else _drawn(where, split, settings)
     labels = tuple(sorted(files))
-    found: list[tuple[Path, int]] = []
-    skipped: dict[str, list[str]] = {label: [] for label in labels}
+    survey = _look_at(files, spec, settings.clips)
+    _refuse_empty(where, split, spec, files, survey)
+    if survey.fresh:  # a training opens its data again in every epoch
+        _tell(where, split, survey)
+    found = tuple((path, labels.index(label)) for label, path in survey.usable)
+    return FolderClips(spec, split, settings, labels, found)
+
+
+class _Survey(NamedTuple):
+    """What looking at the videos of a split found.
+
+    Attributes:
+        usable: label and file of every video that gives a clip.
+        skipped: of each class, the videos that give none, and why.
+        damaged: usable videos that are not whole, and why.
+        tried: how many were looked at.
+        fresh: whether one of them was read for the first time.
+    """
+
+    usable: list[tuple[str, Path]]
+    skipped: dict[str, list[str]]
+    damaged: list[str]
+    tried: int
+    fresh: bool
+
+
+def _look_at(files: Files, spec: ClipSpec, most: int) -> _Survey:
+    """Decode videos, every class in turn, until `most` of them give a clip; 0 is all."""
+    usable: list[tuple[str, Path]] = []
+    skipped: dict[str, list[str]] = {label: [] for label in sorted(files)}
     damaged: list[str] = []
     tried, fresh = 0, False
     for label, path in _in_turn(files):
-        if settings.clips and len(found) == settings.clips:
+        if most and len(usable) == most:
             break
         tried, fresh = tried + 1, fresh or _key(path, spec) not in _known
         video = read(path, spec)
         if len(video.clips):
-            found.append((path, labels.index(label)))
+            usable.append((label, path))
         if video.fault:
             (damaged if len(video.clips) else skipped[label]).append(f"{path.name} {video.fault}")
-    for label, faults in skipped.items():
+    return _Survey(usable, skipped, damaged, tried, fresh)
+
+
+def _refuse_empty(where: Path, split: str, spec: ClipSpec, files: Files, survey: _Survey) -> None:
+    for label, faults in survey.skipped.items():
         if len(faults) == len(files[label]):
             raise SettingError(
                 f"{where}: none of the {len(faults)} videos of class {label!r} in the {split} "
                 f"split gives a clip of {spec.frames} frames, {spec.spacing_s:g} s apart: "
                 f"{_some(faults)}. Choose other --frames or --spacing, or other videos."
             )
-    if fresh:  # a training opens its data again in every epoch
-        out = list(chain.from_iterable(skipped.values()))
-        for names, fate in ((out, "skipped"), (damaged, "used as far as they go")):
-            if names:
-                log.warning(
-                    "%s (%s): %d of %d videos %s: %s.",
-                    where, split, len(names), tried, fate, _some(names),
-                )  # fmt: skip
-    return FolderClips(spec, split, settings, labels, tuple(found))
+
+
+def _tell(where: Path, split: str, survey: _Survey) -> None:
+    """Say which videos are left out, and which are damaged."""
+    out = list(chain.from_iterable(survey.skipped.values()))
+    for names, fate in ((out, "skipped"), (survey.damaged, "used as far as they go")):
+        if names:
+            log.warning(
+                "%s (%s): %d of %d videos %s: %s.",
+                where, split, len(names), survey.tried, fate, _some(names),
+            )  # fmt: skip
 
 
 def _official(where: Path) -> dict[str, Path]:
