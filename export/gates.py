@@ -124,7 +124,7 @@ def _shown(gate: Gate) -> str:
     return f"{gate.measured:.4g}{gate.unit}, must be {bound} {gate.bound:.4g}{gate.unit}"
 
 
-def clips_for(spec: ClipSpec, data: str | None, seed: int) -> Clips:
+def clips_for(spec: ClipSpec, data: str | None, seed: int, group: str = "") -> Clips:
     """Return the clips of a check, uint8 [N, T, H, W, 3].
 
     Args:
@@ -132,12 +132,14 @@ def clips_for(spec: ClipSpec, data: str | None, seed: int) -> Clips:
         data: a data set, of which the first clips of the split `val` are taken; None is rendered
             camera motion, then noise, black and white.
         seed: of what is drawn.
+        group: regular expression that splits a folder, as the twin was trained.
 
     Raises:
         SettingError: no such data.
     """
     count = CLIPS - NOISE if data is None else CLIPS
-    opened = open_data(data or "camera-motion", "val", spec, DataSettings(clips=count, seed=seed))
+    how = DataSettings(clips=count, group=group, seed=seed)
+    opened = open_data(data or "camera-motion", "val", spec, how)
     clips = np.stack([opened[i][0] for i in range(min(count, len(opened)))])
     if data is not None:
         return clips
@@ -161,7 +163,7 @@ def check(twin: VideoMoE, engine: Engine, clips: Clips, settings: GateSettings) 
     free = _infer(engine, clips, None)
     each = free if experts == 1 else _infer(engine, clips, forced)
     reference = _reference(twin, clips, free.route, forced)
-    scores = max(_largest(p.scores - reference.scores) for p in (free, each))
+    scores = float(np.max([_largest(p.scores - reference.scores) for p in (free, each)]))
     logits = _largest(free.logits - reference.logits[rows, free.route])
     off = np.abs(each.logits - reference.logits[rows, forced]).max(axis=1)
     of_experts = tuple(_largest(off[forced == i]) for i in range(experts))
@@ -169,7 +171,7 @@ def check(twin: VideoMoE, engine: Engine, clips: Clips, settings: GateSettings) 
     scores_bound = settings.gate_parity * _scale(reference.scores)
     agree, ties = _agreement(free, reference, scores_bound)
     agreement_pct = 100 * agree / n
-    worst = float(np.max([logits, *of_experts]))  # NaN stays NaN
+    worst = float(np.max([logits, *of_experts]))  # NaN stays NaN, as in scores
     gates = (
         Gate("parity", "max |d logits|", worst, logits_bound, "", worst <= logits_bound),
         Gate("parity", "max |d scores|", scores, scores_bound, "", scores <= scores_bound),

@@ -41,6 +41,9 @@ class ExportSettings(GateSettings):
                      at_most=OPSETS[1])  # fmt: skip
     twin: bool = opt(True, "carry the twin in the bundle, for attacks on what was deployed")
     verify_data: str | None = opt(None, "data set of the check; default: camera motion and noise")
+    group: str | None = opt(
+        None, "regular expression that splits --verify-data; default: as the twin was trained"
+    )
     name: str | None = opt(None, "the model's name; default: as the checkpoint is called")
     counterpart: bool = opt(
         False, "the dense counterpart with random weights instead, to compare latency"
@@ -50,6 +53,8 @@ class ExportSettings(GateSettings):
         """Check every value; a lowering is a file of its folder, a name can name a folder."""
         super().__post_init__()
         registry.load(LOWERINGS, self.lowering, "lowering (--lowering)")
+        if self.group is not None and self.verify_data is None:
+            raise SettingError("--group splits --verify-data: give that too, or leave it out.")
         if self.name is not None and not re.fullmatch(r"\w[\w.+-]*", self.name):
             raise SettingError(
                 f"--name is {self.name!r}; use letters, digits and . _ + - only, to name a folder."
@@ -173,7 +178,8 @@ def run(plan: Plan, out: Path, *, overwrite: bool = False) -> Exported:
     settings, twin = plan.settings, plan.checkpoint.twin
     stages = Stages()
     with stages.stage("clips", "to check the bundle with"):
-        clips = gates.clips_for(twin.spec, settings.verify_data, plan.seed)
+        group = plan.checkpoint.group if settings.group is None else settings.group
+        clips = gates.clips_for(twin.spec, settings.verify_data, plan.seed, group)
     with stages.stage("onnx", f"{len(twin.experts)} expert(s), opset {settings.opset}"):
         parts = from_twin(twin, settings.opset)
     with output.whole_folder(out, overwrite=overwrite) as folder:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.twins import random_clips
+from tests import videos
+from tests.twins import lively, random_clips
 from vmoe import checkpoint
-from vmoe.clips import ClipSpec
+from vmoe.checkpoint import Checkpoint
+from vmoe.clips import Clips, ClipSpec
+from vmoe.data import DataSettings, open_data
 from vmoe.errors import GateError, SettingError
 from vmoe.export import gates
 from vmoe.export.gates import GateSettings, Reference
+from vmoe.export.pipeline import ExportSettings
 from vmoe.models import VideoMoE
 from vmoe.runtime import Engine, Prediction, load
 
@@ -87,6 +92,27 @@ def test_not_a_number_is_refused(engine: Engine, twin: VideoMoE) -> None:
         found.refuse()
 
 
+class ForcedToNan:
+    """An engine whose scores break down where its route is forced."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def infer(self, clips: Clips, force_route: Sequence[int] | None = None) -> Prediction:
+        found = self.engine.infer(clips, force_route)
+        if force_route is None:
+            return found
+        return found._replace(scores=np.full_like(found.scores, np.nan))
+
+
+def test_not_a_number_of_the_forced_run_is_refused(engine: Engine, twin: VideoMoE) -> None:
+    broken: Any = ForcedToNan(engine)
+    found = gates.check(twin, broken, random_clips(8), GateSettings())
+    assert [gate.ok for gate in found.gates] == [True, False, True]
+    with pytest.raises(GateError, match=r"max \|d scores\| is nan"):
+        found.refuse()
+
+
 def test_a_tie_within_the_tolerance_is_agreement() -> None:
     scores = np.array([[1.0, 1.0 - 1e-5, 0], [1.0, 0.5, 0], [0, 0, 2.0]], np.float32)
     route = np.array([1, 1, 2])
@@ -107,6 +133,27 @@ def test_clips_of_a_check_are_seeded_and_hold_noise_black_and_white(spec: ClipSp
     assert len(gates.clips_for(spec, "camera-motion", seed=3)) == 64
     with pytest.raises(SettingError, match="nowhere"):
         gates.clips_for(spec, "./nowhere", seed=0)
+
+
+def test_clips_of_a_folder_are_split_as_the_twin_was_trained(
+    spec: ClipSpec, tmp_path: Path
+) -> None:
+    """Two takes of each sequence: alone, one of them may fall into the split `val`."""
+    for label in ("hug", "kick"):
+        (tmp_path / label).mkdir()
+        for sequence in range(12):
+            for take in range(2):
+                name = f"seq{sequence:02d}_{take}.avi"
+                videos.write(tmp_path / label / name, frames=8 + sequence)
+    for group in ("", r"seq\d+"):
+        data = open_data(str(tmp_path), "val", spec, DataSettings(group=group))
+        wanted = np.stack([data[i][0] for i in range(len(data))])
+        assert np.array_equal(gates.clips_for(spec, str(tmp_path), 0, group), wanted)
+    recipe = {"clips": {"group": r"seq\d+"}}
+    assert Checkpoint(lively(), (), recipe).group == r"seq\d+"
+    assert Checkpoint(lively(), ()).group == ""
+    with pytest.raises(SettingError, match="--group splits --verify-data: give that too"):
+        ExportSettings(group=r"seq\d+")
 
 
 @pytest.mark.parametrize(
