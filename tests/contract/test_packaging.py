@@ -72,10 +72,13 @@ def test_every_command_has_its_module(wheel: zipfile.ZipFile) -> None:
 
 
 def test_what_a_bundle_needs_ships(wheel: zipfile.ZipFile) -> None:
-    shipped = ROOT / "vmoe" / "shipped"
-    for path in shipped.rglob("*"):
-        if path.is_file():
-            assert f"vmoe/{path.relative_to(ROOT / 'vmoe').as_posix()}" in wheel.namelist()
+    folder = ROOT / "vmoe" / "shipped" / "camera-motion"
+    files = {path.name: path for path in folder.iterdir() if path.is_file()}
+    assert {"vmoe.json", "report.json", "twin.safetensors", "router.onnx"} <= files.keys()
+    for name, path in files.items():
+        shipped = wheel.read(f"vmoe/shipped/camera-motion/{name}")
+        assert shipped
+        assert shipped == path.read_bytes()
 
 
 def test_it_runs_from_the_wheel_alone(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
