@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 Z_95 = 1.959963984540054  # the normal distribution's 97.5 % point
 
@@ -66,7 +65,7 @@ def plain(value: Any) -> Any:
         return {str(key): plain(member) for key, member in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(member) for member in value]
-    if isinstance(value, (np.ndarray, np.generic)):
+    if hasattr(value, "tolist"):  # an array or a number of numpy, which need not be loaded
         return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
@@ -85,8 +84,8 @@ def _over(columns: Sequence[str]) -> range:
 def _cell(value: object) -> str:
     if value is None:
         return "-"
-    if isinstance(value, (float, np.floating)):
-        return f"{value:.4g}"
+    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):
+        return f"{float(value):.4g}"
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
