@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,12 +18,12 @@ from vmoe import clips, opencv, output
 from vmoe.errors import OutputError, SettingError, SourceError
 from vmoe.runtime.frames import Frame
 from vmoe.runtime.results import Result
+from vmoe.video import CODECS, holds
 
 from . import Step, _draw
 
 log = logging.getLogger("vmoe")
 
-CODECS = {".mp4": "mp4v", ".avi": "MJPG", ".mkv": "FFV1"}  # what OpenCV's wheels can encode
 UNKNOWN_FPS = 25.0
 LOOKED_AT = 64  # frames between two looks at the room that is left on the disk
 ROOM_BYTES = 1 << 20
@@ -141,7 +140,7 @@ class Video:
         """Write the trailer, and prove that the file holds what was written."""
         self._writer.release()
         self._writer = None
-        if not _holds(self._temporary, self._written):
+        if not holds(self._temporary, self._written):
             raise OutputError(
                 f"cannot write {self._path}: the file does not hold the {self._written} frames "
                 "that were written; is the disk full? Nothing was left half-written."
@@ -174,25 +173,3 @@ class Video:
 
 class _NothingWrittenError(Exception):
     """Makes `whole_file` remove its temporary file."""
-
-
-def _holds(path: Path, frames: int) -> bool:
-    """Return whether a video can be opened, and its last frame read."""
-    with _reader(path) as (cv2, capture):
-        if not capture.isOpened():
-            return False
-        counted = round(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        if abs(counted - frames) > 1:  # some containers give a count rounded from their length
-            return False
-        capture.set(cv2.CAP_PROP_POS_FRAMES, max(0, counted - 2))
-        return bool(capture.read()[0])
-
-
-@contextlib.contextmanager
-def _reader(path: Path) -> Iterator[tuple[Any, Any]]:
-    cv2 = opencv.quiet()
-    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
-    try:
-        yield cv2, capture
-    finally:
-        capture.release()
