@@ -10,13 +10,13 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from vmoe.errors import SettingError
-from vmoe.models import VideoMoE
+from vmoe.models import ROUTE_GRADS, VideoMoE
 from vmoe.settings import Settings, opt
 
 
@@ -48,6 +48,11 @@ class TemporalSettings(LoopSettings):
         "gradient through the Lipschitz term's denominator: no, or yes (the paper's literal form)",
         choices=("detached", "quotient"),
     )
+
+
+def route_grad_option() -> Any:
+    """Return the field that the settings of every attack on the whole model have."""
+    return opt("straight-through", "how a gradient passes the hard choice", choices=ROUTE_GRADS)
 
 
 class AttackResult(NamedTuple):

@@ -48,6 +48,7 @@ def make(held: Checkpoint, data: ClipData, *, batch: int, steps: int, eps: float
     rows = plan(ATTACKS if twin.router is not None else ("pgd",), [eps], steps=steps)
     judges = {"twin": of_twin(twin, device)}
     found = evaluate(twin, clips[some], label[some], rows, judges, batch=batch, device=device)
+    cost = flops.count(twin)
     made = {
         "model": to_mapping(twin.settings),
         "clip": to_mapping(twin.spec),
@@ -55,7 +56,7 @@ def make(held: Checkpoint, data: ClipData, *, batch: int, steps: int, eps: float
         "recipe": held.recipe,
         "validation": held.results.get("validation"),
         "parameters": sum(p.numel() for p in twin.parameters()),
-        "flops": flops.count(twin)._asdict() | {"saved": flops.count(twin).saved},
+        "flops": cost._asdict() | {"saved": cost.saved},
         **_experts(twin, clips, label, batch, device),
         "robust": _robust(found, steps, eps),
         "evidence": evidence.gather(twin, seen, batch) if held.labels == LABELS else None,

@@ -82,13 +82,13 @@ def validate(twin: VideoMoE, data: ClipData, steps: int, eps: float, batch: int)
     for part in batches(data, batch, device):
         with torch.no_grad():
             out = twin(part.clip, "frozen")
-        right += int((out.logits.argmax(dim=1) == part.label).sum())
+        is_right = out.logits.argmax(dim=1) == part.label
+        right += int(is_right.sum())
         scores.append(out.scores.cpu())
         if steps:
             how = pgd.Settings(eps=eps, steps=steps)
             found = pgd.attack(twin, part.clip, part.label, how, part.index)
-            right_too = out.logits.argmax(dim=1) == part.label  # zero lies in the ball, too
-            stood += int((right_too & ~found.success).sum())
+            stood += int((is_right & ~found.success).sum())  # zero lies in the ball, too
             kept += int((found.route_before == found.route_after).sum())
     every, count = torch.cat(scores), len(data)
     shares = expert_shares(every.argmax(dim=1), every.shape[1])

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vmoe.attacks.loop import AttackResult
+from vmoe.attacks.loop import AttackResult, route_grad_option
 from vmoe.attacks.methods import pgd
-from vmoe.models import ROUTE_GRADS, VideoMoE
+from vmoe.models import VideoMoE
 from vmoe.settings import Settings as Base
 from vmoe.settings import opt
 
@@ -20,9 +20,7 @@ class Settings(Base):
     """FGSM's settings."""
 
     eps: float = opt(8 / 255, "L-infinity budget, on pixels in [0, 1]", at_least=0, at_most=1)
-    route_grad: str = opt(
-        "straight-through", "how a gradient passes the hard choice", choices=ROUTE_GRADS
-    )
+    route_grad: str = route_grad_option()
 
 
 def attack(

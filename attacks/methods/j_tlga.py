@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vmoe.attacks import losses
-from vmoe.attacks.loop import AttackResult, TemporalSettings, ascend
-from vmoe.models import ROUTE_GRADS, VideoMoE
+from vmoe.attacks.loop import AttackResult, TemporalSettings, ascend, route_grad_option
+from vmoe.models import VideoMoE
 from vmoe.settings import opt
 
 PART = "model"
@@ -20,9 +20,7 @@ class Settings(TemporalSettings):
 
     gamma1: float = opt(1.0, "weight of the steering to the weakest expert", at_least=0)
     gamma2: float = opt(0.1, "weight of the router's loss", at_least=0)
-    route_grad: str = opt(
-        "straight-through", "how a gradient passes the hard choice", choices=ROUTE_GRADS
-    )
+    route_grad: str = route_grad_option()
 
 
 def attack(

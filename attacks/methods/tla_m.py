@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vmoe.attacks import losses
-from vmoe.attacks.loop import AttackResult, TemporalSettings, ascend
-from vmoe.models import ROUTE_GRADS, VideoMoE
-from vmoe.settings import opt
+from vmoe.attacks.loop import AttackResult, TemporalSettings, ascend, route_grad_option
+from vmoe.models import VideoMoE
 
 PART = "model"
 
@@ -18,9 +17,7 @@ PART = "model"
 class Settings(TemporalSettings):
     """TLA-M's settings."""
 
-    route_grad: str = opt(
-        "straight-through", "how a gradient passes the hard choice", choices=ROUTE_GRADS
-    )
+    route_grad: str = route_grad_option()
 
 
 def attack(
