@@ -75,7 +75,7 @@ def _fields(cls: type[Settings]) -> set[str]:
 
 def _every_method_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give the command the options of all attacks, each once."""
-    seen = _fields(RunSettings) | {"seed"}
+    seen = _fields(RunSettings) | {"seed", "grid"}  # every clip of a report lies on the grid
     for name in registry.names(METHODS):
         cls = registry.load(METHODS, name, "attack").Settings
         function = cli.options(cls, skip=seen)(function)

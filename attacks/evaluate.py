@@ -150,7 +150,7 @@ def plan(
         for name in attacks:
             method = registry.load(METHODS, name, "attack")
             fields = {f.name for f in dataclasses.fields(method.Settings)}
-            given = {k: v for k, v in values.items() if k in fields} | {"eps": budget}
+            given = {k: v for k, v in values.items() if k in fields} | {"eps": budget, "grid": True}
             ways = [{"route_grad": way} for way in route_grads] if "route_grad" in fields else [{}]
             settings = tuple(method.Settings(**given, **way) for way in ways)
             rows.append(Row(name.replace("_", "-"), method.PART, budget, settings))
@@ -277,7 +277,8 @@ def _make(
         better = (verdict.success & ~success) | (same & (verdict.loss > loss))
         best[better], loss[better] = rounded[better], verdict.loss[better]
         success |= verdict.success
-        forwards, backwards = forwards + found.forwards, backwards + found.backwards
+        forwards += int(found.forwards.sum())
+        backwards += int(found.backwards.sum())
     return _Made(best, forwards, backwards, time.perf_counter() - start)
 
 
@@ -295,7 +296,9 @@ def _judge(
 
 def _count(tally: _Tally, made: _Made, clean: Clips, keep_clips: bool) -> None:
     tally.linf = max(tally.linf, grid.linf(made.clips, clean))
-    tally.forwards, tally.backwards = made.forwards, made.backwards
+    tally.forwards, tally.backwards = (
+        tally.forwards + made.forwards, tally.backwards + made.backwards,
+    )  # fmt: skip
     tally.seconds += made.seconds
     if keep_clips:
         tally.clips.append(made.clips)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from vmoe.batches import to_tensor
 from vmoe.clips import Clips
 from vmoe.errors import SettingError
 
 
 def radius(eps: float) -> int:
-    """Return the radius of the ball on the grid, in grey levels: floor(255 eps + 1e-6).
+    """Return the radius of the L-infinity ball on the grid, in grey levels: floor(255 eps + 1e-6).
 
     Args:
         eps: L-infinity budget, on pixels in [0, 1].
@@ -24,30 +26,64 @@ def radius(eps: float) -> int:
     return math.floor(255 * eps + 1e-6)
 
 
-def to_grid(adversarial: Tensor, clean: Clips, eps: float) -> Clips:
-    """Round an adversarial clip to the grid, within the integer ball around the clean clip.
+def rounded(moved: Tensor, clip: Tensor, eps: float, norm: str = "linf") -> Tensor:
+    """Round clips to the grid, within the ball around clean clips that lie on it.
+
+    Args:
+        moved: [B, 3, T, H, W], pixels in [0, 1].
+        clip: clean, the same shape.
+        eps: budget, on pixels in [0, 1].
+        norm: linf rounds to the nearest level within the integer ball; l2 towards the clean clip,
+            so that no value moves further than it did.
+
+    Returns:
+        Multiples of 1/255, as `to_tensor` gives them of uint8.
+    """
+    clean = (255 * clip).round()
+    if norm == "linf":
+        r = radius(eps)
+        levels = torch.minimum(torch.maximum((255 * moved).round(), clean - r), clean + r)
+    else:
+        delta = 255 * moved - clean
+        levels = clean + (delta.abs() + 1e-4).floor() * delta.sign()  # 1e-4: of float32
+    return levels.clamp_(0, 255).div_(255)
+
+
+def holds(clip: Tensor) -> bool:
+    """Return whether uint8 can hold a clip: whether all of its pixels are multiples of 1/255."""
+    levels = 255 * clip
+    return bool((levels - levels.round()).abs().max() < 1e-3)
+
+
+def to_grid(adversarial: Tensor, clean: Clips, eps: float, norm: str = "linf") -> Clips:
+    """Round an adversarial clip to the grid, as `rounded` does.
 
     Args:
         adversarial: [N, 3, T, H, W], pixels in [0, 1].
         clean: the clip it was made from, uint8 [N, T, H, W, 3].
-        eps: L-infinity budget, on pixels in [0, 1].
+        eps: budget, on pixels in [0, 1].
+        norm: linf or l2.
 
     Returns:
-        uint8 [N, T, H, W, 3], each value at most radius(eps) from the clean one.
+        uint8 [N, T, H, W, 3].
 
     Raises:
         SettingError: a value that is not finite.
     """
-    values = adversarial.detach().permute(0, 2, 3, 4, 1).cpu().double().numpy()
-    if not np.isfinite(values).all():
+    values = adversarial.detach().cpu()
+    if not values.isfinite().all():
         raise SettingError("an adversarial clip holds NaN or infinity: it cannot be rounded.")
-    r = radius(eps)
-    rounded = np.rint(255 * values).clip(0, 255).astype(np.int16)
-    ball = clean.astype(np.int16)
-    grid: Clips = np.clip(rounded, ball - r, ball + r).clip(0, 255).astype(np.uint8)
-    return grid
+    levels = 255 * rounded(values.double(), to_tensor(clean).double(), eps, norm)
+    made: Clips = levels.round().byte().permute(0, 2, 3, 4, 1).contiguous().numpy()
+    return made
 
 
 def linf(adversarial: Clips, clean: Clips) -> int:
     """Return the largest change of a value, in grey levels; 0 of no clips."""
     return int(np.abs(adversarial.astype(np.int16) - clean).max(initial=0))
+
+
+def l2(adversarial: Clips, clean: Clips) -> float:
+    """Return the largest L2 change of a clip, on pixels in [0, 1]; 0 of no clips."""
+    delta = (adversarial.astype(np.int16) - clean).reshape(len(clean), -1) / 255
+    return float(np.sqrt(np.square(delta).sum(axis=1)).max(initial=0))

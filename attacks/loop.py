@@ -1,12 +1,12 @@
-"""The one loop that every gradient attack runs through.
+"""The one loop that every attack runs through.
 
-Projection, random start, restarts, the temporal step, the best iterate and the counting of
-passes stand here; a method's file says only what it maximises.
+Starts, restarts, the best iterate, early stop, the counting of passes and the checks stand here.
+How an attack moves is its climb (`climbs`, or its own file); what it maximises, its objective
+(`losses`).
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,21 +15,38 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from vmoe.errors import SettingError
+from vmoe.attacks import ball, grid
+from vmoe.errors import SettingError, VmoeError
 from vmoe.models import ROUTE_GRADS, VideoMoE
 from vmoe.settings import Settings, opt
 
 
 @dataclass(frozen=True)
-class LoopSettings(Settings):
-    """What every attack of this loop takes."""
+class BallSettings(Settings):
+    """What every attack takes."""
 
-    eps: float = opt(8 / 255, "L-infinity budget, on pixels in [0, 1]", at_least=0, at_most=1)
+    eps: float = opt(8 / 255, "budget, on pixels in [0, 1]", at_least=0)
+    norm: str = opt("linf", "norm of the budget", choices=ball.NORMS)
+    seed: int = opt(0, "seed of the random draws")
+    early_stop: bool = opt(True, "a clip that is broken costs no further pass")
+    bf16: bool = opt(False, "gradient passes in bfloat16; success is judged in float32")
+    grid: bool = opt(False, "look only at clips that uint8 can hold")
+
+    def __post_init__(self) -> None:
+        """Check every value; beyond 1, an L-infinity ball holds every clip there is."""
+        super().__post_init__()
+        if self.norm == "linf" and self.eps > 1:
+            raise SettingError(f"--eps is {self.eps:g}; with --norm linf it must be at most 1.")
+
+
+@dataclass(frozen=True)
+class LoopSettings(BallSettings):
+    """What every iterative attack takes beside."""
+
     steps: int = opt(20, "gradient steps", at_least=1)
     step: float = opt(0.25, "step size (the paper's alpha), as a share of eps", above=0)
     restarts: int = opt(1, "random starts; the best counts", at_least=1)
     random_start: bool = opt(True, "start from a random point in the ball")
-    seed: int = opt(0, "seed of the starts")
 
 
 @dataclass(frozen=True)
@@ -58,17 +75,22 @@ def route_grad_option() -> Any:
 class AttackResult(NamedTuple):
     """What an attack found, for each sample the best iterate: by success, then by loss.
 
+    With early stop, a sample's first success is its best iterate, and a clip that succeeds without
+    a perturbation is returned as it is.
+
     Attributes:
         adversarial: [B, C, T, H, W], within eps of the clip and in [0, 1].
         success: by the attack's own criterion, bool [B].
-        loss: the attack's own, [B].
+        loss: the attack's own, [B]; -inf where nothing but the clean clip was looked at.
         route_before: route of the clean clip, [B].
         route_after: route of the adversarial clip, [B].
         forwards: forward passes of each sample through what is attacked, the one of the clean
-            clip included: the router, an expert, or the whole model. A pass of the whole model is
-            the router and one expert; by route_grad `all` and `soft`, the router and every
-            expert. Its clean pass is the router's alone where no Lipschitz term needs more.
-        backwards: backward passes of each sample.
+            clip included, int64 [B]: of the router, an expert, or the whole model. A pass of the
+            whole model is the router and one expert; by route_grad `all` and `soft`, the router
+            and every expert. Its clean pass is the router's alone where neither a Lipschitz term
+            nor early stop needs more.
+        backwards: backward passes of each sample, int64 [B].
+        dead: of them, those whose gradient was zero or not finite, int64 [B].
     """
 
     adversarial: Tensor
@@ -76,17 +98,18 @@ class AttackResult(NamedTuple):
     loss: Tensor
     route_before: Tensor
     route_after: Tensor
-    forwards: int
-    backwards: int
+    forwards: Tensor
+    backwards: Tensor
+    dead: Tensor
 
 
 class Judged(NamedTuple):
     """What an objective says of some clips.
 
     Attributes:
-        loss: to maximise, [B], with its graph.
-        success: by the attack's criterion, bool [B].
-        route: of each clip, [B].
+        loss: to maximise, [b], with its graph; NaN where the model's answer holds one.
+        success: by the attack's criterion, bool [b].
+        route: of each clip, [b].
     """
 
     loss: Tensor
@@ -94,14 +117,22 @@ class Judged(NamedTuple):
     route: Tensor
 
 
+# From clips that stand in some rows of the batch, [b, C, T, H, W], and those rows, int64 [b].
+Objective: TypeAlias = Callable[[Tensor, Tensor], Judged]
+
+
 class Aim(NamedTuple):
-    """An objective that is ready for some clean clips, and their route, [B]."""
+    """What to maximise, ready for some clean clips.
 
-    objective: Objective
+    Attributes:
+        objectives: tried one after the other in each restart; most attacks have one.
+        route_before: route of the clean clips, [B].
+        success: whether the clean clips succeed as they are, [B]; None where nobody looked.
+    """
+
+    objectives: tuple[Objective, ...]
     route_before: Tensor
-
-
-Objective: TypeAlias = Callable[[Tensor], Judged]
+    success: Tensor | None
 
 
 @contextmanager
@@ -119,53 +150,204 @@ def as_found(twin: VideoMoE) -> Iterator[None]:
             parameter.requires_grad_(needs)
 
 
+class Search:
+    """An attack under way on one batch: which clips still stand, the best iterate of each.
+
+    A climb asks `slope` and `judge` about whole batches, and moves whole batches; what is computed
+    is computed of the clips that still stand.
+
+    Attributes:
+        clip: clean, x, [B, C, T, H, W].
+        settings: of the attack.
+        indices: number of each sample in its data set, [B].
+        number: of the start under way, 0, 1, ... over restarts and objectives.
+        standing: which clips are still attacked, bool [B].
+    """
+
+    def __init__(self, clip: Tensor, settings: BallSettings, aim: Aim, indices: Tensor) -> None:
+        """Begin; a clip that succeeds as it is stands no more, by early stop."""
+        self.clip, self.settings, self.indices = clip, settings, indices
+        self.number = 0
+        self.standing = torch.ones(len(clip), dtype=torch.bool, device=clip.device)
+        self.best = clip.clone()
+        self.success = ~self.standing
+        self.loss = clip.new_full((len(clip),), -torch.inf)
+        self.route = aim.route_before.clone()
+        self.forwards = self.standing.long()  # `prepare` answered the clean clips
+        self.backwards, self.dead = self.forwards * 0, self.forwards * 0
+        self._objective = aim.objectives[0]
+        if settings.early_stop and aim.success is not None:
+            self.success, self.standing = aim.success.clone(), ~aim.success
+
+    def begin(self, objective: Objective, number: int) -> None:
+        """Start anew, on the clips that still stand."""
+        self._objective, self.number = objective, number
+
+    def start(self, *, random: bool) -> Tensor:
+        """Return where this start begins: a random point of the ball, or the clean clip."""
+        how = self.settings
+        if not random:
+            return self.clip.clone()
+        return ball.start(self.clip, how.eps, how.norm, how.seed, self.indices, self.number)
+
+    def project(self, moved: Tensor) -> Tensor:
+        """Return clips within the ball and in [0, 1]."""
+        return ball.project(self.clip, moved, self.settings.eps, self.settings.norm)
+
+    def slope(self, clip: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of clips, [B], and its gradient; 0 of those that stand no more.
+
+        Args:
+            clip: [B, C, T, H, W], within the ball.
+        """
+        rows = self._rows()
+        at = self._seen(clip, rows).requires_grad_()
+        with torch.enable_grad(), self._autocast(at):
+            judged = self._objective(at, rows)
+            (found,) = torch.autograd.grad(judged.loss.sum(), at)
+        largest = found.abs().flatten(1).amax(dim=1)
+        alive = (largest > 0) & (largest < torch.inf)
+        if not alive.all():
+            found = found.nan_to_num()  # one that overflowed must not lead out of [0, 1]
+        self.backwards[rows] += 1
+        self.dead[rows] += (~alive).long()
+        loss = self._offer(at.detach(), rows, judged)
+        if len(rows) == len(clip):
+            return loss, found
+        return self._whole(loss, rows), torch.zeros_like(clip).index_copy_(0, rows, found)
+
+    def judge(self, clip: Tensor, *, probe: bool = False) -> Tensor:
+        """Return the loss of clips, [B]; 0 of those that stand no more.
+
+        Args:
+            clip: [B, C, T, H, W], within the ball, or anywhere where it is a probe.
+            probe: only ask: the clips are no candidates.
+        """
+        rows = self._rows()
+        at = clip[rows] if probe else self._seen(clip, rows)
+        with torch.no_grad(), self._autocast(at):
+            judged = self._objective(at, rows)
+        if probe:
+            self._check(judged, rows)
+            self.forwards[rows] += 1
+            return self._whole(judged.loss, rows)
+        return self._whole(self._offer(at, rows, judged), rows)
+
+    def result(self, before: Tensor) -> AttackResult:
+        """Return the best of every sample."""
+        return AttackResult(
+            self.best, self.success, self.loss, before, self.route,
+            self.forwards, self.backwards, self.dead,
+        )  # fmt: skip
+
+    def _rows(self) -> Tensor:
+        return torch.nonzero(self.standing).flatten()
+
+    def _seen(self, clip: Tensor, rows: Tensor) -> Tensor:
+        """Return the clips that are looked at: those that stand, on the grid where it is asked."""
+        clip, clean = clip.detach(), self.clip
+        if len(rows) < len(clip):
+            clip, clean = clip[rows], clean[rows]
+        if not self.settings.grid:
+            return clip
+        return grid.rounded(clip, clean, self.settings.eps, self.settings.norm)
+
+    def _autocast(self, clip: Tensor) -> torch.autocast:
+        return torch.autocast(clip.device.type, torch.bfloat16, enabled=self.settings.bf16)
+
+    def _whole(self, values: Tensor, rows: Tensor) -> Tensor:
+        """Return values of rows as values of the batch, 0 elsewhere."""
+        return values.new_zeros(len(self.clip)).index_copy_(0, rows, values)
+
+    def _offer(self, clip: Tensor, rows: Tensor, judged: Judged) -> Tensor:
+        """Keep the clips that are better than the best of their samples; return the loss."""
+        self._check(judged, rows)
+        self.forwards[rows] += 1
+        loss, success = judged.loss.detach().to(self.loss), judged.success
+        route = judged.route
+        if self.settings.bf16 and success.any():
+            success, route = self._confirm(clip, rows, judged)
+        held, least = self.success[rows], self.loss[rows]
+        better = (success & ~held) | ((success == held) & (loss > least))
+        at = rows[better]
+        self.best[at], self.loss[at], self.route[at] = clip[better], loss[better], route[better]
+        self.success[rows] = held | success
+        if self.settings.early_stop:
+            self.standing[rows] = ~success
+        return loss
+
+    def _confirm(self, clip: Tensor, rows: Tensor, judged: Judged) -> tuple[Tensor, Tensor]:
+        """Judge successes of bfloat16 again, in float32."""
+        claimed = torch.nonzero(judged.success).flatten()
+        with torch.no_grad():
+            again = self._objective(clip[claimed], rows[claimed])
+        self._check(again, rows[claimed])
+        self.forwards[rows[claimed]] += 1
+        success, route = judged.success.clone(), judged.route.clone()
+        success[claimed], route[claimed] = again.success, again.route
+        return success, route
+
+    def _check(self, judged: Judged, rows: Tensor) -> None:
+        bad = judged.loss.isnan()
+        if bad.any():
+            index = int(self.indices[rows[bad].cpu()][0])
+            raise VmoeError(
+                f"clip {index}: the model answers NaN to it or near it; no figure of this model "
+                "would mean anything. Look at its weights, or at --bf16."
+            )
+
+
+Climb: TypeAlias = Callable[[Search, Tensor], None]  # from a start; it asks slope and judge
+
+
 def ascend(
     twin: VideoMoE,
     clip: Tensor,
-    settings: LoopSettings,
+    settings: BallSettings,
     prepare: Callable[[Tensor], Aim],
     indices: Tensor | None = None,
+    *,
+    climb: Climb,
 ) -> AttackResult:
-    """Maximise an objective in the L-infinity ball around each clip.
-
-    d <- clip_eps(d + a_f sign(grad_d loss)), x + d clipped to [0, 1]; a_f = step eps, or smaller
-    where the settings have a temporal step.
+    """Maximise objectives in the ball around each clip, from each start.
 
     Args:
         twin: put in eval mode for the attack, and back.
         clip: x, [B, C, T, H, W], pixels in [0, 1].
-        settings: LoopSettings; the temporal step only with TemporalSettings.
+        settings: at least BallSettings; restarts and random_start where it has them.
         prepare: called once with the clean clip (the twin being in eval mode), for one forward
-            pass of it; the loss of its objective is summed over the batch, so that gradients
+            pass of it; the loss of its objectives is summed over the batch, so that gradients
             are per sample.
         indices: number of each sample in its data set, [B]; starts are drawn from (seed, index,
-            restart), so that sharding and order change nothing. Default: 0, 1, ...
+            number of the start), so that sharding and order change nothing. Default: 0, 1, ...
+        climb: how it moves from a start.
 
     Returns:
-        The best iterate of every sample, over all restarts.
+        The best iterate of every sample, over all starts.
 
     Raises:
         SettingError: clips of another shape or range than the method's, or too few indices.
+        VmoeError: the model answers NaN; names the clip.
     """
     clip = clip.detach()
-    order = torch.arange(len(clip)) if indices is None else indices
-    _check(clip, order)
+    order = torch.arange(len(clip)) if indices is None else indices.cpu()
+    _check_clip(clip, order, settings)
+    random = getattr(settings, "random_start", False)
     with as_found(twin):
-        objective, before = prepare(clip)
-        best = _Best(clip, before)
-        for restart in range(settings.restarts):
-            delta = torch.zeros_like(clip)
-            if settings.random_start:
-                delta = settings.eps * uniform(clip, settings.seed, order, restart)
-            _climb(clip, delta, settings, objective, best)
-    return AttackResult(
-        best.adversarial, best.success, best.loss, before, best.route,
-        forwards=settings.restarts * (settings.steps + 1) + 1,
-        backwards=settings.restarts * settings.steps,
-    )  # fmt: skip
+        aim = prepare(clip)
+        search = Search(clip, settings, aim, order)
+        number = 0
+        for _ in range(getattr(settings, "restarts", 1)):
+            for objective in aim.objectives:
+                if not search.standing.any():
+                    break
+                search.begin(objective, number)
+                climb(search, search.start(random=random))
+                number += 1
+    return search.result(aim.route_before)
 
 
-def _check(clip: Tensor, order: Tensor) -> None:
+def _check_clip(clip: Tensor, order: Tensor, settings: BallSettings) -> None:
     """Refuse what would make the attack void in silence, such as pixels of 0 to 255."""
     if clip.ndim != 5 or not len(clip) or not clip.is_floating_point():
         raise SettingError(
@@ -176,95 +358,7 @@ def _check(clip: Tensor, order: Tensor) -> None:
         raise SettingError(
             f"clip has pixels from {low:g} to {high:g}; an attack takes [0, 1]: divide by 255."
         )
+    if settings.grid and not grid.holds(clip):
+        raise SettingError("clip has pixels between two grey levels; leave grid out.")
     if len(order) != len(clip):
         raise SettingError(f"{len(order)} indices for {len(clip)} clips; give one for each.")
-
-
-def _climb(
-    clip: Tensor, delta: Tensor, settings: LoopSettings, objective: Objective, best: _Best
-) -> None:
-    velocity = clip.new_zeros(clip.shape[0], clip.shape[2])
-    adversarial = project(clip, delta, settings.eps)
-    for _ in range(settings.steps):
-        adversarial.requires_grad_()
-        with torch.enable_grad():
-            judged = objective(adversarial)
-            (gradient,) = torch.autograd.grad(judged.loss.sum(), adversarial)
-        gradient = gradient.nan_to_num()  # one that overflowed must not lead out of [0, 1]
-        adversarial = adversarial.detach()
-        best.offer(adversarial, judged)
-        size = torch.full_like(velocity, settings.step * settings.eps)
-        if isinstance(settings, TemporalSettings) and settings.temporal != "off":
-            size, velocity = temporal_step(gradient, velocity, settings)
-        delta = adversarial - clip + size[:, None, :, None, None] * gradient.sign()
-        adversarial = project(clip, delta, settings.eps)
-    with torch.no_grad():
-        best.offer(adversarial, objective(adversarial))
-
-
-class _Best:
-    """The best iterate of each sample so far: by success, then by loss."""
-
-    def __init__(self, clip: Tensor, route: Tensor) -> None:
-        self.adversarial = clip.clone()
-        self.route = route
-        self.success = torch.zeros(len(clip), dtype=torch.bool, device=clip.device)
-        self.loss = clip.new_full((len(clip),), -torch.inf)
-
-    def offer(self, adversarial: Tensor, judged: Judged) -> None:
-        loss, success = judged.loss.detach(), judged.success
-        same = success == self.success
-        better = (success & ~self.success) | (same & (loss > self.loss))
-        self.adversarial[better] = adversarial[better]
-        self.loss = torch.where(better, loss, self.loss)
-        self.route = torch.where(better, judged.route, self.route)
-        self.success = self.success | success
-
-
-def project(clip: Tensor, delta: Tensor, eps: float) -> Tensor:
-    """Return x + d within the ball and in [0, 1]."""
-    return (clip + delta.clamp(-eps, eps)).clamp(0, 1)
-
-
-def temporal_step(
-    gradient: Tensor, velocity: Tensor, settings: TemporalSettings
-) -> tuple[Tensor, Tensor]:
-    """Return each frame's step size, smaller where gradients have been large, and the new V.
-
-    V_f <- beta V_f + ||grad_f||_2;  a_f = step eps / (1 + log(1 + sqrt V_f)). With
-    `temporal=frames` V runs along the frames instead: V_f = beta V_(f-1) + ||grad_f||_2.
-
-    Args:
-        gradient: of the loss with respect to the clip, [B, C, T, H, W], per sample.
-        velocity: V, [B, T]; not used along frames.
-        settings: eps, step, beta and the reading.
-
-    Returns:
-        Step sizes, [B, T], in (0, step eps], and V, [B, T].
-
-    Source: arXiv 2602.01369, the temporal step of TLA, in both readings of its text.
-    """
-    norms = gradient.square().sum(dim=(1, 3, 4)).sqrt()
-    # Ours: a norm whose square overflows would make V infinite, for good, and the step 0.
-    norms = norms.clamp(max=torch.finfo(norms.dtype).max ** 0.5)
-    if settings.temporal == "frames":
-        running, rows = torch.zeros_like(norms[:, 0]), []
-        for norm in norms.unbind(dim=1):
-            running = settings.beta * running + norm
-            rows.append(running)
-        velocity = torch.stack(rows, dim=1)
-    else:
-        velocity = settings.beta * velocity + norms
-    size = settings.step * settings.eps / (1 + torch.log1p(velocity.sqrt()))
-    return size, velocity
-
-
-def uniform(clip: Tensor, seed: int, indices: Tensor, restart: int) -> Tensor:
-    """Return noise in [-1, 1], shaped as the clip, each sample from (seed, index, restart)."""
-    rows = []
-    for index in indices.tolist():
-        text = f"{seed}:{index}:{restart}".encode()
-        key = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
-        generator = torch.Generator().manual_seed(key)
-        rows.append(torch.rand(clip.shape[1:], generator=generator, dtype=torch.float32))
-    return (2 * torch.stack(rows) - 1).to(clip)

@@ -1,25 +1,26 @@
 """What the attacks maximise, in the paper's letters: R router, E_i expert, F whole model.
 
-Source: arXiv 2602.01369. Each loss is per sample, [B], and never averaged over a batch: a sample's
-step does not depend on the clips beside it.
+Each loss is per sample, [b], and never averaged over a batch: a sample's step does not depend on
+the clips beside it.
+
+Source: arXiv 2602.01369 where nothing else is said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from vmoe.attacks.loop import Aim, Judged, LoopSettings, TemporalSettings
+from vmoe.attacks.loop import Aim, BallSettings, Judged, Objective, TemporalSettings
 from vmoe.errors import SettingError
 from vmoe.lipschitz import l_lip
 from vmoe.models import MoEOutput, VideoMoE
 
-# From what a part answers to an adversarial clip, and the clip, to a loss.
-Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # of logits and targets, to a loss
 
 
 def ce(logits: Tensor, target: Tensor) -> Tensor:
@@ -27,61 +28,78 @@ def ce(logits: Tensor, target: Tensor) -> Tensor:
     return cross_entropy(logits, target, reduction="none")
 
 
-def lipschitz_ce(clip: Tensor, clean: Tensor, target: Tensor, settings: LoopSettings) -> Loss:
-    """Return CE(g(x+d), target) + lam L_Lip(g), g being any part; TLA's loss.
+def margin(logits: Tensor, target: Tensor) -> Tensor:
+    """Return max_{i != y} z_i - z_y, [B]: above 0 where the answer is not y."""
+    own = logits.gather(1, target[:, None])[:, 0]
+    return logits.scatter(1, target[:, None], -torch.inf).amax(dim=1) - own
+
+
+def dlr(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the difference of logits ratio, [B]; the margin where there are fewer than 3 labels.
+
+    (max_{i != y} z_i - z_y) / (z_(1) - z_(3)), z_(i) the i-th largest: no scale or shift of the
+    logits changes it.
+
+    Source: Croce and Hein, ICML 2020 (AutoAttack), equation 5.
+    """
+    if logits.shape[1] < 3:
+        return margin(logits, target)
+    top = logits.topk(3, dim=1).values
+    return margin(logits, target) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def toward(logits: Tensor, target: Tensor, other: Tensor) -> Tensor:
+    """Return z_t - z_y, [B]: the margin towards one other label t.
 
     Args:
-        clip: x, [B, C, T, H, W].
-        clean: g(x).
-        target: what to leave, [B]: the label, or for the router its clean route.
-        settings: lam, and whether a gradient passes the term's denominator.
+        logits: [B, K].
+        target: y, [B].
+        other: t, [B].
     """
-
-    def loss(moved: Tensor, adversarial: Tensor) -> Tensor:
-        value = ce(moved, target)
-        if isinstance(settings, TemporalSettings) and settings.lam:
-            quotient = settings.lip == "quotient"
-            value = value + settings.lam * l_lip(clean, moved, clip, adversarial, quotient=quotient)
-        return value
-
-    return loss
+    return (logits.gather(1, other[:, None]) - logits.gather(1, target[:, None]))[:, 0]
 
 
-def guided(leave: Loss, weakest: Tensor, gamma1: float) -> Loss:
-    """Return TLGA-R's loss: leave the clean route, towards the expert of the lowest score.
+def targeted_dlr(logits: Tensor, target: Tensor, other: Tensor) -> Tensor:
+    """Return the targeted difference of logits ratio, [B]; `toward` where K < 4.
 
-    TLA-R's loss - gamma1 CE(R(x+d), weakest(x)).
+    (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2).
+
+    Source: Croce and Hein, ICML 2020 (AutoAttack), equation 6.
     """
-
-    def loss(scores: Tensor, adversarial: Tensor) -> Tensor:
-        value = leave(scores, adversarial)
-        return value - gamma1 * ce(scores, weakest) if gamma1 else value
-
-    return loss
+    if logits.shape[1] < 4:
+        return toward(logits, target, other)
+    top = logits.topk(4, dim=1).values
+    return toward(logits, target, other) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
-def router(twin: VideoMoE, clip: Tensor, settings: LoopSettings, gamma1: float = 0.0) -> Aim:
+def router(
+    twin: VideoMoE, clip: Tensor, settings: BallSettings, gamma1: float = 0.0, loss: Loss = ce
+) -> Aim:
     """Return TLGA-R's objective on the router alone; success: the route has changed.
+
+    loss(R(x+d), top1(x)) + lam L_Lip(R) - gamma1 CE(R(x+d), weakest(x)).
 
     Raises:
         SettingError: the model is dense.
     """
-    if twin.router is None:
-        raise SettingError("this model is dense (1 expert): it has no router to attack. Use pgd.")
+    require_router(twin)
     with torch.no_grad():
         scores = twin.scores(clip)
-    loss, top1 = _router_loss(clip, scores, settings, gamma1), scores.argmax(dim=1)
+    top1 = scores.argmax(dim=1)
+    of_router = _router_loss(clip, scores, settings, gamma1, loss)
 
-    def objective(adversarial: Tensor) -> Judged:
+    def objective(adversarial: Tensor, rows: Tensor) -> Judged:
         moved = twin.scores(adversarial)
         route = moved.argmax(dim=1)
-        return Judged(loss(moved, adversarial), route != top1, route)
+        return Judged(of_router(moved, adversarial, rows), route != top1[rows], route)
 
-    return Aim(objective, top1)
+    return Aim((objective,), top1, torch.zeros_like(top1, dtype=torch.bool))
 
 
-def expert(twin: VideoMoE, clip: Tensor, label: Tensor, index: int, settings: LoopSettings) -> Aim:
+def expert(twin: VideoMoE, clip: Tensor, label: Tensor, index: int, settings: BallSettings) -> Aim:
     """Return TLA-E_i's objective on one expert alone; success: that expert is wrong.
+
+    CE(E_i(x+d), y) + lam L_Lip(E_i).
 
     Raises:
         SettingError: there is no such expert.
@@ -91,48 +109,94 @@ def expert(twin: VideoMoE, clip: Tensor, label: Tensor, index: int, settings: Lo
         raise SettingError(f"--expert is {index}; this model has experts 0 to {last}.")
     with torch.no_grad():
         clean, before = twin.run_expert(index, clip), twin.scores(clip).argmax(dim=1)
-    loss = lipschitz_ce(clip, clean, label, settings)
+    term = _lipschitz(clip, clean, settings)
 
-    def objective(adversarial: Tensor) -> Judged:
+    def objective(adversarial: Tensor, rows: Tensor) -> Judged:
         logits = twin.run_expert(index, adversarial)
         with torch.no_grad():
             route = twin.scores(adversarial).argmax(dim=1)
-        return Judged(loss(logits, adversarial), logits.argmax(dim=1) != label, route)
+        y = label[rows]
+        loss = term(ce(logits, y), logits, adversarial, rows)
+        return Judged(loss, logits.argmax(dim=1) != y, route)
 
-    return Aim(objective, before)
+    return Aim((objective,), before, clean.argmax(dim=1) != label)
 
 
 def whole(
     twin: VideoMoE,
     clip: Tensor,
     label: Tensor,
-    settings: LoopSettings,
+    settings: BallSettings,
     *,
     route_grad: str,
     gamma1: float = 0.0,
     gamma2: float = 0.0,
+    loss: Loss = ce,
 ) -> Aim:
     """Return J-TLGA's objective: TLA-M's loss + gamma2 TLGA-R's; success: the label is wrong.
 
     gamma2 = 0 is TLA-M, gamma1 = 0 is J-TLA. Success is always judged with the hard choice.
     """
-    lipschitz = isinstance(settings, TemporalSettings) and settings.lam > 0
-    with torch.no_grad():
-        if lipschitz:
-            (clean, scores, _), _ = answer(twin, clip, route_grad)
-        else:  # F(x) stands in the Lipschitz term only; its route is cheaper
-            clean = scores = twin.scores(clip)
-    model_loss = lipschitz_ce(clip, clean, label, settings)
-    router_loss = _router_loss(clip, scores, settings, gamma1)
+    clean, scores, wrong = look(twin, clip, label, settings, route_grad=route_grad)
+    term = _lipschitz(clip, clean, settings)
+    of_router = _router_loss(clip, scores, settings, gamma1)
 
-    def objective(adversarial: Tensor) -> Judged:
+    def objective(adversarial: Tensor, rows: Tensor) -> Judged:
         out, hard = answer(twin, adversarial, route_grad)
-        loss = model_loss(out.logits, adversarial)
+        y = label[rows]
+        value = term(loss(out.logits, y), out.logits, adversarial, rows)
         if gamma2:
-            loss = loss + gamma2 * router_loss(out.scores, adversarial)
-        return Judged(loss, hard.argmax(dim=1) != label, out.route)
+            value = value + gamma2 * of_router(out.scores, adversarial, rows)
+        return judged(value, hard, y, out)
 
-    return Aim(objective, scores.argmax(dim=1))
+    return Aim((objective,), scores.argmax(dim=1), wrong)
+
+
+def targets(
+    twin: VideoMoE, clip: Tensor, label: Tensor, settings: BallSettings, *,
+    route_grad: str, count: int, loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Aim:  # fmt: skip
+    """Return one objective for each of the labels that the clean clip is nearest to, but its own.
+
+    Args:
+        twin: in eval mode.
+        clip: x, [B, C, T, H, W].
+        label: y, [B].
+        settings: of the attack.
+        route_grad: how a gradient passes the hard choice.
+        count: how many labels, at most K - 1.
+        loss: of logits, y and the other label.
+    """
+    with torch.no_grad():
+        out, hard = answer(twin, clip, route_grad)
+    ranked = hard.scatter(1, label[:, None], -torch.inf).argsort(dim=1, descending=True)
+
+    def towards(other: Tensor) -> Objective:
+        def objective(adversarial: Tensor, rows: Tensor) -> Judged:
+            moved, now = answer(twin, adversarial, route_grad)
+            y = label[rows]
+            return judged(loss(moved.logits, y, other[rows]), now, y, moved)
+
+        return objective
+
+    others: Sequence[Tensor] = ranked[:, : min(count, hard.shape[1] - 1)].unbind(dim=1)
+    return Aim(tuple(map(towards, others)), out.route, hard.argmax(dim=1) != label)
+
+
+def look(
+    twin: VideoMoE, clip: Tensor, label: Tensor, settings: BallSettings, *, route_grad: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return F(x), R(x) and whether F(x) is wrong, of the clean clips, in one pass.
+
+    Where nobody needs F(x), the pass is the router's alone; then R(x) stands in its place, and
+    whether it is wrong is None.
+    """
+    with torch.no_grad():
+        if not settings.early_stop and not _lam(settings):
+            scores = twin.scores(clip)
+            return scores, scores, None
+        out, hard = answer(twin, clip, route_grad)
+    return out.logits, out.scores, hard.argmax(dim=1) != label
 
 
 def answer(twin: VideoMoE, clip: Tensor, route_grad: str) -> tuple[MoEOutput, Tensor]:
@@ -150,6 +214,47 @@ def answer(twin: VideoMoE, clip: Tensor, route_grad: str) -> tuple[MoEOutput, Te
     return MoEOutput(mixture, scores, route), hard.detach()
 
 
-def _router_loss(clip: Tensor, scores: Tensor, settings: LoopSettings, gamma1: float) -> Loss:
-    leave = lipschitz_ce(clip, scores, scores.argmax(dim=1), settings)
-    return guided(leave, scores.argmin(dim=1), gamma1)
+def judged(loss: Tensor, hard: Tensor, label: Tensor, out: MoEOutput) -> Judged:
+    """Judge the whole model; a NaN among scores or logits, which may not reach the loss, does."""
+    silent = hard.isnan().any(dim=1) | out.scores.isnan().any(dim=1)
+    return Judged(loss.masked_fill(silent, torch.nan), hard.argmax(dim=1) != label, out.route)
+
+
+def require_router(twin: VideoMoE) -> None:
+    """Refuse a dense model where a router is attacked."""
+    if twin.router is None:
+        raise SettingError("this model is dense (1 expert): it has no router to attack. Use pgd.")
+
+
+Term: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _lipschitz(clip: Tensor, clean: Tensor, settings: BallSettings) -> Term:
+    """Return what adds lam L_Lip(g; x, d) to a loss, g being any part and g(x) its clean answer."""
+
+    def add(loss: Tensor, moved: Tensor, adversarial: Tensor, rows: Tensor) -> Tensor:
+        if not isinstance(settings, TemporalSettings) or not settings.lam:
+            return loss
+        quotient = settings.lip == "quotient"
+        term = l_lip(clean[rows], moved, clip[rows], adversarial, quotient=quotient)
+        return loss + settings.lam * term
+
+    return add
+
+
+def _router_loss(
+    clip: Tensor, scores: Tensor, settings: BallSettings, gamma1: float, loss: Loss = ce
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return TLGA-R's loss of scores, clips and rows."""
+    term = _lipschitz(clip, scores, settings)
+    top1, weakest = scores.argmax(dim=1), scores.argmin(dim=1)
+
+    def of(moved: Tensor, adversarial: Tensor, rows: Tensor) -> Tensor:
+        value = term(loss(moved, top1[rows]), moved, adversarial, rows)
+        return value - gamma1 * ce(moved, weakest[rows]) if gamma1 else value
+
+    return of
+
+
+def _lam(settings: BallSettings) -> float:
+    return settings.lam if isinstance(settings, TemporalSettings) else 0.0

@@ -86,7 +86,7 @@ def validate(twin: VideoMoE, data: ClipData, steps: int, eps: float, batch: int)
         right += int(is_right.sum())
         scores.append(out.scores.cpu())
         if steps:
-            how = pgd.Settings(eps=eps, steps=steps)
+            how = pgd.Settings(eps=eps, steps=steps, early_stop=False)  # flips, too
             found = pgd.attack(twin, part.clip, part.label, how, part.index)
             stood += int((is_right & ~found.success).sum())  # zero lies in the ball, too
             kept += int((found.route_before == found.route_after).sum())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vmoe.attacks import losses
+from vmoe.attacks.climbs import fixed
 from vmoe.attacks.loop import AttackResult, TemporalSettings, ascend, route_grad_option
 from vmoe.models import VideoMoE
 from vmoe.settings import opt
@@ -34,4 +35,5 @@ def attack(
             twin, x, label, settings, route_grad=settings.route_grad, gamma2=settings.gamma2
         ),
         indices,
+        climb=fixed,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vmoe.attacks import losses
+from vmoe.attacks.climbs import fixed
 from vmoe.attacks.loop import AttackResult, TemporalSettings, ascend, route_grad_option
 from vmoe.models import VideoMoE
 from vmoe.settings import opt
@@ -41,4 +42,5 @@ def attack(
             gamma2=settings.gamma2,
         ),
         indices,
+        climb=fixed,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vmoe.attacks import losses
+from vmoe.attacks.climbs import fixed
 from vmoe.attacks.loop import AttackResult, LoopSettings, ascend, route_grad_option
 from vmoe.models import VideoMoE
 
@@ -30,4 +31,5 @@ def attack(
         settings,
         lambda x: losses.whole(twin, x, label, settings, route_grad=settings.route_grad),
         indices,
+        climb=fixed,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vmoe.attacks import losses
+from vmoe.attacks.climbs import fixed
 from vmoe.attacks.loop import AttackResult, LoopSettings, ascend
 from vmoe.models import VideoMoE
 
@@ -22,4 +23,6 @@ def attack(
     twin: VideoMoE, clip: Tensor, label: Tensor, settings: Settings, indices: Tensor | None = None
 ) -> AttackResult:
     """Maximise CE(R(x+d), top1(x)); success: the route has changed."""
-    return ascend(twin, clip, settings, lambda x: losses.router(twin, x, settings), indices)
+    return ascend(
+        twin, clip, settings, lambda x: losses.router(twin, x, settings), indices, climb=fixed
+    )

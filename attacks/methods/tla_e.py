@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vmoe.attacks import losses
+from vmoe.attacks.climbs import fixed
 from vmoe.attacks.loop import AttackResult, TemporalSettings, ascend
 from vmoe.models import VideoMoE
 from vmoe.settings import opt
@@ -31,4 +32,5 @@ def attack(
         settings,
         lambda x: losses.expert(twin, x, label, settings.expert, settings),
         indices,
+        climb=fixed,
     )

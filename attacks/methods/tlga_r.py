@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vmoe.attacks import losses
+from vmoe.attacks.climbs import fixed
 from vmoe.attacks.loop import AttackResult, TemporalSettings, ascend
 from vmoe.models import VideoMoE
 from vmoe.settings import opt
@@ -26,5 +27,10 @@ def attack(
 ) -> AttackResult:
     """Maximise TLA-R's loss - gamma1 CE(R(x+d), weakest(x)); success: the route has changed."""
     return ascend(
-        twin, clip, settings, lambda x: losses.router(twin, x, settings, settings.gamma1), indices
+        twin,
+        clip,
+        settings,
+        lambda x: losses.router(twin, x, settings, settings.gamma1),
+        indices,
+        climb=fixed,
     )

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from tests.twins import linear, lively, random_clip
 from vmoe.attacks import losses
-from vmoe.attacks.loop import TemporalSettings, project, temporal_step, uniform
+from vmoe.attacks.ball import project, uniform
+from vmoe.attacks.climbs import temporal_step
+from vmoe.attacks.loop import TemporalSettings
 from vmoe.attacks.methods import fgsm, j_tla, j_tlga, pgd, pgd_r, tla_e, tla_m, tla_r, tlga_r
 from vmoe.errors import SettingError
 from vmoe.lipschitz import l_lip
@@ -22,7 +24,7 @@ PLAIN = {"lam": 0.0, "temporal": "off"}
 
 
 def found(method: ModuleType, twin: VideoMoE, clip: Tensor, y: Tensor, **values: Any) -> Tensor:
-    how = {"eps": 4 / 255, "steps": 4} | values
+    how = {"eps": 4 / 255, "steps": 4, "early_stop": False} | values
     adversarial: Tensor = method.attack(twin, clip, y, method.Settings(**how)).adversarial
     return adversarial
 
@@ -55,7 +57,7 @@ def test_tla_without_its_terms_is_pgd(route_grad: str) -> None:
     plain = found(pgd, twin, clip, y, route_grad=route_grad)
     assert torch.equal(found(tla_m, twin, clip, y, route_grad=route_grad, **PLAIN), plain)
     one = found(pgd, twin, clip, y, route_grad=route_grad, steps=1, step=1.0, random_start=False)
-    fast = fgsm.Settings(eps=4 / 255, route_grad=route_grad)
+    fast = fgsm.Settings(eps=4 / 255, route_grad=route_grad, early_stop=False)
     assert torch.equal(fgsm.attack(twin, clip, y, fast).adversarial, one)
 
 
@@ -192,7 +194,7 @@ def test_noise_is_of_seed_index_and_restart() -> None:
 
 def test_projection_is_the_nearest_point() -> None:
     clip = torch.tensor([0.0, 0.5, 1.0, 0.02])
-    moved = project(clip, torch.tensor([-1.0, 1.0, 1.0, -0.05]), 0.1)
+    moved = project(clip, clip + torch.tensor([-1.0, 1.0, 1.0, -0.05]), 0.1)
     assert moved.tolist() == pytest.approx([0, 0.6, 1, 0])
 
 

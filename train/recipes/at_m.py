@@ -21,9 +21,11 @@ def passes(settings: Settings) -> list[Pass]:
     """Minimise CE(F(x'), y) + balance, x' from PGD on F."""
 
     def prepare(twin: VideoMoE, batch: Batch, seed: int) -> tuple[Tensor, int]:
-        how = pgd.Settings(eps=settings.eps, steps=settings.steps, step=settings.step, seed=seed)
+        how = pgd.Settings(
+            eps=settings.eps, steps=settings.steps, step=settings.step, seed=seed, early_stop=False
+        )
         found = pgd.attack(twin, batch.clip, batch.label, how, batch.index)
-        return found.adversarial, found.backwards * len(batch.clip)
+        return found.adversarial, int(found.backwards.sum())
 
     def update(twin: VideoMoE, batch: Batch, clip: Tensor) -> Update:
         return whole_update(twin, batch, clip, balance=settings.balance)

@@ -52,7 +52,7 @@ def passes(settings: Settings) -> list[Pass]:
             **_loop(settings, seed), gamma1=settings.gamma1, gamma2=settings.gamma2
         )
         found = j_tlga.attack(twin, batch.clip, batch.label, how, batch.index)
-        return found.adversarial, found.backwards * len(batch.clip)
+        return found.adversarial, int(found.backwards.sum())
 
     def router(twin: VideoMoE, batch: Batch, clip: Tensor) -> Update:
         return router_update(twin, batch, clip, settings)
@@ -114,4 +114,5 @@ def _loop(settings: Settings, seed: int) -> dict[str, Any]:
     return {
         "eps": settings.eps, "steps": settings.steps, "step": settings.step, "seed": seed,
         "beta": settings.beta, "temporal": settings.temporal, "lam": settings.lam,
+        "early_stop": False,  # the strongest clip, not the first that succeeds
     }  # fmt: skip
