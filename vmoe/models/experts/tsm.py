@@ -56,18 +56,21 @@ class Block(nn.Module):
 class TSM18(nn.Module):
     """Clip [B, 3, T, H, W], normalised, to logits [B, K]."""
 
+    BLOCK = Block
+
     def __init__(self, width: float, classes: int) -> None:
         """Make the network at a share of its own width."""
         super().__init__()
         c = [channels(full, width) for full in (64, 64, 128, 256, 512)]
+        block = self.BLOCK
         self.conv1 = nn.Conv2d(3, c[0], 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(c[0])
         self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.layer1 = nn.Sequential(Block(c[0], c[1], 1), Block(c[1], c[1], 1))
-        self.layer2 = nn.Sequential(Block(c[1], c[2], 2), Block(c[2], c[2], 1))
-        self.layer3 = nn.Sequential(Block(c[2], c[3], 2), Block(c[3], c[3], 1))
-        self.layer4 = nn.Sequential(Block(c[3], c[4], 2), Block(c[4], c[4], 1))
+        self.layer1 = nn.Sequential(block(c[0], c[1], 1), block(c[1], c[1], 1))
+        self.layer2 = nn.Sequential(block(c[1], c[2], 2), block(c[2], c[2], 1))
+        self.layer3 = nn.Sequential(block(c[2], c[3], 2), block(c[3], c[3], 1))
+        self.layer4 = nn.Sequential(block(c[3], c[4], 2), block(c[4], c[4], 1))
         self.fc = nn.Linear(c[4], classes)
 
     def forward(self, clip: Tensor) -> Tensor:
