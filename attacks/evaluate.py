@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,104 +27,36 @@ from vmoe.attacks import grid
 from vmoe.attacks.judge import (
     Ints,
     Judge,
-    Seen,
     SeenAttacked,
+    Verdict,
+    l_lip_of,
     look,
     of_twin,
-    router_l_lip,
     rule,
+)
+from vmoe.attacks.outcomes import (
+    CLEAN,
+    Arrays,
+    Evaluation,
+    Made,
+    Outcome,
+    Parts,
+    Row,
+    gather,
+    key,
+    pack,
+    pack_clean,
 )
 from vmoe.batches import to_tensor
 from vmoe.cli import progress
 from vmoe.clips import Clips
-from vmoe.errors import SettingError
+from vmoe.errors import SettingError, VmoeError
 from vmoe.models import ROUTE_GRADS, VideoMoE
 from vmoe.runtime.engine import Prediction
-from vmoe.settings import Settings
+
+__all__ = ["METHODS", "Evaluation", "Job", "Outcome", "Row", "evaluate", "plan", "replay"]
 
 METHODS = "vmoe.attacks.methods"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One attack at one budget.
-
-    Attributes:
-        attack: its name.
-        part: what it attacks: `model`, `router` or `expert`.
-        eps: L-infinity budget, on pixels in [0, 1].
-        settings: one for each route_grad that is tried; of one that has none, one.
-    """
-
-    attack: str
-    part: str
-    eps: float
-    settings: tuple[Settings, ...]
-
-    @property
-    def expert(self) -> int:
-        """Which expert it attacks; 0 where it attacks none alone."""
-        return int(getattr(self.settings[0], "expert", 0)) if self.settings else 0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of all clips under one row.
-
-    Attributes:
-        row: the attack.
-        seen: what each model says, by the model's name.
-        linf: largest change of a value, in grey levels, measured on the final clips.
-        forwards: forward passes for each sample, over all route_grads.
-        backwards: backward passes for each sample, over all route_grads.
-        seconds: of making and rounding the clips.
-        clips: uint8 [N, T, H, W, 3]; empty where they are not kept.
-    """
-
-    row: Row
-    seen: dict[str, SeenAttacked]
-    linf: int
-    forwards: int
-    backwards: int
-    seconds: float
-    clips: Clips
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Everything that was seen, one value for each clip.
-
-    Attributes:
-        label: [N].
-        clean: what each model says of the clean clips, by the model's name.
-        outcomes: one for each row.
-    """
-
-    label: Ints
-    clean: dict[str, Seen]
-    outcomes: tuple[Outcome, ...]
-
-
-@dataclass
-class _Tally:
-    """What is gathered of one row, batch by batch."""
-
-    seen: dict[str, list[SeenAttacked]] = field(default_factory=dict)
-    clips: list[Clips] = field(default_factory=list)
-    linf: int = 0
-    forwards: int = 0
-    backwards: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Made:
-    """Adversarial clips of one batch, and what they cost."""
-
-    clips: Clips
-    forwards: int = 0
-    backwards: int = 0
-    seconds: float = 0.0
 
 
 def plan(
@@ -136,25 +68,160 @@ def plan(
     """Return the rows of some attacks at some budgets.
 
     Args:
-        attacks: names.
+        attacks: names, with hyphens or underscores.
         eps: budgets, on pixels in [0, 1].
         route_grads: what attacks on the whole model try.
         values: settings; each attack takes those that it has.
 
     Raises:
         UnknownNameError: no such attack, no such route_grad.
-        SettingError: a value out of its range.
+        SettingError: a value out of its range, or that an attack refuses.
     """
     rows = []
     for budget in eps:
-        for name in attacks:
+        for spelt in attacks:
+            name = spelt.replace("_", "-")
             method = registry.load(METHODS, name, "attack")
             fields = {f.name for f in dataclasses.fields(method.Settings)}
             given = {k: v for k, v in values.items() if k in fields} | {"eps": budget, "grid": True}
             ways = [{"route_grad": way} for way in route_grads] if "route_grad" in fields else [{}]
-            settings = tuple(method.Settings(**given, **way) for way in ways)
-            rows.append(Row(name.replace("_", "-"), method.PART, budget, settings))
+            settings = tuple(method.Settings(**{**given, **way}) for way in ways)
+            rows.append(Row(name, method.PART, budget, settings))
     return rows
+
+
+@dataclass(frozen=True)
+class Job:
+    """Clips in batches, each to be attacked under every row and judged.
+
+    Attributes:
+        clips: clean, uint8 [N, T, H, W, 3].
+        label: [N].
+        index: number of each clip in its data set, [N].
+        rows: the attacks.
+        judges: the models that judge, by name.
+        make: makes the adversarial clips of some clips under a row.
+        batch: clips attacked at once. What float32 kernels say depends on it in the last bits, so
+            that batches are never cut otherwise, however the work is shared.
+        keep_clips: keep the adversarial clips.
+    """
+
+    clips: Clips
+    label: Ints
+    index: Ints
+    rows: Sequence[Row]
+    judges: Mapping[str, Judge]
+    make: Callable[[Row, slice], Made]
+    batch: int = 16
+    keep_clips: bool = False
+
+    @property
+    def batches(self) -> int:
+        """How many batches there are."""
+        return -(-len(self.clips) // self.batch)
+
+    def missing(self, parts: Parts, batches: Sequence[int]) -> dict[int, list[int]]:
+        """Return the rows (CLEAN among them) that parts lack of some batches."""
+        wanted = (CLEAN, *range(len(self.rows)))
+        return {b: [row for row in wanted if key(b, row) not in parts] for b in batches}
+
+    def fill(self, parts: Parts, share: tuple[int, int] = (0, 1)) -> None:
+        """Make the parts that are not there yet.
+
+        Args:
+            parts: what is finished; every part is put there as soon as it is.
+            share: (rank, of how many): whose batches, every n-th.
+
+        Raises:
+            VmoeError: a model answers NaN; names model and clip.
+        """
+        rank, world = share
+        todo = self.missing(parts, range(rank, self.batches, world))
+
+        def steps() -> Iterator[None]:
+            for batch, lacking in todo.items():
+                if lacking:
+                    yield from self._fill(parts, batch, lacking)
+
+        for _ in progress(steps(), "batches attacked", sum(map(len, todo.values()))):
+            pass
+
+    def gather(self, parts: Parts) -> Evaluation:
+        """Put the parts of all batches together."""
+        clips = self.clips[:0]
+        return gather(parts, self.label, self.rows, self.judges, self.batches, clips)
+
+    def _fill(self, parts: Parts, batch: int, lacking: Sequence[int]) -> Iterator[None]:
+        at = slice(batch * self.batch, (batch + 1) * self.batch)
+        judges = {name: self._sure(name, at) for name in self.judges}
+        answers = {name: judge(self.clips[at]) for name, judge in judges.items()}
+        for row in lacking:
+            if row == CLEAN:
+                arrays = pack_clean({name: look(answer) for name, answer in answers.items()})
+            else:
+                arrays = self._under(self.rows[row], at, judges, answers)
+            parts[key(batch, row)] = arrays
+            yield
+
+    def _under(
+        self, row: Row, at: slice, judges: Mapping[str, Judge], answers: Mapping[str, Prediction]
+    ) -> Arrays:
+        """Attack one batch under one row, and judge it by every model."""
+        made, clean, label = self.make(row, at), self.clips[at], self.label[at]
+        seen = {}
+        for name, judge in judges.items():
+            before = answers[name]
+            verdict, after = rule(row.part, row.expert, judge, made.clips, label, before.route)
+            kept = judge(made.clips, before.route.tolist()).logits.argmax(axis=1)
+            seen[name] = SeenAttacked(
+                look(after), verdict.success, kept,
+                l_lip_of(before.scores, after.scores, clean, made.clips),
+                l_lip_of(before.logits, after.logits, clean, made.clips),
+            )  # fmt: skip
+        sizes = grid.linf(made.clips, clean), grid.l2(made.clips, clean)
+        return pack(made, seen, *sizes, keep=self.keep_clips)
+
+    def _sure(self, name: str, at: slice) -> Judge:
+        """Return a judge of one batch that refuses NaN, of which every comparison is False."""
+        judge, index = self.judges[name], self.index[at]
+
+        def sure(clips: Clips, force_route: Sequence[int] | None = None) -> Prediction:
+            answer = judge(clips, force_route)
+            silent = np.isnan(answer.logits).any(axis=1) | np.isnan(answer.scores).any(axis=1)
+            if silent.any():
+                raise VmoeError(
+                    f"clip {index[silent][0]}: the {name} answers NaN to it or near it; no figure "
+                    "of this model would mean anything. Look at its weights."
+                )
+            return answer
+
+        return sure
+
+
+def job(
+    twin: VideoMoE,
+    clips: Clips,
+    label: Ints,
+    rows: Sequence[Row],
+    judges: Mapping[str, Judge],
+    *,
+    index: Ints | None = None,
+    batch: int = 16,
+    device: torch.device | str = "cpu",
+    keep_clips: bool = False,
+) -> Job:
+    """Return what `evaluate` does as a job: to be shared, or kept in files.
+
+    Raises:
+        SettingError: an attack on a router or an expert that the twin does not have.
+    """
+    _check(twin, rows)
+    numbers = np.arange(len(clips)) if index is None else index
+
+    def make(row: Row, at: slice) -> Made:
+        return _make(twin, row, clips[at], label[at], numbers[at], device)
+
+    return Job(clips, label, numbers, rows, judges, make, batch, keep_clips)
 
 
 def evaluate(
@@ -184,14 +251,52 @@ def evaluate(
 
     Raises:
         SettingError: an attack on a router or an expert that the twin does not have.
+        VmoeError: a model answers NaN; names model and clip.
     """
-    _check(twin, rows)
+    work = job(
+        twin, clips, label, rows, judges,
+        index=index, batch=batch, device=device, keep_clips=keep_clips,
+    )  # fmt: skip
+    return _whole(work)
+
+
+def replay(
+    clips: Clips,
+    label: Ints,
+    attacked: Sequence[tuple[Row, Clips]],
+    judges: Mapping[str, Judge],
+    *,
+    index: Ints | None = None,
+    batch: int = 16,
+) -> Evaluation:
+    """Judge adversarial clips that were made before.
+
+    Args:
+        clips: clean, uint8 [N, T, H, W, 3].
+        label: [N].
+        attacked: rows, and their clips of the same shape.
+        judges: the models that judge, by name.
+        index: number of each clip in its data set, [N].
+        batch: clips judged at once.
+
+    Raises:
+        VmoeError: a model answers NaN; names model and clip.
+    """
+    held = {id(row): found for row, found in attacked}
     numbers = np.arange(len(clips)) if index is None else index
 
-    def make(row: Row, at: slice) -> _Made:
-        return _make(twin, row, clips[at], label[at], numbers[at], device)
+    def make(row: Row, at: slice) -> Made:
+        nothing = np.zeros(len(clips[at]), np.int64)
+        return Made(held[id(row)][at], nothing, nothing, nothing)
 
-    return _walk(clips, label, rows, judges, make, batch, keep_clips)
+    rows = [row for row, _ in attacked]
+    return _whole(Job(clips, label, numbers, rows, judges, make, batch))
+
+
+def _whole(work: Job) -> Evaluation:
+    parts: Parts = {}
+    work.fill(parts)
+    return work.gather(parts)
 
 
 def _check(twin: VideoMoE, rows: Sequence[Row]) -> None:
@@ -206,119 +311,39 @@ def _check(twin: VideoMoE, rows: Sequence[Row]) -> None:
             raise SettingError(f"--expert is {row.expert}; this model has experts 0 to {last}.")
 
 
-def replay(
-    clips: Clips,
-    label: Ints,
-    attacked: Sequence[tuple[Row, Clips]],
-    judges: Mapping[str, Judge],
-    *,
-    batch: int = 16,
-) -> Evaluation:
-    """Judge adversarial clips that were made before.
-
-    Args:
-        clips: clean, uint8 [N, T, H, W, 3].
-        label: [N].
-        attacked: rows, and their clips of the same shape.
-        judges: the models that judge, by name.
-        batch: clips judged at once.
-    """
-    made = {id(row): found for row, found in attacked}
-
-    def make(row: Row, at: slice) -> _Made:
-        return _Made(made[id(row)][at])
-
-    return _walk(clips, label, [row for row, _ in attacked], judges, make, batch, False)
-
-
-def _walk(
-    clips: Clips, label: Ints, rows: Sequence[Row], judges: Mapping[str, Judge],
-    make: Callable[[Row, slice], _Made], batch: int, keep_clips: bool,
-) -> Evaluation:  # fmt: skip
-    """Go through the batches: judge clean clips, make adversarial ones, judge those."""
-    clean: dict[str, list[Seen]] = {name: [] for name in judges}
-    tallies = [_Tally(seen={name: [] for name in judges}) for _ in rows]
-
-    def steps() -> Iterator[None]:
-        for start in range(0, len(clips), batch):
-            at = slice(start, start + batch)
-            answers = {name: judge(clips[at]) for name, judge in judges.items()}
-            for name, answer in answers.items():
-                clean[name].append(look(answer))
-            for row, tally in zip(rows, tallies, strict=True):
-                made = make(row, at)
-                _judge(row, made.clips, clips[at], label[at], judges, answers, tally)
-                _count(tally, made, clips[at], keep_clips)
-                yield
-
-    total = len(rows) * -(-len(clips) // batch)
-    for _ in progress(steps(), "batches attacked", total):
-        pass
-    outcomes = tuple(_outcome(row, t, clips) for row, t in zip(rows, tallies, strict=True))
-    return Evaluation(label, {name: _join(parts) for name, parts in clean.items()}, outcomes)
-
-
 def _make(
     twin: VideoMoE, row: Row, clean: Clips, label: Ints, index: Ints, device: torch.device | str
-) -> _Made:  # fmt: skip
-    """Attack one batch with every route_grad; per sample, the worst after rounding."""
+) -> Made:  # fmt: skip
+    """Attack one batch with every route_grad; per sample, the worst after rounding.
+
+    With early stop, the next route_grad sees only the clips that still stand after rounding; a
+    clip that is wrong as it is costs nothing.
+    """
     method, own = registry.load(METHODS, row.attack, "attack"), of_twin(twin, device)
-    start, forwards, backwards = time.perf_counter(), 0, 0
+    start = time.perf_counter()
     clip, target = to_tensor(clean, device), torch.as_tensor(label, device=device)
+    number = torch.as_tensor(index)
+
+    def judged(clips: Clips, at: Ints) -> Verdict:
+        return rule(row.part, row.expert, own, clips, label[at], route[at])[0]
+
+    every = np.arange(len(clean))
     route = own(clean).route
-    wrong, _ = rule(row.part, row.expert, own, clean, label, route)
-    best, success = clean.copy(), wrong.success.copy()
+    best, success = clean.copy(), judged(clean, every).success
     loss = np.full(len(clean), -np.inf)
+    cost = np.zeros((3, len(clean)), np.int64)
     for settings in row.settings:
-        found = method.attack(twin, clip, target, settings, torch.as_tensor(index))
-        rounded = grid.to_grid(found.adversarial, clean, row.eps)
-        verdict, _ = rule(row.part, row.expert, own, rounded, label, route)
-        same = verdict.success == success
-        better = (verdict.success & ~success) | (same & (verdict.loss > loss))
-        best[better], loss[better] = rounded[better], verdict.loss[better]
-        success |= verdict.success
-        forwards += int(found.forwards.sum())
-        backwards += int(found.backwards.sum())
-    return _Made(best, forwards, backwards, time.perf_counter() - start)
-
-
-def _judge(
-    row: Row, made: Clips, clean: Clips, label: Ints, judges: Mapping[str, Judge],
-    answers: Mapping[str, Prediction], tally: _Tally,
-) -> None:  # fmt: skip
-    for name, judge in judges.items():
-        route = answers[name].route
-        verdict, answer = rule(row.part, row.expert, judge, made, label, route)
-        kept = judge(made, route.tolist()).logits.argmax(axis=1)
-        term = router_l_lip(answers[name].scores, answer.scores, clean, made)
-        tally.seen[name].append(SeenAttacked(look(answer), verdict.success, kept, term))
-
-
-def _count(tally: _Tally, made: _Made, clean: Clips, keep_clips: bool) -> None:
-    tally.linf = max(tally.linf, grid.linf(made.clips, clean))
-    tally.forwards, tally.backwards = (
-        tally.forwards + made.forwards, tally.backwards + made.backwards,
-    )  # fmt: skip
-    tally.seconds += made.seconds
-    if keep_clips:
-        tally.clips.append(made.clips)
-
-
-def _outcome(row: Row, tally: _Tally, clips: Clips) -> Outcome:
-    seen = {
-        name: SeenAttacked(
-            _join([part.seen for part in parts]),
-            np.concatenate([part.success for part in parts]),
-            np.concatenate([part.kept for part in parts]),
-            np.concatenate([part.l_lip for part in parts]),
-        )
-        for name, parts in tally.seen.items()
-    }
-    kept = np.concatenate(tally.clips) if tally.clips else clips[:0]
-    return Outcome(
-        row, seen, tally.linf, tally.forwards, tally.backwards, tally.seconds, kept
-    )  # fmt: skip
-
-
-def _join(parts: Sequence[Seen]) -> Seen:
-    return Seen(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+        at = np.flatnonzero(~success) if getattr(settings, "early_stop", False) else every
+        if not len(at):
+            break
+        found = method.attack(twin, clip[at], target[at], settings, number[at])
+        rounded = grid.to_grid(found.adversarial, clean[at], row.eps, row.norm)
+        verdict = judged(rounded, at)
+        same = verdict.success == success[at]
+        better = (verdict.success & ~success[at]) | (same & (verdict.loss > loss[at]))
+        best[at[better]], loss[at[better]] = rounded[better], verdict.loss[better]
+        success[at] |= verdict.success
+        passes = found.forwards, found.backwards, found.dead
+        cost[:, at] += np.stack([each.cpu().numpy() for each in passes])
+    forwards, backwards, dead = cost
+    return Made(best, forwards, backwards, dead, time.perf_counter() - start)

@@ -13,7 +13,7 @@ import numpy as np
 
 from vmoe.attacks.evaluate import Evaluation, Outcome
 from vmoe.attacks.grid import radius
-from vmoe.attacks.judge import Bools, Floats
+from vmoe.attacks.judge import Bools, Floats, Ints
 from vmoe.report import plain, wilson
 
 
@@ -49,6 +49,7 @@ def figures(found: Evaluation, outcome: Outcome, model: str) -> dict[str, Any]:
     return {
         "attack": outcome.row.attack,
         "part": outcome.row.part,
+        "norm": outcome.row.norm,
         "eps": outcome.row.eps,
         "model": model,
         "clean": share(right),
@@ -59,12 +60,12 @@ def figures(found: Evaluation, outcome: Outcome, model: str) -> dict[str, Any]:
         "route_kept": share(right & (attacked.kept == found.label)),
         "gap_clean": _mean(clean.gap),
         "gap_adversarial": _mean(seen.gap),
-        "l_lip_router": _mean(attacked.l_lip),
+        "l_lip_router": _mean(attacked.l_lip_router),
+        "l_lip_model": _mean(attacked.l_lip_model),
         "linf": outcome.linf,
-        "radius": radius(outcome.row.eps),
-        "forwards": outcome.forwards,
-        "backwards": outcome.backwards,
-        "seconds": outcome.seconds,
+        "l2": outcome.l2,
+        "radius": radius(outcome.row.eps) if outcome.row.norm == "linf" else None,
+        **_cost([outcome]),
     }
 
 
@@ -76,6 +77,7 @@ def worst_of(found: Evaluation, eps: float, model: str) -> dict[str, Any]:
     any_flip = np.any([o.seen[model].seen.route != clean.route for o in at], axis=0)
     return {
         "attack": "worst-of",
+        "norm": at[0].row.norm,
         "eps": eps,
         "model": model,
         "clean": share(clean.said == found.label),
@@ -83,9 +85,22 @@ def worst_of(found: Evaluation, eps: float, model: str) -> dict[str, Any]:
         "success": share(any_broken, clean.said == found.label),
         "flips": share(any_flip),
         "linf": max(outcome.linf for outcome in at),
-        "forwards": sum(outcome.forwards for outcome in at),
-        "backwards": sum(outcome.backwards for outcome in at),
-        "seconds": sum(outcome.seconds for outcome in at),
+        "l2": max(outcome.l2 for outcome in at),
+        "radius": radius(eps) if at[0].row.norm == "linf" else None,
+        **_cost(at),
+    }
+
+
+def _cost(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return what attacks cost: passes of a clip on the average and of all clips, and seconds."""
+    passes = {
+        name: np.sum([getattr(o, name) for o in outcomes], axis=0)
+        for name in ("forwards", "backwards", "dead")
+    }
+    return {
+        **{name: _mean(each) for name, each in passes.items()},
+        **{f"{name}_total": int(each.sum()) for name, each in passes.items()},
+        "seconds": sum(outcome.seconds for outcome in outcomes),
     }
 
 
@@ -111,10 +126,11 @@ def agreement(found: Evaluation, outcome: Outcome | None, a: str, b: str) -> dic
         "said": share(seen_a.said == seen_b.said),
     }
     if outcome is None:
-        return {"attack": "clean", "eps": 0.0, **same}
+        return {"attack": "clean", "norm": "linf", "eps": 0.0, **same}
     broken_a, broken_b = broken(found, outcome, a), broken(found, outcome, b)
     return {
         "attack": outcome.row.attack,
+        "norm": outcome.row.norm,
         "eps": outcome.row.eps,
         **same,
         "both_broken": int((broken_a & broken_b).sum()),
@@ -164,6 +180,6 @@ def _each(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _mean(values: Floats) -> float | None:
+def _mean(values: Floats | Ints) -> float | None:
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else None

@@ -71,13 +71,16 @@ class SeenAttacked(NamedTuple):
         seen: as of clean clips.
         success: by the attack's own criterion, [N].
         kept: index of the label with the clean route kept, [N].
-        l_lip: L_Lip of the router between clean and adversarial clip, [N]; NaN without a change.
+        l_lip_router: L_Lip of the router between clean and adversarial clip, [N]; NaN without a
+            change.
+        l_lip_model: the same of the whole model's logits, by the hard choice.
     """
 
     seen: Seen
     success: Bools
     kept: Ints
-    l_lip: Floats
+    l_lip_router: Floats
+    l_lip_model: Floats
 
 
 class Verdict(NamedTuple):
@@ -121,17 +124,17 @@ def rule(
     return Verdict(logits.argmax(axis=1) != label, _cross_entropy(logits, label)), answer
 
 
-def router_l_lip(clean: Floats, moved: Floats, clips: Clips, adversarial: Clips) -> Floats:
-    """Return L_Lip of the router between clean and adversarial clips, [N]; NaN without a change.
+def l_lip_of(clean: Floats, moved: Floats, clips: Clips, adversarial: Clips) -> Floats:
+    """Return L_Lip of a router or model between two sets of clips, [N]; NaN without a change.
 
     Args:
-        clean: scores of the clean clips, [N, M].
-        moved: scores of the adversarial clips, [N, M].
+        clean: scores or logits of the clean clips, [N, M] or [N, K].
+        moved: of the adversarial clips, the same shape.
         clips: clean, uint8 [N, T, H, W, 3].
         adversarial: the same shape.
     """
-    scores = torch.from_numpy(clean), torch.from_numpy(moved)
-    term: Floats = l_lip(*scores, to_tensor(clips), to_tensor(adversarial)).numpy()
+    answers = torch.from_numpy(clean), torch.from_numpy(moved)
+    term: Floats = l_lip(*answers, to_tensor(clips), to_tensor(adversarial)).numpy()
     same = (clips == adversarial).all(axis=(1, 2, 3, 4))
     return np.where(same, np.nan, term)
 

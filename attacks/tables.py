@@ -10,17 +10,19 @@ from vmoe.settings import format_eps
 
 COLUMNS = (
     "attack", "on", "clean %", "robust %", "success %", "flips %", "weakest %", "clean route %",
-    "gap", "L_Lip R", "linf", "passes", "s",
+    "gap", "L_Lip R", "L_Lip F", "linf", "l2", "passes", "s",
 )  # fmt: skip
 LEGEND = (
-    "Accuracies with their 95 % interval (Wilson). success: by the attack's own criterion (pgd-r, "
-    "tla-r, tlga-r: the route has changed). flips: clips whose route changed; weakest: that went "
-    "to the expert of the lowest clean score. clean route: accuracy with the clean route kept. "
-    "gap: mean top-2 gap of the scores, clean > adversarial. L_Lip R: of the router, mean. linf: "
-    "largest change found in the final uint8 clips, in grey levels. passes: forward + backward, "
-    "for each clip, over all route_grads: of the router (pgd-r, tla-r, tlga-r), of an expert "
-    "(tla-e), else of router and routed expert; by route_grad all and soft, of router and every "
-    "expert. worst-of: broken by at least one attack of the table."
+    "Accuracies with their 95 % interval (Wilson). success: by the attack's own criterion (attacks "
+    "on the router: the route has changed). flips: clips whose route changed; weakest: that went "
+    "to the expert of the lowest clean score; with early stop, both in the clip that was wrong "
+    "first. clean route: accuracy with the clean route kept. gap: mean top-2 gap of the scores, "
+    "clean > adversarial. L_Lip R, L_Lip F: of the router, of the whole model, mean. linf, l2: "
+    "largest change found in the final uint8 clips, in grey levels, and of a whole clip on pixels "
+    "in [0, 1]. passes: forward + backward, mean of a clip, over all route_grads: of the router "
+    "(attacks on it), of an expert (tla-e), else of router and routed expert; by route_grad all "
+    "and soft, of router and every expert; judging is not counted. s: of making the clips. "
+    "worst-of: broken by at least one attack of the table."
 )
 
 
@@ -30,8 +32,9 @@ def attacks(report: Mapping[str, Any]) -> str:
     parts = []
     for eps in budgets:
         rows = [row for row in [*report["rows"], *report["worst_of"]] if row["eps"] == eps]
-        levels = rows[0]["radius"]
-        title = f"eps {format_eps(eps)}: at most {levels} of 255 grey levels, on uint8 clips"
+        norm, levels = rows[0]["norm"], rows[0]["radius"]
+        limit = f"at most {levels} of 255 grey levels" if norm == "linf" else "L2 of a whole clip"
+        title = f"eps {format_eps(eps, norm)}: {limit}, on uint8 clips"
         parts.append(title + "\n\n" + table([_row(row) for row in rows], COLUMNS))
     return "\n\n".join(parts)
 
@@ -47,7 +50,8 @@ def agreement(report: Mapping[str, Any]) -> str:
     rows = []
     for row in report["agreement"]:
         clean = row["attack"] == "clean"
-        name = "clean" if clean else f"{row['attack']} {row['eps'] * 255:.4g}/255"
+        short = format_eps(row["eps"], row.get("norm", "linf")).split(" ")[0]
+        name = "clean" if clean else f"{row['attack']} {short}"
         counts = [row.get(key) for key in ("both_broken", "only_twin", "only_engine", "neither")]
         rows.append([name, _share(row["route"]), _share(row["said"]), *counts])
     return "twin against engine, clip by clip\n\n" + table(rows, columns)
@@ -65,12 +69,12 @@ def _row(row: Mapping[str, Any]) -> list[object]:
     gap = None
     if row.get("gap_clean") is not None:
         gap = f"{row['gap_clean']:.2f} > {row['gap_adversarial']:.2f}"
-    passes = f"{row['forwards']}+{row['backwards']}" if row["forwards"] else None
+    passes = f"{row['forwards']:.1f}+{row['backwards']:.1f}" if row["forwards"] else None
     return [
         row["attack"], row["model"], _share(row["clean"]), _share(row["robust"], interval=True),
         _share(row["success"]), _share(row["flips"]), _share(row.get("weakest")),
-        _share(row.get("route_kept")), gap, row.get("l_lip_router"), row["linf"], passes,
-        f"{row['seconds']:.1f}",
+        _share(row.get("route_kept")), gap, row.get("l_lip_router"), row.get("l_lip_model"),
+        row["linf"], row["l2"], passes, f"{row['seconds']:.1f}",
     ]  # fmt: skip
 
 

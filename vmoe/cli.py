@@ -67,7 +67,7 @@ class Command(click.Command):
 
 
 class EpsType(click.ParamType):  # type: ignore[type-arg]
-    """`8/255`, `8` or `0.0314`; several with commas give a tuple."""
+    """`8/255`, `8` or `0.0314`, or as the command's --norm has it; several with commas a tuple."""
 
     name = "eps"
 
@@ -75,8 +75,9 @@ class EpsType(click.ParamType):  # type: ignore[type-arg]
         """Return one budget on pixels in [0, 1]."""
         if not isinstance(value, str):
             return value
+        norm = ctx.params.get("norm") if ctx else None  # read before: see `_option`
         try:
-            return _settings.parse_eps(value)
+            return _settings.parse_eps(value, norm or "linf")
         except SettingError as e:
             self.fail(str(e), param, ctx)
 
@@ -219,7 +220,8 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[F], F]:
     kind = _click_type(field.name, member, field.metadata["choices"])
     if tuple in kinds:
         kind = ListType(kind)
-    return click.option(flag, type=kind, default=None, help=f"{text} {shown}")
+    early = field.name == "norm"  # budgets are read by it
+    return click.option(flag, type=kind, default=None, help=f"{text} {shown}", is_eager=early)
 
 
 def _shown(name: str, default: Any) -> str:

@@ -161,32 +161,42 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise SettingError(f"{path} is not TOML: {e}.") from e
 
 
-def parse_eps(text: str) -> float:
-    """Read a budget on pixels in [0, 1]: `8/255`, `8` (of 255) or a decimal below 1.
+def parse_eps(text: str, norm: str = "linf") -> float:
+    """Read a budget on pixels in [0, 1].
+
+    Of an L-infinity ball: `8/255`, `8` (of 255) or a decimal below 1. Of an L2 ball, whose budget
+    is the length of the whole change: a number with its point, `2.0`, or `128/255`; a whole number
+    could be meant of 255, too, and is refused.
 
     Raises:
-        SettingError: not a number, negative, or above 1.
+        SettingError: not a number, negative, of two meanings, or (L-infinity) above 1.
     """
-    wanted = "write it 8/255, 8 (a whole number is of 255) or as a decimal below 1."
+    wanted = {
+        "linf": "write it 8/255, 8 (a whole number is of 255) or as a decimal below 1.",
+        "l2": "with --norm l2 write a length with its point, 2.0, or 128/255.",
+    }[norm]
     number = re.fullmatch(
         r"\s*((?:\d+(?:\.\d+)?|\.\d+)(?:e-?\d+)?)\s*(?:/\s*(\d+(?:\.\d+)?))?\s*", text
     )
     if not number:
         raise SettingError(f"eps {text!r} is not a number: {wanted}")
-    value = float(number[1])
+    value, whole = float(number[1]), number[1].isdigit()
     if number[2] is not None:
         if float(number[2]) == 0:
             raise SettingError(f"eps {text!r} divides by zero: {wanted}")
         value /= float(number[2])
-    elif value >= 1:
-        if not value.is_integer():
-            raise SettingError(f"eps {text!r} could mean two things: {wanted}")
+    elif value >= 1 and whole != (norm == "linf"):
+        raise SettingError(f"eps {text!r} could mean two things: {wanted}")
+    elif value >= 1 and whole:
         value /= 255
-    if value > 1:
+    if norm == "linf" and value > 1:
         raise SettingError(f"eps {text!r} is above 1, the whole range of a pixel: {wanted}")
     return value
 
 
-def format_eps(eps: float) -> str:
-    """Return both forms of a budget: `8/255 (0.0314)`."""
-    return f"{eps * 255:.4g}/255 ({eps:.4f})"
+def format_eps(eps: float, norm: str = "linf") -> str:
+    """Return both forms of an L-infinity budget, `8/255 (0.0314)`; of an L2 one, `2.0`."""
+    if norm == "linf":
+        return f"{eps * 255:.4g}/255 ({eps:.4f})"
+    short = f"{eps:.4g}"
+    return f"{short}.0" if short.isdigit() else short

@@ -123,7 +123,7 @@ def test_eps_forms(text: str, eps: float) -> None:
         ("8/", "is not a number"), ("8/255/2", "is not a number"), ("nan", "is not a number"),
         ("inf", "is not a number"), ("0x8", "is not a number"), ("8 255", "is not a number"),
         ("8/0", "divides by zero"), ("1.5", "could mean two things"), ("256", "is above 1"),
-        ("300/255", "is above 1"),
+        ("300/255", "is above 1"), ("2.0", "could mean two things"),
     ],
 )  # fmt: skip
 def test_bad_eps(text: str, message: str) -> None:
@@ -132,6 +132,22 @@ def test_bad_eps(text: str, message: str) -> None:
     assert "write it 8/255" in str(e.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "eps"), [("2.0", 2.0), ("0.5", 0.5), (".25", 0.25), ("128/255", 128 / 255), ("9/3", 3)]
+)
+def test_l2_forms(text: str, eps: float) -> None:
+    assert parse_eps(text, "l2") == eps
+    assert parse_eps(format_eps(eps, "l2"), "l2") == pytest.approx(eps, rel=1e-3)
+
+
+@pytest.mark.parametrize("text", ["8", "1", "255", "-1.0", "x"])
+def test_bad_l2(text: str) -> None:
+    """A whole number might be meant of 255."""
+    with pytest.raises(SettingError, match=r"with --norm l2 write a length with its point, 2\.0"):
+        parse_eps(text, "l2")
+
+
 def test_both_forms_of_eps_are_shown() -> None:
     assert format_eps(8 / 255) == "8/255 (0.0314)"
     assert format_eps(0.05) == "12.75/255 (0.0500)"
+    assert format_eps(2.0, "l2") == "2.0"
