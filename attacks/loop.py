@@ -40,13 +40,19 @@ class BallSettings(Settings):
 
 
 @dataclass(frozen=True)
-class LoopSettings(BallSettings):
+class IterativeSettings(BallSettings):
     """What every iterative attack takes beside."""
 
     steps: int = opt(20, "gradient steps", at_least=1)
-    step: float = opt(0.25, "step size (the paper's alpha), as a share of eps", above=0)
     restarts: int = opt(1, "random starts; the best counts", at_least=1)
     random_start: bool = opt(True, "start from a random point in the ball")
+
+
+@dataclass(frozen=True)
+class LoopSettings(IterativeSettings):
+    """What every attack of fixed step takes beside."""
+
+    step: float = opt(0.25, "step size (the paper's alpha), as a share of eps", above=0)
 
 
 @dataclass(frozen=True)

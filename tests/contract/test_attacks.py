@@ -207,7 +207,8 @@ def test_more_steps_and_more_restarts_are_never_weaker(method: ModuleType) -> No
     y = labels(twin, clip)
     few = {"steps": 2, "eps": 0.3 / 255, "temporal": "off"}
     less = run(method, twin, clip, y, **few)
-    assert stronger_or_equal(run(method, twin, clip, y, **{**few, "steps": 5}), less)
+    if hasattr(settings(method), "step"):  # of fixed step, a longer climb begins as the shorter
+        assert stronger_or_equal(run(method, twin, clip, y, **{**few, "steps": 5}), less)
     assert stronger_or_equal(run(method, twin, clip, y, **few, restarts=3), less)
     less = run(method, twin, clip, y, steps=2, eps=0.3 / 255)
     assert stronger_or_equal(run(method, twin, clip, y, steps=2, eps=0.3 / 255, restarts=3), less)

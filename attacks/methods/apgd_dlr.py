@@ -1,0 +1,38 @@
+"""APGD on the difference of logits ratio, which no scaling of the logits changes.
+
+Source: Croce and Hein, ICML 2020.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vmoe.attacks import losses
+from vmoe.attacks.apgd import ApgdSettings, climb
+from vmoe.attacks.loop import AttackResult, ascend
+from vmoe.models import VideoMoE
+
+PART = "model"
+
+
+@dataclass(frozen=True)
+class Settings(ApgdSettings):
+    """APGD-DLR's settings."""
+
+
+def attack(
+    twin: VideoMoE, clip: Tensor, label: Tensor, settings: Settings, indices: Tensor | None = None
+) -> AttackResult:
+    """Maximise DLR(F(x+d), y), of fewer than 3 labels the margin; success: the label is wrong."""
+    return ascend(
+        twin,
+        clip,
+        settings,
+        lambda x: losses.whole(
+            twin, x, label, settings, route_grad=settings.route_grad, loss=losses.dlr
+        ),
+        indices,
+        climb=climb,
+    )
