@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 import onnx
-from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
+from onnx import (
+    AttributeProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    ValueInfoProto,
+    helper,
+)
 
 import vmoe
 from vmoe.bundle import Port
@@ -14,11 +22,16 @@ from vmoe.bundle import Port
 def subgraphs(graph: GraphProto) -> Iterator[GraphProto]:
     """Yield the graphs directly inside a graph's nodes: branches and loop bodies."""
     for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == AttributeProto.GRAPH:
-                yield attribute.g
-            elif attribute.type == AttributeProto.GRAPHS:
-                yield from attribute.graphs
+        yield from subgraphs_of(node)
+
+
+def subgraphs_of(node: NodeProto) -> Iterator[GraphProto]:
+    """Yield the graphs directly inside a node."""
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.GRAPH:
+            yield attribute.g
+        elif attribute.type == AttributeProto.GRAPHS:
+            yield from attribute.graphs
 
 
 def walk(graph: GraphProto) -> Iterator[GraphProto]:
@@ -26,6 +39,15 @@ def walk(graph: GraphProto) -> Iterator[GraphProto]:
     yield graph
     for inner in subgraphs(graph):
         yield from walk(inner)
+
+
+def scopes(model: ModelProto) -> Iterator[GraphProto]:
+    """Yield every graph of a model: its own, those inside of it, and those inside its functions."""
+    yield from walk(model.graph)
+    for function in model.functions:
+        for node in function.node:
+            for inner in subgraphs_of(node):
+                yield from walk(inner)
 
 
 def weight_bytes(graph: GraphProto) -> int:

@@ -11,11 +11,13 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import onnx
 import torch
-from onnx import GraphProto, ModelProto, TensorProto, numpy_helper
+from numpy.typing import NDArray
+from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 from torch import Tensor, nn
 
@@ -89,7 +91,7 @@ def trace(
 
     doors = [Door(module).eval() for module in modules]
     clip = torch.zeros((2, *shape), dtype=torch.uint8)  # a batch of 1 would be taken as fixed
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             doors[0], (clip,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("N")},),
             input_names=["clip"], output_names=[output], opset_version=opset,
@@ -111,9 +113,17 @@ def _with_weights(traced: ModelProto, door: Door) -> ModelProto:
     state = door.state_dict()
     for tensor in made.graph.initializer:
         if tensor.name in state:
-            values = state[tensor.name].detach().cpu().numpy()
-            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+            tensor.CopyFrom(numpy_helper.from_array(_array(state[tensor.name]), tensor.name))
     return made
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    """Return a tensor's values; numpy has no bfloat16 of its own."""
+    values = tensor.detach().cpu()
+    if values.dtype != torch.bfloat16:
+        return np.asarray(values.numpy())
+    kind = helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16)
+    return np.asarray(values.view(torch.int16).numpy().view(kind))
 
 
 def _finish(model: ModelProto) -> ModelProto:
@@ -123,7 +133,7 @@ def _finish(model: ModelProto) -> ModelProto:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Send what the exporter and its tools say to our log, for -v."""
     heard = _Forward()
     tools = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
@@ -157,7 +167,7 @@ def write_part(model: ModelProto, folder: Path, name: str) -> Part:
     held = ModelProto()
     held.CopyFrom(model)
     with data.open("wb") as file:
-        for scope in graphs.walk(held.graph):
+        for scope in graphs.scopes(held):
             for tensor in scope.initializer:
                 if len(tensor.raw_data) >= EXTERNAL_BYTES:
                     _put_outside(tensor, file, data.name)
@@ -188,5 +198,5 @@ def _put_outside(tensor: TensorProto, file: BinaryIO, name: str) -> None:
 
 def precision(model: ModelProto) -> str:
     """Return the precision that a graph's weights really have, such as fp32 or fp16+fp32."""
-    kinds = {t.data_type for scope in graphs.walk(model.graph) for t in scope.initializer}
+    kinds = {t.data_type for scope in graphs.scopes(model) for t in scope.initializer}
     return "+".join(sorted(PRECISIONS[kind] for kind in kinds if kind in PRECISIONS))

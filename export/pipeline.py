@@ -201,15 +201,17 @@ def write(plan: Plan, parts: Parts, folder: Path) -> Bundle:
 
     The same bytes for the same twin, plan and versions.
     """
-    lower = registry.load(LOWERINGS, plan.settings.lowering, "lowering (--lowering)").lower
-    graphs = lower(parts.router, parts.experts)
+    lowering = registry.load(LOWERINGS, plan.settings.lowering, "lowering (--lowering)")
+    graphs = lowering.lower(*parts)
     made = {name: write_part(graph, folder, name) for name, graph in graphs.items()}
-    bundle = _manifest(plan, folder, made)
+    others = lowering.others(*parts) if hasattr(lowering, "others") else {}
+    beside = {name: write_part(graph, folder, f"moe-{name}") for name, graph in others.items()}
+    bundle = _manifest(plan, folder, made, beside)
     bundles.write_manifest(bundle, folder)
     return bundle
 
 
-def _manifest(plan: Plan, folder: Path, parts: dict[str, Part]) -> Bundle:
+def _manifest(plan: Plan, folder: Path, parts: dict[str, Part], others: dict[str, Part]) -> Bundle:
     twin = plan.checkpoint.twin
     return Bundle(
         path=folder,
@@ -218,6 +220,7 @@ def _manifest(plan: Plan, folder: Path, parts: dict[str, Part]) -> Bundle:
         labels=plan.checkpoint.labels,
         lowering=plan.settings.lowering,
         parts=parts,
+        others=others,
         twin=_twin(plan, folder),
         versions={
             "vmoe": vmoe.__version__,

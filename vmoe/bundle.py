@@ -60,6 +60,8 @@ class Part:
         format: `onnx`, or later a plan.
         hashes: sha256 of every file that the part needs (graph and external data), by name.
         precision: asked and found, such as {"asked": "fp32", "found": "fp32"}.
+        layers: how many layers with weights compute in each precision, such as {"int8": 21}.
+        tensors: how many weights are stored in each, such as {"int8": 21, "int32": 21}.
         extra: keys that this version does not know; kept when written again.
     """
 
@@ -69,6 +71,8 @@ class Part:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     precision: dict[str, str]
+    layers: dict[str, int] = field(default_factory=dict)
+    tensors: dict[str, int] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -83,6 +87,8 @@ class Bundle:
         labels: K names.
         lowering: one of LOWERINGS.
         parts: `router`, `expert0`, ... of `split`; `moe` of a lowering in one file.
+        others: the same model in a form that only one engine reads, by that engine's name; no
+            part of what is loaded here.
         twin: sha256 of the twin, and `file` where the bundle carries it.
         versions: tools that made it.
         extra: keys that this version does not know; kept when written again.
@@ -96,6 +102,7 @@ class Bundle:
     parts: dict[str, Part]
     twin: dict[str, str]
     versions: dict[str, str]
+    others: dict[str, Part] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -128,7 +135,8 @@ def write_manifest(bundle: Bundle, folder: Path) -> None:
         "clip": to_mapping(bundle.spec),
         "labels": list(bundle.labels),
         "lowering": bundle.lowering,
-        "parts": {name: _part_to_json(part) for name, part in bundle.parts.items()},
+        "parts": _parts_to_json(bundle.parts),
+        **({"others": _parts_to_json(bundle.others)} if bundle.others else {}),
         "twin": bundle.twin,
         "versions": bundle.versions,
         **bundle.extra,
@@ -172,7 +180,10 @@ def read(path: Path) -> Bundle:
 
 
 def _parse(path: Path, values: Mapping[str, Any]) -> Bundle:
-    known = {"schema_version", "model", "clip", "labels", "lowering", "parts", "twin", "versions"}
+    known = {
+        "schema_version", "model", "clip", "labels", "lowering", "parts", "others", "twin",
+        "versions",
+    }  # fmt: skip
     model = dict(values["model"])
     if type(model["experts"]) is not int or not 1 <= model["experts"] <= MAX_EXPERTS:
         raise ValueError(f"model.experts is {model['experts']!r}")
@@ -196,7 +207,8 @@ def _parse(path: Path, values: Mapping[str, Any]) -> Bundle:
         spec=from_mapping(ClipSpec, values["clip"], MANIFEST),
         labels=tuple(values["labels"]),
         lowering=values["lowering"],
-        parts={name: _part_from_json(part) for name, part in values["parts"].items()},
+        parts=_parts_from_json(values["parts"]),
+        others=_parts_from_json(values.get("others", {})),
         twin=twin,
         versions=_texts(values, "versions"),
         extra={key: value for key, value in values.items() if key not in known},
@@ -219,9 +231,11 @@ def _check_parts(bundle: Bundle) -> None:
 
 def _files(bundle: Bundle) -> dict[str, str]:
     files = {}
-    for name, part in bundle.parts.items():
+    for name, part in (*bundle.parts.items(), *bundle.others.items()):
         if part.file not in part.hashes:
             raise CorruptBundleError(f"{bundle.path}: part {name!r} has no hash of its file.")
+        if any(files.get(file, digest) != digest for file, digest in part.hashes.items()):
+            raise CorruptBundleError(f"{bundle.path}: two parts give one file two hashes.")
         files.update(part.hashes)
     if "file" in bundle.twin:
         files[bundle.twin["file"]] = bundle.twin["sha256"]
@@ -253,12 +267,22 @@ def _json(path: Path) -> dict[str, Any]:
     return values
 
 
+def _parts_to_json(parts: Mapping[str, Part]) -> dict[str, Any]:
+    return {name: _part_to_json(part) for name, part in parts.items()}
+
+
+def _parts_from_json(values: Mapping[str, Any]) -> dict[str, Part]:
+    return {name: _part_from_json(part) for name, part in values.items()}
+
+
 def _part_to_json(part: Part) -> dict[str, Any]:
+    counts = {"layers": part.layers, "tensors": part.tensors}
     return {
         "file": part.file,
         "format": part.format,
         "sha256": part.hashes,
         "precision": part.precision,
+        **{key: count for key, count in counts.items() if count},
         "inputs": [_port_to_json(port) for port in part.inputs],
         "outputs": [_port_to_json(port) for port in part.outputs],
         **part.extra,
@@ -266,7 +290,9 @@ def _part_to_json(part: Part) -> dict[str, Any]:
 
 
 def _part_from_json(values: Mapping[str, Any]) -> Part:
-    known = {"file", "format", "sha256", "precision", "inputs", "outputs"}
+    known = {
+        "file", "format", "sha256", "precision", "layers", "tensors", "inputs", "outputs",
+    }  # fmt: skip
     hashes, precision = _texts(values, "sha256"), _texts(values, "precision")
     for name, digest in hashes.items():
         _check_hash(name, digest)
@@ -305,6 +331,13 @@ def _texts(values: Mapping[str, Any], key: str) -> dict[str, str]:
     if type(found) is not dict:
         raise ValueError(f"{key} is {found!r}")
     return {name: _text(found, name) for name in found}
+
+
+def _counts(values: Mapping[str, Any], key: str) -> dict[str, int]:
+    found = values.get(key, {})
+    if type(found) is not dict or not all(type(n) is int and n > 0 for n in found.values()):
+        raise ValueError(f"{key} is {found!r}")
+    return dict(found)
 
 
 def _text(values: Mapping[str, Any], key: str) -> str:

@@ -1,0 +1,170 @@
+"""The layers of a graph: where each stands in the twin, and the precision that it computes in.
+
+A layer is a node with weights: a convolution or a matrix product. Its place is read off the name
+of its weights, which are called as in the twin through every pass.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+
+from . import graphs
+
+PRECISIONS: dict[int, str] = {
+    TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16",
+    TensorProto.DOUBLE: "fp64", TensorProto.INT8: "int8", TensorProto.UINT8: "int8",
+    TensorProto.INT32: "int32",
+}  # fmt: skip
+WITH_WEIGHTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+MOVES = ("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")  # no arithmetic
+QUANTISED = ("QuantizeLinear", "DequantizeLinear")
+# As ONNX Runtime calls what it has fused: with an activation, in the CPU's blocked layout ...
+RUN_AS = {
+    "Conv": "float", "FusedConv": "float", "NhwcFusedConv": "float", "Gemm": "float",
+    "FusedGemm": "float", "MatMul": "float", "FusedMatMul": "float", "ConvTranspose": "float",
+    "QLinearConv": "int8", "QGemm": "int8", "QLinearMatMul": "int8", "ConvInteger": "int8",
+    "MatMulInteger": "int8", "MatMulIntegerToFloat": "int8", "DynamicQuantizeMatMul": "int8",
+}  # fmt: skip
+NAMED = re.compile(r"(?:(?P<owner>[^/]+)/)?module\.(?P<path>.+)")  # as trace names weights
+
+Source = TensorProto | NodeProto | None
+
+
+class Layer(NamedTuple):
+    """One layer.
+
+    Attributes:
+        place: in the twin, such as `experts.0.1.layer1.0.conv1.0`.
+        node: its name in the graph.
+        precision: of its weights and inputs, such as fp16; int8 only where both are.
+        output: the value that it gives.
+    """
+
+    place: str
+    node: str
+    precision: str
+    output: str
+
+
+def of_model(model: ModelProto, part: str) -> list[Layer]:
+    """Return the layers of a part, in the order of its nodes, branches and functions included.
+
+    Args:
+        model: the graph.
+        part: its name: `router`, `expert0`, or `moe`, whose weights say themselves whose they are.
+    """
+    made = list(_layers(model.graph, {}, part))
+    for function in model.functions:
+        for node in function.node:
+            for inner in graphs.subgraphs_of(node):
+                made += _layers(inner, {}, part)
+    return made
+
+
+def _layers(graph: GraphProto, outer: Mapping[str, Source], part: str) -> Iterator[Layer]:
+    known: dict[str, Source] = dict(outer)
+    known |= {tensor.name: tensor for tensor in graph.initializer}
+    known |= {output: node for node in graph.node for output in node.output}
+    for node in graph.node:
+        if node.op_type in WITH_WEIGHTS and node.domain == "":
+            weight, is_int8 = _weight(node.input[1], known)
+            if weight is not None:
+                kind = "int8" if is_int8 else _precision(weight)
+                if is_int8 and not _is_dequantised(node.input[0], known):
+                    kind = "int8 weights"  # and an input that is not
+                yield Layer(place(weight.name, part), node.name, kind, node.output[0])
+        for inner in graphs.subgraphs_of(node):
+            yield from _layers(inner, known, part)
+
+
+def _weight(name: str, known: Mapping[str, Source]) -> tuple[TensorProto | None, bool]:
+    """Follow a weight to where it is stored; return it, and whether it is dequantised on the way.
+
+    None where it is computed from the clip.
+    """
+    dequantised = False
+    source = known.get(name)
+    while isinstance(source, NodeProto):
+        if source.op_type == "Constant":
+            return source.attribute[0].t, dequantised
+        if source.op_type in QUANTISED:
+            dequantised = True
+        elif source.op_type not in MOVES:
+            return None, dequantised
+        source = known.get(source.input[0])
+    return source, dequantised
+
+
+def _is_dequantised(name: str, known: Mapping[str, Source]) -> bool:
+    source = known.get(name)
+    while isinstance(source, NodeProto) and source.op_type in MOVES:
+        source = known.get(source.input[0])
+    return isinstance(source, NodeProto) and source.op_type == "DequantizeLinear"
+
+
+def _precision(tensor: TensorProto) -> str:
+    return PRECISIONS.get(tensor.data_type, f"type {tensor.data_type}")
+
+
+def place(weight: str, part: str) -> str:
+    """Return where a weight's layer stands in the twin.
+
+    `module.1.fc.weight` of part `expert0` is `experts.0.1.fc`; in the part `moe`, the names say
+    whose they are: `expert0/module.1.fc.weight_quantized`.
+    """
+    found = NAMED.fullmatch(weight)
+    if found is None:
+        return f"{twin_place(part)}.{weight}"
+    path = re.sub(r"\bmodule\.", "", found["path"])
+    path = re.split(r"\.?\b(?:weight|bias)", path)[0]
+    whole = twin_place(found["owner"] or part)
+    return f"{whole}.{path}" if path else whole
+
+
+def twin_place(part: str) -> str:
+    """Return where a part's module stands in the twin: `experts.0` of `expert0`."""
+    return re.sub(r"^expert(\d+)$", r"experts.\1", part)
+
+
+def tensors(model: ModelProto) -> dict[str, int]:
+    """Count the weights by the precision that they are stored in; scales and shapes are left out.
+
+    32-bit integers are the biases of int8 layers.
+    """
+    found: Counter[str] = Counter()
+    for scope in graphs.scopes(model):
+        scales = {
+            name for node in scope.node if node.op_type in QUANTISED for name in node.input[1:]
+        }
+        found.update(
+            PRECISIONS[tensor.data_type]
+            for tensor in scope.initializer
+            if tensor.data_type in PRECISIONS and tensor.name not in scales and _is_weight(tensor)
+        )
+    return dict(sorted(found.items()))
+
+
+def _is_weight(tensor: TensorProto) -> bool:
+    """Return whether a tensor holds more than one number: a scalar is a constant of a formula."""
+    return any(size > 1 for size in tensor.dims)
+
+
+def counts(precisions: Iterable[str]) -> dict[str, int]:
+    """Count precisions, in the order of their names."""
+    return dict(sorted(Counter(precisions).items()))
+
+
+def runs_as(model: ModelProto) -> dict[str, int]:
+    """Count the layers that ONNX Runtime's own optimised graph computes as int8 and as float."""
+    found = (
+        RUN_AS[node.op_type]
+        for scope in graphs.scopes(model)
+        for node in scope.node
+        if node.op_type in RUN_AS
+    )
+    return counts(found)
