@@ -19,16 +19,12 @@ from vmoe import bundle as bundles
 from vmoe import registry
 from vmoe.bundle import Bundle, Part
 from vmoe.clips import Clips, check_clips
-from vmoe.errors import (
-    EngineMismatchError,
-    MissingDependencyError,
-    SettingError,
-    UnknownNameError,
-)
+from vmoe.errors import EngineMismatchError, SettingError, UnknownNameError
 
+from . import online
+from .backends import ENGINES, choose
 from .engines import Backend, BackendSettings, Outputs, Run
-
-ENGINES = "vmoe.runtime.engines"
+from .online import States
 
 
 class Prediction(NamedTuple):
@@ -57,7 +53,8 @@ def load(
 
     Args:
         bundle: the folder, or a manifest that `vmoe.bundle.read` gave.
-        backend: a file of engines/, or auto: the first that reads the bundle's parts here.
+        backend: a file of engines/, or auto: the fastest here of those that the bundle was
+            verified for at export; where that is not known, the first that reads its parts.
         device: auto, cpu or cuda:N.
         threads: CPU threads of one run; None is the backend's own choice.
         all_parts: load every part now; else an expert is loaded when it is first routed to.
@@ -70,8 +67,8 @@ def load(
     if threads is not None and threads < 1:
         raise SettingError(f"--threads is {threads}; it must be at least 1.")
     read = bundle if isinstance(bundle, Bundle) else bundles.read(Path(bundle))
-    name = _choose(backend, read)
-    settings = BackendSettings(folder=read.path, device=device, threads=threads)
+    name = choose(backend, read, device)
+    settings = BackendSettings(folder=read.path, device=device, threads=threads, bundle=read)
     opened = registry.load(ENGINES, name, "backend").open(settings)
     engine = Engine(read, opened, name)
     try:
@@ -82,35 +79,6 @@ def load(
         engine.close()
         raise
     return engine
-
-
-def _choose(backend: str, bundle: Bundle) -> str:
-    formats = {part.format for part in bundle.parts.values()}
-    if backend != "auto":
-        module = registry.load(ENGINES, backend, "backend")
-        why = module.why_unavailable()
-        if why:
-            raise MissingDependencyError(why)
-        if not formats <= set(module.FORMATS):
-            raise EngineMismatchError(
-                f"{bundle.path} has parts in {', '.join(sorted(formats))}; backend {backend} "
-                f"reads {', '.join(module.FORMATS)}. Use --backend auto."
-            )
-        return backend
-    whys = []
-    for name in registry.names(ENGINES):
-        module = registry.load(ENGINES, name, "backend")
-        if formats <= set(module.FORMATS):
-            why = module.why_unavailable()
-            if not why:
-                return name
-            whys.append(why)
-    if whys:
-        raise MissingDependencyError(" ".join(whys))
-    raise EngineMismatchError(
-        f"{bundle.path} has parts in {', '.join(sorted(formats))}; no backend here reads them. "
-        "Export the model again with --onnx."
-    )
 
 
 class Engine:
@@ -163,6 +131,44 @@ class Engine:
         logits = [self.infer(clips, force_route=i).logits for i in range(self.bundle.experts)]
         return np.stack(logits, axis=1)
 
+    def scores(self, clips: Clips) -> NDArray[np.float32]:
+        """Return the router's scores of clips, [N, M]; zeros [N, 1] without a router.
+
+        Raises:
+            UnknownNameError: the bundle routes inside of its one part.
+        """
+        self._check(clips)
+        return self._scores(clips, None)
+
+    def follow(
+        self, expert: int, frames: Clips, states: States | None = None
+    ) -> tuple[NDArray[np.float32], States]:
+        """Give an expert of an online bundle the next frames of some streams.
+
+        Args:
+            expert: which one.
+            frames: uint8 [N, S, H, W, 3], any S from 1.
+            states: as the call before gave them; None before a stream's first frame.
+
+        Returns:
+            The logits of the clips that end with the last frame, [N, K], and the next states.
+            They mean something once a whole clip went in.
+
+        Raises:
+            SettingError: the bundle is not online, or the frames have another shape.
+        """
+        part = self.bundle.parts.get(f"expert{expert}")
+        if self._closed or part is None or not online.state_ports(part):
+            raise SettingError(
+                f"{self.bundle.path} has no expert {expert} that follows a stream, or is closed. "
+                "Export a causal model in its online form."
+            )
+        if frames.ndim != 5 or not frames.shape[1]:
+            raise SettingError(f"frames are {list(frames.shape)}; they must be [N, S, H, W, 3].")
+        out = self._run(f"expert{expert}", frames, None, states)
+        logits = self._output(out, "logits", (len(frames), len(self.bundle.labels)))
+        return logits, {p.name: out[online.after(p.name)] for p in online.state_ports(part)}
+
     def load_parts(self, names: Sequence[str] | None = None) -> None:
         """Load parts now; None is all of them."""
         lowering, experts = self.bundle.lowering, self.bundle.experts
@@ -212,12 +218,7 @@ class Engine:
         """Route on the host; one upload serves the router and, where all agree, the expert."""
         n = len(clips)
         put = self._backend.put(clips)
-        if self.bundle.experts == 1:
-            scores = np.zeros((n, 1), np.float32)
-        else:
-            scores = self._output(
-                self._run("router", clips, put), "scores", (n, self.bundle.experts)
-            )
+        scores = self._scores(clips, put)
         route = forced if forced is not None else scores.argmax(axis=1).astype(np.int64)
         logits = np.empty((n, len(self.bundle.labels)), np.float32)
         for expert in np.unique(route):
@@ -227,6 +228,12 @@ class Engine:
             out = self._run(f"expert{expert}", some, put if every else None)
             logits[rows] = self._output(out, "logits", (len(rows), logits.shape[1]))
         return Prediction(logits, scores, route)
+
+    def _scores(self, clips: Clips, put: Any) -> NDArray[np.float32]:
+        if self.bundle.experts == 1:
+            return np.zeros((len(clips), 1), np.float32)
+        shape = (len(clips), self.bundle.experts)
+        return self._output(self._run("router", clips, put), "scores", shape)
 
     def _one_file(self, clips: Clips, forced: NDArray[np.int64] | None) -> Prediction:
         """Let the graph route; where routes are forced, one run for each that occurs."""
@@ -272,17 +279,22 @@ class Engine:
         put: Any = None,
         extra: Mapping[str, Any] | None = None,
     ) -> Outputs:
-        """Run a part on clips, in pieces where the part was made for a fixed batch."""
+        """Run a part on clips, in pieces where the part was made for a fixed batch.
+
+        A part with states that are not given starts from its first ones: it answers whole clips.
+        """
         run = self._run_of(name)
-        size = _batch(self.bundle.parts[name])
+        part = self.bundle.parts[name]
+        size = _batch(part)
+        extra = extra or online.first(part, size or len(clips))
         if size is None or size == len(clips):
             put = self._backend.put(clips) if put is None else put
-            return run({"clip": put, **(extra or {})})
+            return run({"clip": put, **extra})
         pieces = []
         for start in range(0, len(clips), size):
             piece = clips[start : start + size]
             filled = np.concatenate([piece, np.repeat(piece[-1:], size - len(piece), axis=0)])
-            out = run({"clip": self._backend.put(filled), **(extra or {})})
+            out = run({"clip": self._backend.put(filled), **extra})
             pieces.append({key: value[: len(piece)] for key, value in out.items()})
         return {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
 

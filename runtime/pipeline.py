@@ -28,6 +28,7 @@ from vmoe.errors import SettingError
 from . import results, sources
 from .engine import Engine
 from .frames import Frame, Handover, Stop
+from .online import Follower, OnlineWindows, is_online
 from .results import Result
 from .sinks import Sink, Step
 from .sources import Source, SourceSettings
@@ -111,7 +112,9 @@ class Pipeline:
         self.stop = stop or Stop()
         self._engine, self._source = engine, source
         self._top, self._duration_s = top, duration_s
-        self._windows = Windows(engine.bundle.spec, source.name, hop_s=hop_s, sampling=sampling)
+        self._follower = Follower(engine) if is_online(engine.bundle) else None
+        windows = OnlineWindows if self._follower else Windows
+        self._windows = windows(engine.bundle.spec, source.name, hop_s=hop_s, sampling=sampling)
         live = source.live
         self._frames: Handover[Frame] = Handover(
             LIVE_FRAMES if live else FILE_FRAMES, newest_wins=live
@@ -219,7 +222,10 @@ class Pipeline:
 
     def _label(self, window: Window) -> Result:
         began = time.monotonic()
-        prediction = self._engine.infer(window.clip[np.newaxis])
+        if self._follower:
+            prediction = self._follower.infer(window)
+        else:
+            prediction = self._engine.infer(window.clip[np.newaxis])
         return results.make(
             window,
             prediction,

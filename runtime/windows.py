@@ -47,6 +47,8 @@ class Window:
         gap: whether the stream was broken between the window before and this one.
         dropped: frames of the source that were lost since the window before.
         stage_ms: what its last frame took: `decode_ms`, `prepare_ms`.
+        slot: its last frame's number among the frames that were taken, where windows share them
+            (runtime/online.py); else None.
     """
 
     number: int
@@ -60,9 +62,10 @@ class Window:
     gap: bool
     dropped: int
     stage_ms: dict[str, float]
+    slot: int | None = None
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
     """A prepared frame in the ring."""
 
     t_s: float
@@ -107,7 +110,7 @@ class Windows:
         self.frames = self.made = self.incomplete = self.dropped = 0
         self.frame_s = 0.0
         self._spec, self._source, self._nearest = spec, source, sampling == NEAREST
-        self._ring: deque[_Kept] = deque()
+        self._ring: deque[Kept] = deque()
         self._distances: list[float] = []
         self.epoch = 0
         self._breaks = 0
@@ -128,7 +131,7 @@ class Windows:
         began = time.monotonic()
         pixels = clips.prepare(frame.pixels, self._spec)
         prepare_ms = (time.monotonic() - began) * 1000
-        self._ring.append(_Kept(frame.t_s, frame.sequence, pixels))
+        self._ring.append(Kept(frame.t_s, frame.sequence, pixels))
         self._forget(frame.t_s)
         if frame.t_s < self._due_s - EARLY_S:
             return None
@@ -155,13 +158,17 @@ class Windows:
         if last is None or frame.epoch != last.epoch or self._is_break(last, frame):
             self._broken = last is not None
             self.epoch = frame.epoch + self._breaks
-            self._ring.clear()
-            self._due_s = frame.t_s + self._spec.window_s
+            self._begin(frame.t_s)
         elif self.frame_s == 0.0:  # of two neighbours, however many were lost between them
             steps = frame.sequence - last.sequence
             self._distances.append((frame.t_s - last.t_s) / max(1, steps))
             if len(self._distances) >= LOOKED_AT:
                 self._refuse_slow()
+
+    def _begin(self, t_s: float) -> None:
+        """Forget what was, at the first frame of an epoch."""
+        self._ring.clear()
+        self._due_s = t_s + self._spec.window_s
 
     def _is_break(self, last: Frame, frame: Frame) -> bool:
         """Return whether two frames of an epoch are too far apart for this source; count it."""
@@ -196,7 +203,11 @@ class Windows:
         if chosen is None:
             self.incomplete += 1
             return None
-        kept = [self._ring[i] for i in chosen]
+        return self._made([self._ring[i] for i in chosen], frame, prepare_ms)
+
+    def _made(
+        self, kept: list[Kept], frame: Frame, prepare_ms: float, slot: int | None = None
+    ) -> Window:
         window = Window(
             number=self.made,
             clip=np.stack([one.pixels for one in kept]),
@@ -209,6 +220,7 @@ class Windows:
             gap=self._broken,
             dropped=self._lost,
             stage_ms={"decode_ms": frame.decode_ms, "prepare_ms": prepare_ms},
+            slot=slot,
         )
         self.made, self._lost, self._broken = self.made + 1, 0, False
         return window

@@ -1,6 +1,8 @@
 """Backends, one file each: `why_unavailable()` and `open(settings)`.
 
-A file of this folder also names the `FORMATS` of parts that it reads, such as ("onnx",).
+A file of this folder also names the `FORMATS` of parts that it reads, such as ("onnx",), and the
+`DEVICES` that it runs on, of cpu and cuda. Format TWIN stands for what a bundle's parts were made
+from: such a backend runs the twin that the bundle carries in the place of each part.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from vmoe.bundle import Part
+from vmoe.bundle import Bundle, Part
 from vmoe.clips import Clips
+
+TWIN = "twin"  # a format of no part
 
 Outputs = dict[str, NDArray[Any]]  # by the names that the graph gives them
 Run = Callable[[Mapping[str, Any]], Outputs]  # takes inputs by name: numpy, or what `put` gave
@@ -27,11 +31,13 @@ class BackendSettings:
         folder: the bundle's folder, where the parts' files lie.
         device: auto, cpu or cuda:N.
         threads: CPU threads of one run; None is the backend's own choice.
+        bundle: its manifest, for a backend that needs more of it than its parts.
     """
 
     folder: Path
     device: str = "auto"
     threads: int | None = None
+    bundle: Bundle | None = None
 
 
 class Backend(Protocol):

@@ -17,6 +17,7 @@ from vmoe.errors import BundleError, EngineMismatchError, MissingDependencyError
 from . import BackendSettings, Outputs, Run
 
 FORMATS = ("onnx",)
+DEVICES = ("cpu", "cuda")
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 ERRORS_ONLY = 4  # ORT's own lines would stand beside ours: fatal only

@@ -6,12 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests import bundles
+from tests.twins import random_clips
 from vmoe import bundle as reader
 from vmoe import registry
+from vmoe.batches import to_tensor
+from vmoe.checkpoint import load as load_checkpoint
 from vmoe.clips import ClipSpec
 from vmoe.errors import BundleError, SettingError
+from vmoe.export import ExportSettings, export
 from vmoe.runtime import load
 from vmoe.runtime.engine import ENGINES
 from vmoe.runtime.engines import BackendSettings
@@ -32,10 +37,50 @@ def path(tmp_path_factory: pytest.TempPathFactory, spec: ClipSpec) -> Path:
 def backend(request: pytest.FixtureRequest) -> str:
     """Return each backend that reads ONNX and can run here."""
     name: str = request.param
+    _skip_without(name)
+    return name
+
+
+def _skip_without(name: str) -> None:
     why = registry.load(ENGINES, name, "backend").why_unavailable()
     if why:
         pytest.skip(why)
-    return name
+
+
+@pytest.fixture(scope="module", params=["split", "if"])
+def exported(
+    request: pytest.FixtureRequest,
+    tiny_checkpoint: Path,
+    tiny_bundle: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Return a bundle that was made of a twin, and carries it."""
+    if request.param == "split":
+        return tiny_bundle
+    path = tmp_path_factory.mktemp("if") / "tiny-if"
+    export(tiny_checkpoint, path, ExportSettings(lowering="if"))
+    return path
+
+
+@pytest.mark.parametrize("name", registry.names(ENGINES))
+def test_it_agrees_with_the_twin(name: str, exported: Path, tiny_checkpoint: Path) -> None:
+    _skip_without(name)
+    clips = random_clips(6)
+    twin = load_checkpoint(tiny_checkpoint).twin
+    with torch.no_grad():
+        wanted = twin(to_tensor(clips), "frozen")
+        every = twin.run_all(to_tensor(clips)).numpy()
+    forced = [3, 0, 1, 2, 3, 0]
+    with load(exported, backend=name, device="cpu", threads=1) as engine:
+        assert engine.backend_name == name
+        got, sent = engine.infer(clips), engine.infer(clips, forced)
+    assert got.route.tolist() == wanted.route.tolist()
+    assert len(set(got.route.tolist())) > 1
+    assert (got.logits.dtype, got.scores.dtype, got.route.dtype) == ("f4", "f4", "i8")
+    np.testing.assert_allclose(got.scores, wanted.scores, atol=1e-4)
+    np.testing.assert_allclose(got.logits, wanted.logits, atol=1e-4)
+    assert sent.route.tolist() == forced
+    np.testing.assert_allclose(sent.logits, every[np.arange(6), forced], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", registry.names(ENGINES))
@@ -43,6 +88,7 @@ def test_a_backend_says_what_it_reads_and_whether_it_can(name: str) -> None:
     module = registry.load(ENGINES, name, "backend")
     assert module.__doc__
     assert module.FORMATS
+    assert "cpu" in module.DEVICES
     assert module.why_unavailable() is None or module.why_unavailable().endswith(".")
 
 

@@ -173,13 +173,15 @@ def test_backend_and_device_are_checked(path: Path) -> None:
         load(path, threads=0)
 
 
-def test_without_onnxruntime_it_says_what_to_install(
+def test_without_a_backend_it_says_what_to_install(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    why = r"^onnxruntime is not installed: pip install 'vmoe\[cpu\]' or 'vmoe\[gpu\]'\.$"
-    for backend in ("auto", "onnxruntime"):
-        with pytest.raises(MissingDependencyError, match=why):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    ort = r"onnxruntime is not installed: pip install 'vmoe\[cpu\]' or 'vmoe\[gpu\]'\."
+    ov = r"openvino is not installed: pip install 'vmoe\[openvino\]'\."
+    for backend, why in (("auto", f"{ort} {ov}"), ("onnxruntime", ort), ("openvino", ov)):
+        with pytest.raises(MissingDependencyError, match=f"^{why}$"):
             load(path, backend=backend)
 
 

@@ -1,0 +1,97 @@
+"""Which backend runs a bundle: asked for, verified at export, or the first that can."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import bundles
+from vmoe import bundle as reader
+from vmoe.clips import ClipSpec
+from vmoe.errors import BundleError, EngineMismatchError, MissingDependencyError
+from vmoe.runtime import load
+from vmoe.runtime.backends import choose, verified
+
+
+@pytest.fixture
+def path(tmp_path: Path, spec: ClipSpec) -> Path:
+    return bundles.write(tmp_path / "b", spec)
+
+
+def reported(path: Path, backends: Any) -> Path:
+    """Write what an export would have found."""
+    (path / "report.json").write_text(json.dumps({"backends": backends}))
+    return path
+
+
+def entry(latency_ms: float, ok: bool = True) -> dict[str, Any]:
+    return {"ok": ok, "latency_ms": latency_ms}
+
+
+def auto(path: Path, device: str = "auto") -> str:
+    return choose("auto", reader.read(path), device)
+
+
+def test_the_fastest_that_was_verified_is_taken(path: Path) -> None:
+    pytest.importorskip("openvino")
+    assert auto(path) == "onnxruntime"
+    assert auto(reported(path, {"onnxruntime": entry(2), "openvino": entry(1)})) == "openvino"
+    assert auto(reported(path, {"onnxruntime": entry(1), "openvino": entry(2)})) == "onnxruntime"
+    assert auto(reported(path, {"onnxruntime": entry(2), "openvino": entry(1, False)})) == (
+        "onnxruntime"
+    )
+    with load(reported(path, {"onnxruntime": entry(2), "openvino": entry(1)})) as engine:
+        assert engine.backend_name == "openvino"
+
+
+def test_one_that_is_not_installed_is_passed_over(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = reported(path, {"onnxruntime": entry(2), "openvino": entry(1)})
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert auto(both) == "onnxruntime"
+    only = reported(path, {"openvino": entry(1)})
+    with pytest.raises(MissingDependencyError, match=r"pip install 'vmoe\[openvino\]'"):
+        auto(only)  # verified for nothing else
+    assert choose("onnxruntime", reader.read(only), "auto") == "onnxruntime"  # who asks, gets it
+
+
+def test_a_device_that_a_backend_does_not_have_leaves_the_others(path: Path) -> None:
+    both = reported(path, {"onnxruntime": entry(2), "openvino": entry(1)})
+    assert auto(both, "cuda:0") == "onnxruntime"
+
+
+@pytest.mark.parametrize(
+    "backends",
+    [None, [], 3, {}, {"openvino": 1}, {"openvino": {}}, {"openvino": entry("fast")},  # type: ignore[arg-type]
+     {"openvino": {"ok": 1, "latency_ms": 1}}, {"../evil": entry(1)}, {"vmoe": entry(1)}],
+)  # fmt: skip
+def test_a_report_that_says_nothing_usable_is_none(path: Path, backends: Any) -> None:
+    assert verified(reader.read(reported(path, backends))) == []
+    assert auto(path) == "onnxruntime"
+
+
+def test_a_broken_report_does_not_matter(path: Path) -> None:
+    (path / "report.json").write_text("{")
+    assert auto(path) == "onnxruntime"
+
+
+def test_the_reference_is_never_automatic(path: Path) -> None:
+    assert auto(reported(path, {"torch": entry(0.1), "onnxruntime": entry(1)})) == "onnxruntime"
+
+
+def test_a_bundle_without_its_twin_has_no_reference(path: Path) -> None:
+    why = r"does not carry its twin.*Use --backend auto, or export it again without --no-twin\.$"
+    with pytest.raises(BundleError, match=why):
+        load(path, backend="torch")
+
+
+def test_a_format_that_a_backend_does_not_read(path: Path) -> None:
+    manifest = path / "vmoe.json"
+    manifest.write_text(manifest.read_text().replace('"format": "onnx"', '"format": "plan"'))
+    with pytest.raises(EngineMismatchError, match="parts in plan; backend openvino reads onnx"):
+        choose("openvino", reader.read(path), "auto")
