@@ -3,194 +3,222 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-from numpy.typing import NDArray
+from click.core import ParameterSource
 
-import vmoe
-from vmoe import adversarial, cli, latest, output, registry
-from vmoe.adversarial import AdversarialClips, Attacked
-from vmoe.attacks import tables
-from vmoe.attacks.deployed import Target, open_target, same_clips
-from vmoe.attacks.evaluate import METHODS, Evaluation, Row, evaluate, plan, replay
+from vmoe import adversarial, cli, latest, output
+from vmoe.adversarial import AdversarialClips
+from vmoe.attacks import chosen as clips_of
+from vmoe.attacks import flags as given_by
+from vmoe.attacks import parts, plot, presets, ranks, record, tables
+from vmoe.attacks.chosen import Chosen
+from vmoe.attacks.deployed import Target, open_target
+from vmoe.attacks.evaluate import Evaluation, Row, job, replay
 from vmoe.attacks.figures import everything
-from vmoe.attacks.grid import linf, radius
-from vmoe.clips import Clips, ClipSpec
-from vmoe.data import DataSettings, open_data
+from vmoe.attacks.flags import RunSettings
+from vmoe.attacks.ranks import Ranks
+from vmoe.attacks.session import Session
 from vmoe.errors import SettingError
-from vmoe.models import ROUTE_GRADS
-from vmoe.settings import Settings, format_eps, from_mapping, opt, to_mapping
+from vmoe.report import plain
 
 log = cli.log
 RUNS = Path("runs/attack")
-CLIPS_SEED = 0  # which clips are taken: the same for every --seed, so that runs compare
+FILES = ("report.json", "report.md", "report.csv", *(f"{plot.NAME}.{k}" for k in plot.KINDS))
+KEPT = ("twin", "save_adv", "preset", "curve", "sanity", "seed", "device")  # for --resume
+PATHS = ("twin", "save_adv")
 
 
 @dataclass(frozen=True)
-class RunSettings(Settings):
-    """What the command itself takes."""
+class Asked:
+    """A command line of vmoe-attack; `flags` are those of settings, None where not given."""
 
-    data: str = opt("camera-motion", "camera-motion, a folder with a folder per class, NAME:/path")
-    split: str = opt("test", "which part of the data", choices=("train", "val", "test"))
-    group: str | None = opt(
-        None, "regular expression that splits a folder; default: as the twin was trained"
-    )
-    n: int = opt(200, "how many clips", at_least=1)
-    attack: tuple[str, ...] = opt(("pgd", "tlga-r", "j-tlga"), "attacks, with commas")
-    eps: tuple[float, ...] = opt((8 / 255,), "L-infinity budgets, with commas: 8/255 or 8 or 0.03")
-    route_grad: tuple[str, ...] = opt(
-        ROUTE_GRADS, "how attacks on the whole model pass the hard choice; the worst counts",
-        choices=ROUTE_GRADS,
-    )  # fmt: skip
-    batch: int = opt(16, "clips attacked at once", at_least=1)
+    target: Path | None
+    twin: Path | None
+    save_adv: Path | None
+    load_adv: Path | None
+    out: Path | None
+    md: Path | None
+    preset: str | None
+    curve: bool
+    sanity: bool
+    resume: bool
+    overwrite: bool
+    dry_run: bool
+    seed: int
+    device: str
+    config: Path | None
+    as_json: bool
+    flags: dict[str, Any]
 
-
-@dataclass(frozen=True)
-class Chosen:
-    """The clips that are attacked.
-
-    Attributes:
-        clean: uint8 [N, T, H, W, 3].
-        label: index among the model's labels, [N].
-        index: number of each clip in its data set, [N].
-        name: of data and split.
-    """
-
-    clean: Clips
-    label: NDArray[np.int64]
-    index: NDArray[np.int64]
-    name: str
-
-
-def _fields(cls: type[Settings]) -> set[str]:
-    return {field.name for field in dataclasses.fields(cls)}
-
-
-def _every_method_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give the command the options of all attacks, each once."""
-    seen = _fields(RunSettings) | {"seed", "grid"}  # every clip of a report lies on the grid
-    for name in registry.names(METHODS):
-        cls = registry.load(METHODS, name, "attack").Settings
-        function = cli.options(cls, skip=seen)(function)
-        seen |= _fields(cls)
-    return function
+    def refuse_contradictions(self) -> None:
+        """Refuse options that exclude each other, before any work."""
+        if self.save_adv is not None and self.load_adv is not None:
+            raise SettingError(
+                "--save-adv and --load-adv exclude each other: make clips, or replay."
+            )
+        if self.resume and self.overwrite:
+            raise SettingError("--resume and --overwrite exclude each other: go on, or begin anew.")
+        if self.load_adv is not None:
+            given = {name for name, value in self.flags.items() if value is not None} - {"batch"}
+            also = {name for name in ("preset", "curve", "resume") if getattr(self, name)}
+            given_by.refuse(given | also, f"--load-adv {self.load_adv} replays clips as they are")
 
 
 @cli.command(
     "vmoe-attack",
-    "vmoe-attack runs/train/mine/best.safetensors --attack pgd,j-tlga --eps 8,12 --n 100",
+    "vmoe-attack runs/train/mine/best.safetensors --attack pgd,apgd-ce,j-tlga --curve",
     "vmoe-attack runs/export/mine --attack tlga-r --gamma1 2 --save-adv clips",
     "vmoe-attack runs/export/mine --load-adv clips --md robust.md",
 )
 @click.argument("target", type=click.Path(path_type=Path), required=False)
 @cli.options(RunSettings)
-@_every_method_option
+@given_by.every_method_option
+@click.option("--preset", type=cli.NameType(presets.PRESETS), help="Named values, under flags.")
 @click.option("--twin", type=click.Path(path_type=Path), help="Checkpoint to make the clips on.")
 @click.option("--save-adv", type=click.Path(path_type=Path), help="Folder for the clips made.")
 @click.option("--load-adv", type=click.Path(path_type=Path), help="Replay the clips of a folder.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder. [default: runs/attack/NAME]")
 @click.option("--md", type=click.Path(path_type=Path), help="Write the Markdown report here, too.")
+@click.option("--curve", is_flag=True, help="Draw robust accuracy against eps (PNG and SVG).")
+@click.option(
+    "--sanity/--no-sanity", default=True, help="Check the attacks themselves. [default: on]"
+)
+@click.option("--resume", is_flag=True, help="Go on where --out was interrupted.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier report.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done; attack nothing.")
 @cli.seed_option
 @cli.device_option
 @cli.config_option
 @cli.json_option
-def main(
-    target: Path | None, twin: Path | None, save_adv: Path | None, load_adv: Path | None,
-    out: Path | None, md: Path | None, overwrite: bool, dry_run: bool, seed: int, device: str,
-    config: Path | None, as_json: bool, **flags: Any,
-) -> None:  # fmt: skip
+def main(**given: Any) -> None:
     """Attack TARGET: a checkpoint, or a bundle (its twin is attacked, its engine replays).
 
-    Without TARGET: the newest of runs/, else the model that ships.
+    Without TARGET: the newest of runs/, else the model that ships. A run that was interrupted goes
+    on with --resume and its --out. Several processes share one: torchrun --no-python
+    --nproc-per-node 4 vmoe-attack ...
     """
-    if save_adv is not None and load_adv is not None:
-        raise SettingError("--save-adv and --load-adv exclude each other: make clips, or replay.")
-    settings, rows = _plan(flags, seed, config, load_adv)
-    path, which = latest.target(target)
-    folder = _refuse_existing(path, out, md, save_adv, overwrite=overwrite)
-    say = log.info if as_json else click.echo
+    own = [field.name for field in dataclasses.fields(Asked) if field.name != "flags"]
+    asked = Asked(**{name: given.pop(name) for name in own}, flags=given)
+    asked.refuse_contradictions()
+    _attack(_as_before(asked) if asked.resume else asked, ranks.here())
+
+
+def _as_before(asked: Asked) -> Asked:
+    """Return the command line of a run that goes on; what is given now stands over it.
+
+    Where it contradicts the run, `parts.go_on` refuses and says which.
+    """
+    if asked.out is None:
+        raise SettingError("--resume goes on with the run in a folder; name it with --out.")
+    held = parts.command_of(asked.out)
+    before = {k: tuple(v) if isinstance(v, list) else v for k, v in held["flags"].items()}
+    given = {name: value for name, value in asked.flags.items() if value is not None}
+    source = click.get_current_context().get_parameter_source
+    left_out = [name for name in KEPT if source(name) is ParameterSource.DEFAULT]
+    values: dict[str, Any] = {
+        n: Path(v) if n in PATHS and v else v for n, v in held.items() if n in left_out
+    }
+    target = asked.target or Path(held["target"])
+    return dataclasses.replace(
+        asked, target=target, flags={**asked.flags, **before, **given}, **values
+    )
+
+
+@dataclass(frozen=True)
+class What:
+    """What is done to a target that is open.
+
+    Attributes:
+        settings: of the run.
+        rows: the attacks.
+        saved: clips that are replayed; None where they are made.
+        early: what is to be said of early stop; empty for nothing.
+    """
+
+    settings: RunSettings
+    rows: list[Row]
+    saved: AdversarialClips | None
+    early: str
+
+
+def _attack(asked: Asked, here: Ranks) -> None:
+    """Do what is asked, as one process of perhaps several."""
+    say: Callable[[str], Any] = log.info if asked.as_json else click.echo
+    if not here.first:
+        log.setLevel("WARNING")
+        say = log.debug
+    if asked.curve:
+        plot.require()
+    settings, rows = _plan(asked)
+    path, which = latest.target(asked.target)
+    folder = _place(asked, path) if here.first else None
     say(which)
-    with open_target(path, twin, device, replay=load_adv is not None) as opened:
-        if settings.group is None:
-            settings = dataclasses.replace(settings, group=opened.group)
-        saved = None if load_adv is None else _load(load_adv, opened)
-        if saved is not None:
-            rows = [row for row, _ in _rows_of(saved)]
-        header = _header(opened, settings, rows, saved)
+    device = here.device(asked.device)
+    with open_target(path, asked.twin, device, replay=asked.load_adv is not None) as opened:
+        what = _what(asked, opened, settings, rows)
+        header = record.header(opened, what.settings, what.rows, what.saved, what.early)
         say(header)
-        if dry_run:
+        if asked.dry_run:
             return
-        chosen, found = _run(opened, settings, rows, saved, keep_clips=save_adv is not None)
-        if save_adv is not None:
-            _save(save_adv, opened, chosen, found, seed)
-    report = _report(opened, chosen, found, rows, seed)
-    text = tables.markdown(report, f"{which}\n{header}")
-    _write(report, text, folder, md)
-    if as_json:
+        chosen = _chosen(opened, what)
+        found = _found(asked, here, folder, opened, what, chosen, path)
+        if found is None or folder is None:  # not rank 0
+            return
+        checked = _check(asked, opened, what, chosen, found)
+        if asked.save_adv is not None:
+            clips_of.save(asked.save_adv, opened, chosen, found, asked.seed)
+    figures = everything(found, chosen.index.tolist())
+    report = record.report(
+        opened, chosen, what.rows, asked.seed, figures, checked, what.early, asked.preset
+    )
+    _write(asked, report, f"{which}\n{header}", folder)
+    if asked.as_json:
         cli.print_json(report)
     else:
-        click.echo("\n" + tables.attacks(report) + "\n")
-        click.echo(tables.agreement(report) or "no engine: TARGET is a checkpoint")
-    _say_next(say, path, opened, folder, save_adv)
+        _show(report)
+    _say_next(say, path, opened, folder, asked)
 
 
-def _plan(
-    flags: dict[str, Any], seed: int, config: Path | None, load_adv: Path | None
-) -> tuple[RunSettings, list[Row]]:
-    """Read the flags; refuse those that would have no effect."""
-    given = {name for name, value in flags.items() if value is not None}
-    settings = cli.resolve(RunSettings, flags, config)
-    methods = [registry.load(METHODS, name, "attack").Settings for name in settings.attack]
-    if load_adv is not None:
-        strange = given - {"batch"}
-        _refuse_flag(strange, f"--load-adv {load_adv} replays clips as they are")
-        return settings, []
-    known = _fields(RunSettings).union(*map(_fields, methods))
-    _refuse_flag(given - known, f"none of {', '.join(settings.attack)} takes it")
-    if "route_grad" in given and not any("route_grad" in _fields(cls) for cls in methods):
-        _refuse_flag({"route_grad"}, f"none of {', '.join(settings.attack)} takes it")
-    values = {k: v for k, v in flags.items() if v is not None and k not in _fields(RunSettings)}
-    attacks = list(dict.fromkeys(settings.attack))
-    eps, ways = dict.fromkeys(settings.eps), dict.fromkeys(settings.route_grad)
-    return settings, plan(attacks, list(eps), list(ways), seed=seed, **values)
+def _plan(asked: Asked) -> tuple[RunSettings, list[Row]]:
+    """Read the flags of settings; a replay has its rows from the clips."""
+    if asked.load_adv is not None:
+        return cli.resolve(RunSettings, asked.flags, asked.config), []
+    return given_by.read(
+        asked.flags, asked.seed, asked.config, asked.preset, curve=asked.curve
+    )  # fmt: skip
 
 
-def _refuse_flag(strange: set[str], why: str) -> None:
-    if strange:
-        flag = "--" + min(strange).replace("_", "-")
-        raise SettingError(f"{flag} has no effect: {why}; leave it out.")
-
-
-def _refuse_existing(
-    path: Path, out: Path | None, md: Path | None, save_adv: Path | None, *, overwrite: bool
-) -> Path:
+def _place(asked: Asked, path: Path) -> Path:
     """Refuse, before any work is done, outputs that exist or cannot be written.
 
     Returns:
         The folder of the report.
     """
-    if save_adv is not None:
-        adversarial.refuse_existing(save_adv)
-        output.probe(save_adv)
+    if asked.save_adv is not None:
+        adversarial.refuse_existing(asked.save_adv)
+        output.probe(asked.save_adv)
     name = path.parent.name if path.name == "best.safetensors" else path.stem
-    folder = out or _free(RUNS / name)
-    for file in (folder / "report.json", folder / "report.md", *([md] if md else [])):
-        if file.exists() and not overwrite:
+    folder = asked.out or _free(RUNS / name)
+    if folder.is_file():
+        raise SettingError(f"{folder} is a file; --out is a folder.")
+    own = [folder / file for file in FILES]
+    for file in [*own, *([asked.md] if asked.md else [])]:
+        wanted = asked.overwrite or (asked.resume and file in own)
+        if file.exists() and not wanted:
             raise SettingError(f"{file} exists. Choose another --out or --md, or say --overwrite.")
         if file.is_dir():
             raise SettingError(f"{file} is a folder; choose another --out or --md.")
-    if folder.is_file():
-        raise SettingError(f"{folder} is a file; --out is a folder.")
-    for place in (folder, *([md] if md else [])):
+    if parts.begun(folder) and not asked.overwrite and not asked.resume:
+        raise SettingError(
+            f"{folder} holds a run that was not finished: go on with --resume, or begin anew with "
+            "--overwrite."
+        )
+    for place in (folder, *([asked.md] if asked.md else [])):
         output.probe(place)
     return folder
 
@@ -203,164 +231,104 @@ def _free(folder: Path) -> Path:
     return at
 
 
-def _header(
-    opened: Target, settings: RunSettings, rows: Sequence[Row], saved: AdversarialClips | None
-) -> str:
-    spec, lines = opened.spec, []
-    if opened.twin is not None:
-        model = opened.twin.twin.settings
-        lines.append(
-            f"model: {model.arch}, width {model.width:g}, experts: {model.experts}, "
-            f"{len(opened.labels)} labels, clips {spec.frames}x{spec.height}x{spec.width}, "
-            f"a frame each {spec.spacing_s:g} s"
+def _what(asked: Asked, opened: Target, settings: RunSettings, rows: list[Row]) -> What:
+    """Settle what depends on the target: groups, saved clips, early stop."""
+    if settings.group is None:
+        settings = dataclasses.replace(settings, group=opened.group)
+    if asked.load_adv is not None:
+        saved = clips_of.load(asked.load_adv, opened)
+        return What(settings, [row for row, _ in clips_of.rows_of(saved)], saved, "")
+    given_by.refuse_budgets(rows, opened.spec)
+    early = ""
+    if asked.flags.get("early_stop") is None and (opened.engine is not None or asked.save_adv):
+        rows = given_by.stopping(rows, early=False)
+        who = "an engine judges, too" if opened.engine is not None else "the clips are saved"
+        early = (
+            f"early stop: off, as {who}: a first success lies on the twin's boundary, and "
+            "transfers worse (--early-stop turns it on)"
         )
-        foreign = ", FOREIGN: the engine was exported from another twin" if opened.foreign else ""
-        lines.append(f"twin: {opened.twin_path} (sha256 {opened.twin_sha256[:12]}{foreign})")
-    if opened.engine is not None:
-        bundle = opened.engine.bundle
-        lines.append(
-            f"engine: {bundle.path}, {bundle.lowering}, on {opened.engine.backend_name}: "
-            "sees the clips made on the twin"
-        )
-    data = f"{settings.data} {settings.split}, {settings.n} clips"
-    if settings.group:
-        data += f", groups {settings.group!r}"
-    if saved is not None:
-        data = f"{len(saved.label)} clips of {saved.origin.get('data')}, as saved"
-    lines.append(f"data: {data}")
-    budgets = "; ".join(
-        f"{format_eps(eps)}, {radius(eps)} grey levels"
-        for eps in dict.fromkeys(r.eps for r in rows)
-    )
-    lines.append(f"threat model: L-infinity, eps {budgets}; judged on uint8 clips")
-    return "\n".join(lines)
+    return What(settings, rows, None, early)
 
 
-def _choose(settings: RunSettings, spec: ClipSpec, labels: tuple[str, ...]) -> Chosen:
-    """Take n clips of the data, the same for every seed; labels are matched by name."""
-    how = DataSettings(group=settings.group or "")
-    data = open_data(settings.data, settings.split, spec, how)
-    name = f"{settings.data} {settings.split}"
-    if settings.n > len(data):
-        raise SettingError(f"--n is {settings.n}; {name} has {len(data)} clips.")
-    strange = [label for label in data.labels if label not in labels]
-    if strange:
-        raise SettingError(
-            f"{name} has the label {strange[0]!r}, which the model does not know; "
-            f"it knows {', '.join(labels)}."
-        )
-    order = np.random.default_rng(CLIPS_SEED).permutation(len(data))
-    index = np.sort(order[: settings.n]).astype(np.int64)
-    taken = [data[int(i)] for i in cli.progress(index, "clips read", len(index))]
-    label = np.array([labels.index(data.labels[k]) for _, k in taken], np.int64)
-    return Chosen(np.stack([clip for clip, _ in taken]), label, index, name)
+def _chosen(opened: Target, what: What) -> Chosen:
+    if what.saved is not None:
+        return clips_of.as_chosen(what.saved)
+    return clips_of.choose(what.settings, opened.spec, opened.labels)
 
 
-def _run(
-    opened: Target, settings: RunSettings, rows: Sequence[Row], saved: AdversarialClips | None,
-    *, keep_clips: bool,
-) -> tuple[Chosen, Evaluation]:  # fmt: skip
-    if saved is not None:
-        label, index = np.array(saved.label, np.int64), np.array(saved.index, np.int64)
-        chosen = Chosen(saved.clean, label, index, str(saved.origin.get("data")))
-        attacked = _rows_of(saved)
-        found = replay(saved.clean, label, attacked, opened.judges, batch=settings.batch)
-        return chosen, found
-    chosen = _choose(settings, opened.spec, opened.labels)
+def _found(
+    asked: Asked, here: Ranks, folder: Path | None, opened: Target, what: What, chosen: Chosen,
+    path: Path,
+) -> Evaluation | None:  # fmt: skip
+    """Attack and judge, or replay; return None on every rank but 0."""
+    judges, batch = opened.judges, what.settings.batch
+    if what.saved is not None:
+        if not here.first:
+            return None  # judging alone is not worth sharing
+        pairs = clips_of.rows_of(what.saved)
+        return replay(
+            chosen.clean, chosen.label, pairs, judges, index=chosen.index, batch=batch
+        )  # fmt: skip
     assert opened.twin is not None  # open_target refuses a bundle without one
-    found = evaluate(
-        opened.twin.twin, chosen.clean, chosen.label, rows, opened.judges, index=chosen.index,
-        batch=settings.batch, device=opened.device, keep_clips=keep_clips,
+    keep = asked.save_adv is not None
+    work = job(
+        opened.twin.twin, chosen.clean, chosen.label, what.rows, judges, index=chosen.index,
+        batch=batch, device=opened.device, keep_clips=keep,
     )  # fmt: skip
-    return chosen, found
+    run = record.run_of(opened, what.settings, what.rows, chosen, keep)
+    session = Session(work, run, _command(asked, path), asked.resume)
+    if asked.overwrite and folder is not None:
+        for file in FILES:  # a report of another run must not stand beside parts of this one
+            (folder / file).unlink(missing_ok=True)
+    if here.world > 1:
+        return session.together(folder, here)
+    assert folder is not None  # rank 0 has one
+    return session.alone(folder)
 
 
-def _load(path: Path, opened: Target) -> AdversarialClips:
-    """Read saved clips; refuse those of another model, and those beyond their own budget."""
-    saved = adversarial.load(path)
-    same_clips(
-        (f"{path}", saved.spec, saved.labels), (f"{opened.path}", opened.spec, opened.labels),
-        "make the clips anew: vmoe-attack --save-adv",
-    )  # fmt: skip
-    for attacked in saved.attacked:
-        found, most = linf(attacked.clips, saved.clean), radius(attacked.eps)
-        if found > most:
-            raise SettingError(
-                f"{path}: clips of {attacked.attack} at eps {format_eps(attacked.eps)} change by "
-                f"{found} grey levels, more than {most}: make the clips anew."
-            )
-    return saved
+def _command(asked: Asked, path: Path) -> dict[str, Any]:
+    """Return what `_as_before` needs to do the same again."""
+    flags = {name: value for name, value in asked.flags.items() if value is not None}
+    kept = {name: getattr(asked, name) for name in KEPT}
+    command: dict[str, Any] = plain({"target": path, "flags": flags, **kept})
+    return command
 
 
-def _rows_of(saved: AdversarialClips) -> list[tuple[Row, Clips]]:
-    rows = []
-    for attacked in saved.attacked:
-        method = registry.load(METHODS, attacked.attack, "attack")
-        how = [from_mapping(method.Settings, each, "saved clips") for each in attacked.settings]
-        row = Row(attacked.attack, method.PART, attacked.eps, tuple(how))
-        rows.append((row, attacked.clips))
-    return rows
+def _check(
+    asked: Asked, opened: Target, what: What, chosen: Chosen, found: Evaluation
+) -> dict[str, Any] | None:
+    """Check the attacks themselves, on some of the clips."""
+    return None
 
 
-def _save(path: Path, opened: Target, chosen: Chosen, found: Evaluation, seed: int) -> None:
-    attacked = tuple(
-        Attacked(
-            outcome.row.attack, outcome.row.eps, [to_mapping(s) for s in outcome.row.settings],
-            outcome.clips,
-        )
-        for outcome in found.outcomes
-    )  # fmt: skip
-    origin = {"data": chosen.name, "seed": seed, "twin_sha256": opened.twin_sha256}
-    label, index = tuple(chosen.label.tolist()), tuple(chosen.index.tolist())
-    clips = AdversarialClips(
-        opened.spec, opened.labels, chosen.clean, label, index, attacked, origin
-    )
-    adversarial.save(clips, path)
+def _write(asked: Asked, report: dict[str, Any], header: str, folder: Path) -> None:
+    curve = plot.write(report, folder)[0].name if asked.curve else None
+    text = tables.markdown(report, header, curve)
+    record.write(report, text, folder, asked.md)
+    parts.remove(folder)
 
 
-def _report(
-    opened: Target, chosen: Chosen, found: Evaluation, rows: Sequence[Row], seed: int
-) -> dict[str, Any]:
-    twin, engine = opened.twin, opened.engine
-    return {
-        "vmoe": vmoe.__version__,
-        "command": shlex.join(["vmoe-attack", *sys.argv[1:]]),
-        "target": str(opened.path),
-        "twin": twin and {
-            "file": str(opened.twin_path), "sha256": opened.twin_sha256,
-            "foreign": opened.foreign, "model": to_mapping(twin.twin.settings),
-        },
-        "engine": engine and {
-            "bundle": str(engine.bundle.path), "backend": engine.backend_name,
-            "lowering": engine.bundle.lowering, "versions": engine.bundle.versions,
-        },
-        "threat_model": {"norm": "linf", "grid": "uint8"},
-        "data": chosen.name,
-        "n": len(chosen.label),
-        "labels": list(opened.labels),
-        "seed": seed,
-        "settings": [
-            {"attack": row.attack, "eps": row.eps, "each": [to_mapping(s) for s in row.settings]}
-            for row in rows
-        ],
-        **everything(found, chosen.index.tolist()),
-    }  # fmt: skip
-
-
-def _write(report: dict[str, Any], text: str, folder: Path, md: Path | None) -> None:
-    output.write_json(folder / "report.json", report)
-    for path in (folder / "report.md", *([md] if md else [])):
-        output.write_text(path, text)
+def _show(report: dict[str, Any]) -> None:
+    click.echo("\n" + tables.attacks(report) + "\n")
+    click.echo(tables.agreement(report) or "no engine: TARGET is a checkpoint")
+    if report["sanity"]:
+        click.echo("\n" + tables.sanity(report))
 
 
 def _say_next(
-    say: Callable[[str], Any], path: Path, opened: Target, folder: Path, save_adv: Path | None
+    say: Callable[[str], Any], path: Path, opened: Target, folder: Path, asked: Asked
 ) -> None:
     say(f"report: {folder / 'report.md'}   {folder / 'report.json'}")
-    if save_adv is not None:
-        say(f"clips: {save_adv}")
-        say(f"next: vmoe-attack {path} --load-adv {save_adv}")
+    if asked.curve:
+        say(f"curve: {folder / f'{plot.NAME}.png'}")
+    if asked.save_adv is not None:
+        say(f"clips: {asked.save_adv}")
+        say(f"next: vmoe-attack {path} --load-adv {asked.save_adv}")
     elif opened.engine is None:
         say(f"next: vmoe-export {path}")
     else:
         say(f"next: vmoe-run {path} --camera 0")
+
+
+if __name__ == "__main__":
+    main()

@@ -143,7 +143,8 @@ class Job:
                 if lacking:
                     yield from self._fill(parts, batch, lacking)
 
-        for _ in progress(steps(), "batches attacked", sum(map(len, todo.values()))):
+        total = sum(row != CLEAN for rows in todo.values() for row in rows)
+        for _ in progress(steps(), "batches attacked", total):
             pass
 
     def gather(self, parts: Parts) -> Evaluation:
@@ -157,10 +158,10 @@ class Job:
         answers = {name: judge(self.clips[at]) for name, judge in judges.items()}
         for row in lacking:
             if row == CLEAN:
-                arrays = pack_clean({name: look(answer) for name, answer in answers.items()})
-            else:
-                arrays = self._under(self.rows[row], at, judges, answers)
-            parts[key(batch, row)] = arrays
+                seen = {name: look(answer) for name, answer in answers.items()}
+                parts[key(batch, row)] = pack_clean(seen)
+                continue
+            parts[key(batch, row)] = self._under(self.rows[row], at, judges, answers)
             yield
 
     def _under(

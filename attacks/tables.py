@@ -57,12 +57,42 @@ def agreement(report: Mapping[str, Any]) -> str:
     return "twin against engine, clip by clip\n\n" + table(rows, columns)
 
 
-def markdown(report: Mapping[str, Any], header: str) -> str:
-    """Return the whole report."""
+def sanity(report: Mapping[str, Any]) -> str:
+    """Return what the checks of the attacks themselves say; empty where none were asked for."""
+    found = report.get("sanity")
+    if not found:
+        return ""
+    rows = [[c["number"], c["name"], c["verdict"], c["line"]] for c in found["checks"]]
+    title = f"sanity of the attacks, on {found['n']} clips"
+    shown = table(rows, ("no", "check", "verdict", "measured"))
+    return f"{title}\n\n{shown}\n\n{found['verdict']}"
+
+
+def flat(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return every row of the report, worst-of among them, as one flat mapping each."""
+    return [_flat(row) for row in [*report["rows"], *report["worst_of"]]]
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row whose shares are spread: robust, robust_hits, robust_low, ..."""
+    made: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            made[name] = value["share"]
+            made |= {f"{name}_{key}": value[key] for key in ("hits", "n", "low", "high")}
+        else:
+            made[name] = value
+    return made
+
+
+def markdown(report: Mapping[str, Any], header: str, curve: str | None = None) -> str:
+    """Return the whole report; `curve` is the name of a picture beside it."""
     facts = "\n".join(f"* {line}" for line in header.splitlines())
-    parts = ["# vmoe-attack", facts, attacks(report), agreement(report), LEGEND]
-    command = f"Made by `{report['command']}` with vmoe {report['vmoe']}."
-    return "\n\n".join(part for part in [*parts, command] if part) + "\n"
+    picture = f"![robust accuracy against eps]({curve})" if curve else ""
+    parts = ["# vmoe-attack", facts, attacks(report), picture, agreement(report), sanity(report)]
+    versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
+    command = f"Made by `{report['command']}`; seed {report['seed']}; {versions}."
+    return "\n\n".join(part for part in [*parts, LEGEND, command] if part) + "\n"
 
 
 def _row(row: Mapping[str, Any]) -> list[object]:

@@ -2,7 +2,8 @@
 
     manifest.json      the clip spec, labels, attacks, budgets, and the hash of every file
     clean.npz          clips uint8 [N, T, H, W, 3]
-    1-pgd-8.npz, ...   the same clips under one attack at one budget (here 8/255), numbered: the
+    1-pgd-8.npz, ...   the same clips under one attack at one budget (here 8/255; of L2,
+                       1-pgd-l2-2.npz), numbered: the
                        names of two budgets may read the same
 
 Lossless and without pickle. Hashes prove that nothing changed since the clips were made.
@@ -34,19 +35,22 @@ class Attacked:
 
     Attributes:
         attack: its name.
-        eps: L-infinity budget, on pixels in [0, 1].
+        eps: budget, on pixels in [0, 1].
         settings: the attack's, one mapping for each route_grad that was tried.
         clips: uint8 [N, T, H, W, 3].
+        norm: of the budget: linf or l2.
     """
 
     attack: str
     eps: float
     settings: list[dict[str, Any]]
     clips: Clips
+    norm: str = "linf"
 
     def file(self, number: int) -> str:
         """Return the name of its file, as one of several."""
-        return f"{number}-{self.attack}-{self.eps * 255:.6g}.npz"
+        size = f"{self.eps * 255:.6g}" if self.norm == "linf" else f"l2-{self.eps:.6g}"
+        return f"{number}-{self.attack}-{size}.npz"
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,13 @@ def save(clips: AdversarialClips, path: Path) -> None:
             "label": list(clips.label),
             "index": list(clips.index),
             "attacked": [
-                {"attack": a.attack, "eps": a.eps, "settings": a.settings, "file": file}
+                {
+                    "attack": a.attack,
+                    "norm": a.norm,
+                    "eps": a.eps,
+                    "settings": a.settings,
+                    "file": file,
+                }
                 for file, a in files.items()
             ],
             "sha256": hashes,
@@ -146,11 +156,20 @@ def _parse(path: Path, values: dict[str, Any]) -> AdversarialClips:
         return _read(path, name, values["sha256"][name], len(label), spec)
 
     attacked = tuple(
-        Attacked(str(a["attack"]), float(a["eps"]), list(a["settings"]), read(a["file"]))
+        Attacked(
+            str(a["attack"]), float(a["eps"]), list(a["settings"]), read(a["file"]),
+            _norm(a.get("norm", "linf")),  # clips of before there was another
+        )
         for a in values["attacked"]
-    )
+    )  # fmt: skip
     origin = dict(values["origin"])
     return AdversarialClips(spec, labels, read(CLEAN), label, index, attacked, origin)
+
+
+def _norm(name: Any) -> str:
+    if name not in ("linf", "l2"):
+        raise ValueError(f"norm is {name!r}, neither linf nor l2")
+    return str(name)
 
 
 def _write(path: Path, clips: Clips) -> str:

@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -194,26 +194,36 @@ device_option = click.option(
 )
 
 
-def options(cls: type[Settings], *, skip: Iterable[str] = ()) -> Callable[[F], F]:
+def options(
+    cls: type[Settings],
+    *,
+    skip: Iterable[str] = (),
+    also: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Callable[[F], F]:
     """Give a command one flag for each field of a settings class.
 
     Every flag's default is None in the call, so that `resolve` can tell what was given.
+
+    Args:
+        cls: the settings class.
+        skip: fields that get no flag.
+        also: of a field, the defaults that it has elsewhere, by where: shown in the help.
     """
     hints = typing.get_type_hints(cls)
 
     def wrap(function: F) -> F:
         for field in reversed([f for f in dataclasses.fields(cls) if f.name not in set(skip)]):
-            function = _option(field, hints[field.name])(function)
+            function = _option(field, hints[field.name], (also or {}).get(field.name, {}))(function)
         return function
 
     return wrap
 
 
-def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[F], F]:
+def _option(field: dataclasses.Field[Any], hint: Any, also: Mapping[str, Any]) -> Callable[[F], F]:
     flag = "--" + field.name.replace("_", "-")
     kinds = _settings._kinds(hint)
     text = field.metadata["help"]
-    shown = _shown(field.name, field.default)
+    shown = _shown(field.name, field.default, also)
     if bool in kinds:
         return click.option(f"{flag}/--no-{flag[2:]}", default=None, help=f"{text} {shown}")
     member: Any = typing.get_args(hint)[0] if tuple in kinds else kinds[0]
@@ -224,11 +234,13 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[F], F]:
     return click.option(flag, type=kind, default=None, help=f"{text} {shown}", is_eager=early)
 
 
-def _shown(name: str, default: Any) -> str:
+def _shown(name: str, default: Any, also: Mapping[str, Any]) -> str:
     if default is None or default in ((), ""):
         return ""
     values = default if isinstance(default, tuple) else (default,)
-    return f" [default: {', '.join(_one(name, value) for value in values)}]"
+    text = ", ".join(_one(name, value) for value in values)
+    others = "".join(f"; {where}: {_one(name, value)}" for where, value in also.items())
+    return f" [default: {text}{others}]"
 
 
 def _is_budget(name: str) -> bool:

@@ -1,0 +1,149 @@
+"""What the command line of vmoe-attack says: the run's settings, and the rows that are attacked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vmoe import cli, registry
+from vmoe.attacks import ball, presets
+from vmoe.attacks.evaluate import METHODS, Row, plan
+from vmoe.clips import ClipSpec
+from vmoe.errors import SettingError
+from vmoe.models import ROUTE_GRADS
+from vmoe.settings import Settings, format_eps, opt
+
+EPS = {"linf": (8 / 255,), "l2": (2.0,)}
+LADDER = {"linf": tuple(e / 255 for e in (1, 2, 4, 8, 16)), "l2": (0.5, 1.0, 2.0, 4.0, 8.0)}
+OURS = {"eps", "norm", "seed", "grid"}  # of a method's settings, what the run decides for all
+
+
+@dataclass(frozen=True)
+class RunSettings(Settings):
+    """What the command itself takes."""
+
+    data: str = opt("camera-motion", "camera-motion, a folder with a folder per class, NAME:/path")
+    split: str = opt("test", "which part of the data", choices=("train", "val", "test"))
+    group: str | None = opt(
+        None, "regular expression that splits a folder; default: as the twin was trained"
+    )
+    n: int = opt(200, "how many clips", at_least=1)
+    attack: tuple[str, ...] = opt(("pgd", "tlga-r", "j-tlga"), "attacks, with commas")
+    norm: str = opt("linf", "norm of the budgets", choices=ball.NORMS)
+    eps: tuple[float, ...] = opt(
+        (), "budgets, with commas: 8/255 or 8 or 0.03; with --norm l2 lengths, 2.0. Default: "
+        "8/255, or 2.0; with --curve 1,2,4,8,16, or 0.5,1.0,2.0,4.0,8.0", above=0,
+    )  # fmt: skip
+    route_grad: tuple[str, ...] = opt(
+        ROUTE_GRADS, "how attacks on the whole model pass the hard choice; the worst counts",
+        choices=ROUTE_GRADS,
+    )  # fmt: skip
+    batch: int = opt(16, "clips attacked at once", at_least=1)
+
+
+def fields_of(cls: type[Settings]) -> set[str]:
+    """Return the names of a settings class."""
+    return {field.name for field in dataclasses.fields(cls)}
+
+
+def every_method_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give the command the options of all attacks, each once, with every default that it has."""
+    classes = {n: registry.load(METHODS, n, "attack").Settings for n in registry.names(METHODS)}
+    seen = fields_of(RunSettings) | OURS
+    for cls in classes.values():
+        own = [field for field in dataclasses.fields(cls) if field.name not in seen]
+        others = {field.name: _others(field, classes) for field in own}
+        function = cli.options(cls, skip=seen, also=others)(function)
+        seen |= fields_of(cls)
+    return function
+
+
+def _others(field: dataclasses.Field[Any], classes: dict[str, type[Settings]]) -> dict[str, Any]:
+    """Return the defaults, by attack, that are not a field's own."""
+    held = {
+        name: each.default
+        for name, cls in classes.items()
+        for each in dataclasses.fields(cls)
+        if each.name == field.name
+    }
+    return {name: default for name, default in held.items() if default != field.default}
+
+
+def read(
+    flags: dict[str, Any], seed: int, config: Path | None, preset: str | None, *, curve: bool
+) -> tuple[RunSettings, list[Row]]:
+    """Return settings and rows of a command line; refuse flags that would have no effect.
+
+    Args:
+        flags: by field; None where nothing was given.
+        seed: of the random draws.
+        config: the `--config` file, whose values stand in the flags, for errors.
+        preset: values that stand under the flags.
+        curve: whether a curve over a ladder of budgets is wanted.
+
+    Raises:
+        SettingError: a value that cannot be used, or has no effect.
+    """
+    given = {name for name, value in flags.items() if value is not None}
+    settings = cli.resolve(RunSettings, flags, config)
+    methods = [registry.load(METHODS, name, "attack").Settings for name in settings.attack]
+    names = ", ".join(settings.attack)
+    known = fields_of(RunSettings).union(*map(fields_of, methods))
+    refuse(given - known, f"none of {names} takes it")
+    if "route_grad" in given and not any("route_grad" in fields_of(cls) for cls in methods):
+        refuse({"route_grad"}, f"none of {names} takes it")
+    held = presets.under(flags, preset)
+    values = {k: v for k, v in held.items() if v is not None and k not in fields_of(RunSettings)}
+    eps = settings.eps or (LADDER if curve else EPS)[settings.norm]
+    attacks = tuple(dict.fromkeys(name.replace("_", "-") for name in settings.attack))
+    settings = dataclasses.replace(
+        settings, attack=attacks, eps=tuple(dict.fromkeys(eps)),
+        route_grad=tuple(dict.fromkeys(settings.route_grad)),
+    )  # fmt: skip
+    rows = plan(
+        attacks, settings.eps, settings.route_grad, norm=settings.norm, seed=seed, **values
+    )  # fmt: skip
+    return settings, rows
+
+
+def refuse(strange: set[str], why: str) -> None:
+    """Refuse a flag that would have no effect."""
+    if strange:
+        flag = "--" + min(strange).replace("_", "-")
+        raise SettingError(f"{flag} has no effect: {why}; leave it out.")
+
+
+def refuse_budgets(rows: Sequence[Row], spec: ClipSpec) -> None:
+    """Refuse, once the clips are known, an L2 budget that holds every clip there is."""
+    most = values_of(spec) ** 0.5
+    for row in rows:
+        if row.norm == "l2" and row.eps > most:
+            raise SettingError(
+                f"--eps is {format_eps(row.eps, 'l2')}; with --norm l2 it must be at most "
+                f"{most:.1f}, from a black clip to a white one."
+            )
+
+
+def values_of(spec: ClipSpec) -> int:
+    """Return how many values a clip has."""
+    t, h, w, c = spec.shape
+    return t * h * w * c
+
+
+def stopping(rows: Sequence[Row], *, early: bool) -> list[Row]:
+    """Return rows with early stop on or off."""
+    return [
+        dataclasses.replace(row, settings=tuple(_stop(each, early) for each in row.settings))
+        for row in rows
+    ]
+
+
+def _stop(settings: Settings, early: bool) -> Settings:
+    if "early_stop" not in fields_of(type(settings)):
+        return settings
+    changed: Any = settings
+    made: Settings = dataclasses.replace(changed, early_stop=early)
+    return made

@@ -1,0 +1,162 @@
+"""What a run says of itself: the lines before it, what its result depends on, and its report."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import vmoe
+from vmoe import output
+from vmoe.adversarial import AdversarialClips
+from vmoe.attacks import tables
+from vmoe.attacks.chosen import Chosen
+from vmoe.attacks.deployed import Target
+from vmoe.attacks.evaluate import Row
+from vmoe.attacks.flags import RunSettings, values_of
+from vmoe.attacks.grid import radius
+from vmoe.bundle import sha256
+from vmoe.clips import ClipSpec
+from vmoe.report import to_csv
+from vmoe.settings import format_eps, to_mapping
+
+
+def header(
+    opened: Target, settings: RunSettings, rows: Sequence[Row], saved: AdversarialClips | None,
+    early: str,
+) -> str:  # fmt: skip
+    """Return what is attacked, on what, within what.
+
+    Args:
+        opened: what is attacked.
+        settings: of the run.
+        rows: the attacks.
+        saved: clips that are replayed; None where they are made.
+        early: what is to be said of early stop; empty for nothing.
+    """
+    spec, lines = opened.spec, []
+    if opened.twin is not None:
+        model = opened.twin.twin.settings
+        lines.append(
+            f"model: {model.arch}, width {model.width:g}, experts: {model.experts}, "
+            f"{len(opened.labels)} labels, clips {spec.frames}x{spec.height}x{spec.width}, "
+            f"a frame each {spec.spacing_s:g} s"
+        )
+        foreign = ", FOREIGN: the engine was exported from another twin" if opened.foreign else ""
+        lines.append(f"twin: {opened.twin_path} (sha256 {opened.twin_sha256[:12]}{foreign})")
+    if opened.engine is not None:
+        bundle = opened.engine.bundle
+        lines.append(
+            f"engine: {bundle.path}, {bundle.lowering}, on {opened.engine.backend_name}: "
+            "sees the clips made on the twin"
+        )
+    data = f"{settings.data} {settings.split}, {settings.n} clips"
+    if settings.group:
+        data += f", groups {settings.group!r}"
+    if saved is not None:
+        data = f"{len(saved.label)} clips of {saved.origin.get('data')}, as saved"
+    lines += [f"data: {data}", threat_model(rows, spec), *([early] if early else [])]
+    return "\n".join(lines)
+
+
+def threat_model(rows: Sequence[Row], spec: ClipSpec) -> str:
+    """Return within what clips may be changed: every budget in both forms."""
+    norms = list(dict.fromkeys(row.norm for row in rows))
+    said = []
+    for norm in norms:
+        budgets = dict.fromkeys(row.eps for row in rows if row.norm == norm)
+        if norm == "linf":
+            each = [f"{format_eps(eps)}, {radius(eps)} grey levels" for eps in budgets]
+            said.append(f"L-infinity, eps {'; '.join(each)}")
+        else:
+            count = values_of(spec)
+            each = [
+                f"{format_eps(eps, norm)} ({255 * eps / count**0.5:.3g} grey levels RMS)"
+                for eps in budgets
+            ]
+            said.append(f"L2 over the {count} values of a clip, eps {'; '.join(each)}")
+    return f"threat model: {'; '.join(said)}; judged on uint8 clips"
+
+
+def context(device: torch.device) -> dict[str, Any]:
+    """Return with what a result was made, as far as its last bits may depend on it."""
+    return {
+        "vmoe": vmoe.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def run_of(
+    opened: Target, settings: RunSettings, rows: Sequence[Row], chosen: Chosen, keep_clips: bool
+) -> dict[str, Any]:
+    """Return everything that the parts of a run depend on, by names that a user knows."""
+    engine = opened.engine
+    return {
+        "twin sha256": opened.twin_sha256,
+        "engine sha256": engine and sha256(engine.bundle.path / "vmoe.json"),
+        **{f"--{k.replace('_', '-')}": v for k, v in to_mapping(settings).items()},
+        "--save-adv": keep_clips,
+        "clips sha256": chosen.sha256,
+        **{
+            f"{name} of {row.attack} at eps {format_eps(row.eps, row.norm)}, {i}": value
+            for row in rows
+            for i, each in enumerate(row.settings, 1)
+            for name, value in to_mapping(each).items()
+        },
+        **context(opened.device),
+    }
+
+
+def report(
+    opened: Target, chosen: Chosen, rows: Sequence[Row], seed: int, found: dict[str, Any],
+    sanity: dict[str, Any] | None, early: str, preset: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the report as JSON holds it; `found` are its figures, as of `everything`."""
+    twin, engine = opened.twin, opened.engine
+    return {
+        "vmoe": vmoe.__version__,
+        "versions": context(opened.device),
+        "command": shlex.join(["vmoe-attack", *sys.argv[1:]]),
+        "target": str(opened.path),
+        "twin": twin and {
+            "file": str(opened.twin_path), "sha256": opened.twin_sha256,
+            "foreign": opened.foreign, "model": to_mapping(twin.twin.settings),
+        },
+        "engine": engine and {
+            "bundle": str(engine.bundle.path), "backend": engine.backend_name,
+            "lowering": engine.bundle.lowering, "versions": engine.bundle.versions,
+        },
+        "threat_model": {"norm": rows[0].norm, "grid": "uint8"},
+        "early_stop": early or None,
+        "preset": preset,
+        "data": chosen.name,
+        "clips_sha256": chosen.sha256,
+        "n": len(chosen.label),
+        "labels": list(opened.labels),
+        "seed": seed,
+        "settings": [
+            {"attack": row.attack, "eps": row.eps, "each": [to_mapping(s) for s in row.settings]}
+            for row in rows
+        ],
+        "sanity": sanity,
+        **found,
+    }  # fmt: skip
+
+
+def write(report: dict[str, Any], text: str, folder: Path, md: Path | None) -> None:
+    """Write report.json, report.csv and report.md, each whole; `md` gets the last, too."""
+    output.write_text(folder / "report.csv", to_csv(tables.flat(report)))
+    for path in (folder / "report.md", *([md] if md else [])):
+        output.write_text(path, text)
+    output.write_json(folder / "report.json", report)  # the last: with it, a run is finished
