@@ -12,15 +12,18 @@ from torch import Tensor, nn
 from vmoe.batches import to_tensor
 from vmoe.clips import Clips, ClipSpec
 from vmoe.models import ModelSettings, VideoMoE, build
+from vmoe.models.moe import Normalise
 
 SPEC = ClipSpec(frames=4, spacing_s=0.1, height=32, width=32)
+SMALL = ClipSpec(frames=3, spacing_s=0.1, height=9, width=11)
 
 
 def random_clips(n: int, seed: int = 0, spec: ClipSpec = SPEC) -> Clips:
     """Return coarse noise, uint8 [N, T, H, W, 3], each clip with a colour of its own."""
     rng = np.random.default_rng(seed)
     t, h, w, _ = spec.shape
-    coarse = rng.integers(40, 216, (n, t, h // 8, w // 8, 3)).repeat(8, axis=2).repeat(8, axis=3)
+    coarse = rng.integers(40, 216, (n, t, -(-h // 8), -(-w // 8), 3))
+    coarse = coarse.repeat(8, axis=2)[:, :, :h].repeat(8, axis=3)[:, :, :, :w]
     tint = rng.integers(-40, 40, (n, 1, 1, 1, 3))
     return np.clip(coarse + tint, 0, 255).astype(np.uint8)
 
@@ -37,13 +40,40 @@ def lively(experts: int = 4, classes: int = 4, seed: int = 0, spec: ClipSpec = S
 
 @functools.cache
 def _lively(experts: int, classes: int, seed: int, spec: ClipSpec) -> VideoMoE:
-    """Make one.
+    """Make one; fresh weights alone give nearly the same scores to every clip."""
+    return _awake(build(ModelSettings("tsm", 0.1, experts, classes), spec, seed))
 
-    Statistics are taken from noise, and the last layers are centred and scaled up on it: fresh
-    weights alone give nearly the same scores to every clip.
-    """
+
+def small(experts: int = 4, classes: int = 4, seed: int = 0, spec: ClipSpec = SMALL) -> VideoMoE:
+    """Return a twin like `lively`, of one convolution each: for clips of any size, and fast."""
+    return copy.deepcopy(_small(experts, classes, seed, spec))
+
+
+@functools.cache
+def _small(experts: int, classes: int, seed: int, spec: ClipSpec) -> VideoMoE:
     twin = build(ModelSettings("tsm", 0.1, experts, classes), spec, seed)
-    clip = random_clip(32, 99, spec)
+
+    def part(out: int) -> nn.Module:
+        return nn.Sequential(
+            Normalise(spec),
+            nn.Conv3d(3, 6, 3, stride=(1, 2, 2), padding=1, bias=False),
+            nn.BatchNorm3d(6),
+            nn.Softplus(),
+            nn.AdaptiveAvgPool3d((1, 2, 2)),
+            nn.Flatten(),
+            nn.Linear(24, out),
+        )
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        twin.router = part(experts) if experts > 1 else None
+        twin.experts = nn.ModuleList(part(classes) for _ in range(experts))
+    return _awake(twin)
+
+
+def _awake(twin: VideoMoE) -> VideoMoE:
+    """Give a fresh twin statistics of noise, and centre and scale up its last layers on it."""
+    clip = random_clip(32, 99, twin.spec)
     with torch.no_grad():
         for module in twin.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
