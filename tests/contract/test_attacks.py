@@ -239,7 +239,8 @@ def test_linear_loss_is_raised_as_far_as_it_goes(method: ModuleType) -> None:
     draws = 1 if has(method, "steps") or has(method, "queries") else 20  # of noise
     found = run(method, twin, clip, leave, steps=60, queries=60, restarts=draws, eps=EPS)
     gain = ((found.adversarial - clip) * toward).flatten(1).sum(dim=1)
-    assert (gain > 0).all()
+    assert (gain >= 0).all()
+    assert (gain > 0).any()
     if getattr(method, "OPTIMAL", True):
         best = (clip + EPS * toward.sign()).clamp(0, 1)
         assert float((found.adversarial - best).abs().max()) < 1e-6
