@@ -45,7 +45,7 @@ class IterativeSettings(BallSettings):
 
     steps: int = opt(20, "gradient steps", at_least=1)
     restarts: int = opt(1, "random starts; the best counts", at_least=1)
-    random_start: bool = opt(True, "start from a random point in the ball")
+    random_start: bool = opt(True, "start at random in the ball (restarts always do)")
 
 
 @dataclass(frozen=True)
@@ -200,14 +200,15 @@ class Search:
         """Return clips within the ball and in [0, 1]."""
         return ball.project(self.clip, moved, self.settings.eps, self.settings.norm)
 
-    def slope(self, clip: Tensor) -> tuple[Tensor, Tensor]:
+    def slope(self, clip: Tensor, *, probe: bool = False) -> tuple[Tensor, Tensor]:
         """Return the loss of clips, [B], and its gradient; 0 of those that stand no more.
 
         Args:
-            clip: [B, C, T, H, W], within the ball.
+            clip: [B, C, T, H, W], within the ball, or anywhere where it is a probe.
+            probe: only ask: the clips are no candidates.
         """
         rows = self._rows()
-        at = self._seen(clip, rows).requires_grad_()
+        at = (clip.detach()[rows] if probe else self._seen(clip, rows)).requires_grad_()
         with torch.enable_grad(), self._autocast(at):
             judged = self._objective(at, rows)
             (found,) = torch.autograd.grad(judged.loss.sum(), at)
@@ -217,7 +218,7 @@ class Search:
             found = found.nan_to_num()  # one that overflowed must not lead out of [0, 1]
         self.backwards[rows] += 1
         self.dead[rows] += (~alive).long()
-        loss = self._offer(at.detach(), rows, judged)
+        loss = self._heard(at.detach(), rows, judged, probe)
         if len(rows) == len(clip):
             return loss, found
         return self._whole(loss, rows), torch.zeros_like(clip).index_copy_(0, rows, found)
@@ -231,13 +232,32 @@ class Search:
         """
         rows = self._rows()
         at = clip[rows] if probe else self._seen(clip, rows)
-        with torch.no_grad(), self._autocast(at):
-            judged = self._objective(at, rows)
-        if probe:
-            self._check(judged, rows)
-            self.forwards[rows] += 1
-            return self._whole(judged.loss, rows)
-        return self._whole(self._offer(at, rows, judged), rows)
+        return self._whole(self._heard(at, rows, self._look(at, rows), probe), rows)
+
+    def breaks(self, clip: Tensor) -> Tensor:
+        """Return which clips succeed, bool [B], wherever they are; they are no candidates.
+
+        Those that stand no more do not.
+        """
+        rows = self._rows()
+        judged = self._look(clip[rows], rows)
+        self._heard(clip, rows, judged, probe=True)
+        return self._whole(judged.success, rows)
+
+    def claim(self, clip: Tensor, among: Tensor, loss: Tensor) -> None:
+        """Look at some clips again, as candidates, with a loss of the climb's own.
+
+        Args:
+            clip: [B, C, T, H, W]; those of `among` within the ball.
+            among: which, bool [B].
+            loss: what is best, [B].
+        """
+        rows = torch.nonzero(self.standing & among).flatten()
+        if len(rows):
+            at = self._seen(clip, rows)
+            judged = self._look(at, rows)
+            self._heard(at, rows, judged, probe=True)
+            self._offer(at, rows, judged, loss[rows])
 
     def result(self, before: Tensor) -> AttackResult:
         """Return the best of every sample."""
@@ -258,19 +278,29 @@ class Search:
             return clip
         return grid.rounded(clip, clean, self.settings.eps, self.settings.norm)
 
+    def _look(self, clip: Tensor, rows: Tensor) -> Judged:
+        with torch.no_grad(), self._autocast(clip):
+            return self._objective(clip, rows)
+
     def _autocast(self, clip: Tensor) -> torch.autocast:
         return torch.autocast(clip.device.type, torch.bfloat16, enabled=self.settings.bf16)
 
     def _whole(self, values: Tensor, rows: Tensor) -> Tensor:
-        """Return values of rows as values of the batch, 0 elsewhere."""
+        """Return values of rows as values of the batch, 0 elsewhere (of bools, False)."""
         return values.new_zeros(len(self.clip)).index_copy_(0, rows, values)
 
-    def _offer(self, clip: Tensor, rows: Tensor, judged: Judged) -> Tensor:
-        """Keep the clips that are better than the best of their samples; return the loss."""
+    def _heard(self, clip: Tensor, rows: Tensor, judged: Judged, probe: bool) -> Tensor:
+        """Count a forward pass, and take its clips as candidates but for a probe; return losses."""
         self._check(judged, rows)
         self.forwards[rows] += 1
-        loss, success = judged.loss.detach().to(self.loss), judged.success
-        route = judged.route
+        loss = judged.loss.detach().to(self.loss)
+        if not probe:
+            self._offer(clip, rows, judged, loss)
+        return loss
+
+    def _offer(self, clip: Tensor, rows: Tensor, judged: Judged, loss: Tensor) -> None:
+        """Keep the clips that are better than the best of their samples."""
+        success, route = judged.success, judged.route
         if self.settings.bf16 and success.any():
             success, route = self._confirm(clip, rows, judged)
         held, least = self.success[rows], self.loss[rows]
@@ -280,7 +310,6 @@ class Search:
         self.success[rows] = held | success
         if self.settings.early_stop:
             self.standing[rows] = ~success
-        return loss
 
     def _confirm(self, clip: Tensor, rows: Tensor, judged: Judged) -> tuple[Tensor, Tensor]:
         """Judge successes of bfloat16 again, in float32."""
@@ -343,12 +372,12 @@ def ascend(
         aim = prepare(clip)
         search = Search(clip, settings, aim, order)
         number = 0
-        for _ in range(getattr(settings, "restarts", 1)):
+        for restart in range(getattr(settings, "restarts", 1)):
             for objective in aim.objectives:
                 if not search.standing.any():
                     break
                 search.begin(objective, number)
-                climb(search, search.start(random=random))
+                climb(search, search.start(random=random or restart > 0))
                 number += 1
     return search.result(aim.route_before)
 
