@@ -25,9 +25,15 @@ def project(clip: Tensor, moved: Tensor, eps: float, norm: str = "linf") -> Tens
     """
     if norm == "linf":
         return torch.minimum(torch.maximum(moved, clip - eps), clip + eps).clamp_(0, 1)
-    delta = moved - clip
+    return (clip + shorten(moved - clip, eps, norm)).clamp_(0, 1)
+
+
+def shorten(delta: Tensor, eps: float, norm: str = "linf") -> Tensor:
+    """Return the perturbation of a norm of at most eps that is nearest to each sample's."""
+    if norm == "linf":
+        return delta.clamp(-eps, eps)
     far = size(delta, "l2").clamp(min=torch.finfo(delta.dtype).tiny)
-    return (clip + delta * spread((eps / far).clamp(max=1), delta)).clamp_(0, 1)
+    return delta * spread((eps / far).clamp(max=1), delta)
 
 
 def steepest(gradient: Tensor, norm: str = "linf") -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 from vmoe.attacks import ball
 from vmoe.attacks.loop import Climb, LoopSettings, Search, TemporalSettings
 
-Shape: TypeAlias = Callable[[Search, Tensor], Tensor]  # of a gradient, what the attack may use
+# Of clips and the loss's gradient there, the gradient that an attack follows.
+Shape: TypeAlias = Callable[[Search, Tensor, Tensor], Tensor]
 
 
 def fixed(search: Search, clip: Tensor) -> None:
@@ -23,7 +24,7 @@ def fixed(search: Search, clip: Tensor) -> None:
 
 
 def shaped(shape: Shape) -> Climb:
-    """Return the same climb with gradients that are cut to what an attack may change."""
+    """Return the same climb along other gradients, such as those cut to what may change."""
 
     def climb(search: Search, clip: Tensor) -> None:
         _walk(search, clip, shape)
@@ -40,7 +41,7 @@ def _walk(search: Search, clip: Tensor, shape: Shape | None) -> None:
         if not search.standing.any():
             return
         if shape is not None:
-            gradient = shape(search, gradient)
+            gradient = shape(search, clip, gradient)
         direction = ball.steepest(gradient, settings.norm)
         if isinstance(settings, TemporalSettings) and settings.temporal != "off":
             size, velocity = temporal_step(gradient, velocity, settings)

@@ -96,6 +96,37 @@ def router(
     return Aim((objective,), top1, torch.zeros_like(top1, dtype=torch.bool))
 
 
+def misroute(twin: VideoMoE, clip: Tensor, to: int | None) -> Aim:
+    """Return the margin of scores towards another expert; success: the route has changed, or is it.
+
+    Towards any, max_{i != top1(x)} R_i(x+d) - R_top1(x)(x+d); towards expert e,
+    R_e(x+d) - max_{i != e} R_i(x+d), where a clip that is routed to e as it is has succeeded.
+
+    Args:
+        twin: in eval mode.
+        clip: x, [B, C, T, H, W].
+        to: e, or None for any.
+
+    Raises:
+        SettingError: the model is dense, or has no such expert.
+    """
+    require_router(twin)
+    require_expert(twin, to or 0, "--to-expert")
+    with torch.no_grad():
+        before = twin.scores(clip).argmax(dim=1)
+    goal = before if to is None else torch.full_like(before, to)
+
+    def objective(adversarial: Tensor, rows: Tensor) -> Judged:
+        moved = twin.scores(adversarial)
+        route, away = moved.argmax(dim=1), margin(moved, goal[rows])
+        if to is None:
+            return Judged(away, route != goal[rows], route)
+        return Judged(-away, route == goal[rows], route)
+
+    reached = torch.zeros_like(before, dtype=torch.bool) if to is None else before == goal
+    return Aim((objective,), before, reached)
+
+
 def expert(twin: VideoMoE, clip: Tensor, label: Tensor, index: int, settings: BallSettings) -> Aim:
     """Return TLA-E_i's objective on one expert alone; success: that expert is wrong.
 
@@ -104,9 +135,7 @@ def expert(twin: VideoMoE, clip: Tensor, label: Tensor, index: int, settings: Ba
     Raises:
         SettingError: there is no such expert.
     """
-    if not 0 <= index < len(twin.experts):
-        last = len(twin.experts) - 1
-        raise SettingError(f"--expert is {index}; this model has experts 0 to {last}.")
+    require_expert(twin, index, "--expert")
     with torch.no_grad():
         clean, before = twin.run_expert(index, clip), twin.scores(clip).argmax(dim=1)
     term = _lipschitz(clip, clean, settings)
@@ -224,6 +253,13 @@ def require_router(twin: VideoMoE) -> None:
     """Refuse a dense model where a router is attacked."""
     if twin.router is None:
         raise SettingError("this model is dense (1 expert): it has no router to attack. Use pgd.")
+
+
+def require_expert(twin: VideoMoE, index: int, flag: str) -> None:
+    """Refuse an expert that the model does not have."""
+    last = len(twin.experts) - 1
+    if not 0 <= index <= last:
+        raise SettingError(f"{flag} is {index}; this model has experts 0 to {last}.")
 
 
 Term: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

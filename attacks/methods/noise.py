@@ -1,0 +1,41 @@
+"""Random noise, the floor: what a model loses without anyone looking at it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vmoe.attacks import losses
+from vmoe.attacks.loop import AttackResult, BallSettings, Search, ascend
+from vmoe.models import VideoMoE
+from vmoe.settings import opt
+
+PART = "model"
+OPTIMAL = False  # it goes by chance
+OPTIMAL = False
+
+
+@dataclass(frozen=True)
+class Settings(BallSettings):
+    """The noise's settings."""
+
+    restarts: int = opt(10, "draws; the best counts", at_least=1)
+
+
+def attack(
+    twin: VideoMoE, clip: Tensor, label: Tensor, settings: Settings, indices: Tensor | None = None
+) -> AttackResult:
+    """Look at random points of the ball (of L2, of its surface); success: the label is wrong."""
+    return ascend(
+        twin,
+        clip,
+        settings,
+        lambda x: losses.whole(twin, x, label, settings, route_grad="frozen", loss=losses.margin),
+        indices,
+        climb=_look,
+    )
+
+
+def _look(search: Search, clip: Tensor) -> None:
+    search.judge(search.start(random=True))
