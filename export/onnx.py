@@ -82,20 +82,37 @@ def from_twin(twin: VideoMoE, opset: int) -> Parts:
 def trace(
     modules: Sequence[nn.Module], output: str, shape: tuple[int, ...], opset: int
 ) -> list[ModelProto]:
+    """Export modules of one architecture, each from `clip`, uint8 [N, *shape], to one output."""
+    doors = [Door(module).eval() for module in modules]
+    clip = torch.zeros((2, *shape), dtype=torch.uint8)  # a batch of 1 would be taken as fixed
+    free = ({0: torch.export.Dim("N")},)
+    return trace_doors(doors, (clip,), ["clip"], [output], free, opset)
+
+
+def trace_doors(
+    doors: Sequence[nn.Module], inputs: tuple[Any, ...], given: list[str], answers: list[str],
+    free: tuple[Any, ...], opset: int,
+) -> list[ModelProto]:  # fmt: skip
     """Export modules of one architecture: traced once, then the weights of each put in.
 
     Tracing takes most of the time, and is the same for all; what the optimiser folds (batch
     normalisation into convolutions, for one) depends on the weights, so that it comes after.
+
+    Args:
+        doors: the modules, in eval mode.
+        inputs: what the first is traced with.
+        given: names of the inputs.
+        answers: names of the outputs.
+        free: the sizes of the inputs that are free, as torch.export's `dynamic_shapes`.
+        opset: version of the ONNX operators.
     """
     import onnxscript.optimizer  # slow to import, and a plan alone (--dry-run) does not need it
 
-    doors = [Door(module).eval() for module in modules]
-    clip = torch.zeros((2, *shape), dtype=torch.uint8)  # a batch of 1 would be taken as fixed
     with quiet():
         program = torch.onnx.export(
-            doors[0], (clip,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("N")},),
-            input_names=["clip"], output_names=[output], opset_version=opset,
-            external_data=False, optimize=False, verbose=False,
+            doors[0], inputs, dynamo=True, dynamic_shapes=free, input_names=given,
+            output_names=answers, opset_version=opset, external_data=False, optimize=False,
+            verbose=False,
         )  # fmt: skip
         assert program is not None
         traced = program.model_proto
@@ -106,7 +123,7 @@ def trace(
     return made
 
 
-def _with_weights(traced: ModelProto, door: Door) -> ModelProto:
+def _with_weights(traced: ModelProto, door: nn.Module) -> ModelProto:
     """Return a copy of a traced graph with another module's weights."""
     made = ModelProto()
     made.CopyFrom(traced)

@@ -40,12 +40,12 @@ class RunSettings(Settings):
         None, "a camera of this machine, by its number", at_least=0, at_most=999
     )
     source: str | None = opt(None, "a video file, a camera (0, /dev/video0), or test")
-    backend: str = opt("auto", "what runs the graphs: auto, onnxruntime")
+    backend: str = opt("auto", "what runs the graphs: auto, onnxruntime, openvino or torch")
     device: str = opt("auto", "auto, cpu or cuda:N")
     threads: int | None = opt(None, "CPU threads of the engine; its own choice if not given",
                               at_least=1)  # fmt: skip
-    hop: float | None = opt(None, "seconds between two windows; half a window if not given",
-                            above=0)  # fmt: skip
+    hop: float | None = opt(None, "seconds between two windows; half a window if not given, of "
+                            "a bundle in the online form one frame", above=0)  # fmt: skip
     sampling: str = opt("exact", "exact refuses sources slower than the model's frame spacing; "
                         "nearest repeats frames", choices=("exact", "nearest"))  # fmt: skip
     top: int = opt(3, "how many labels to list", at_least=1)
@@ -101,7 +101,6 @@ def _run(named: Path | None, settings: RunSettings, *, as_json: bool, stop: Stop
     path, said = latest.bundle(named)
     from . import engine as engines
     from .pipeline import Pipeline
-    from .windows import default_hop_s
 
     source = _source(settings)
     with engines.load(path, settings.backend, settings.device, settings.threads) as engine:
@@ -115,8 +114,8 @@ def _run(named: Path | None, settings: RunSettings, *, as_json: bool, stop: Stop
             stop=stop,
         )
         spec, model = engine.bundle.spec, engine.bundle.model.get("name", "model")
-        hop_s = settings.hop or default_hop_s(spec)
-        seen = f"{spec.frames} frames over {spec.window_s:.2f} s, every {hop_s:.2f} s"
+        seen = f"{spec.frames} frames over {spec.window_s:.2f} s, every {pipeline.hop_s:.2f} s"
+        seen += ", frame by frame" if pipeline.online else ""
         log.info("%s", said)
         log.info("source: %s; %s on %s sees %s.", source.name, model, engine.backend_name, seen)
         try:

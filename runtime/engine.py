@@ -163,8 +163,13 @@ class Engine:
                 f"{self.bundle.path} has no expert {expert} that follows a stream, or is closed. "
                 "Export a causal model in its online form."
             )
-        if frames.ndim != 5 or not frames.shape[1]:
-            raise SettingError(f"frames are {list(frames.shape)}; they must be [N, S, H, W, 3].")
+        _, *size = self.bundle.spec.shape
+        right = frames.dtype == np.uint8 and frames.ndim == 5 and frames.shape[1] > 0
+        if not right or list(frames.shape[2:]) != size:
+            raise SettingError(
+                f"frames are {frames.dtype} {list(frames.shape)}; this model takes uint8 "
+                f"[N, S, {', '.join(map(str, size))}], S from 1."
+            )
         out = self._run(f"expert{expert}", frames, None, states)
         logits = self._output(out, "logits", (len(frames), len(self.bundle.labels)))
         return logits, {p.name: out[online.after(p.name)] for p in online.state_ports(part)}

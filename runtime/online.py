@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 States = dict[str, NDArray[Any]]  # by the names of a part's inputs
 FORM, ONLINE = "form", "online"  # in the manifest; the form of other bundles is the window
 TINY = 1e-6  # of a place
-FOLLOWS = 1 / 4  # share of a frame's lateness by which the times that are wanted move
+LATEST = 3 / 4  # of a spacing: a later frame stands for the next time that is wanted
+FOLLOWS = 1 / 16  # share of a frame's lateness by which the times that are wanted move
 
 
 def is_online(bundle: Bundle) -> bool:
@@ -114,7 +115,7 @@ class OnlineWindows(Windows):
     A frame is taken when it is nearer to the time that is wanted than the next one will be, as far
     as the source's habit tells: none waits for another. What is wanted follows the source by a
     share of each frame's lateness, so that one a little slower than the spacing is not lost.
-    A wanted time without a frame within half a spacing is a hole, and no window holds one.
+    A wanted time without a frame is a hole, and no window holds one.
     """
 
     def __init__(
@@ -147,7 +148,7 @@ class OnlineWindows(Windows):
         if place < self._due - TINY:
             return None
         self._due += hops * (1 + (place - self._due + TINY) // hops)
-        if len(self._ring) < self._spec.frames:
+        if not self._is_whole():
             self.incomplete += 1
             return None
         return self._made(list(self._ring), frame, prepare_ms, self._slot)
@@ -156,11 +157,18 @@ class OnlineWindows(Windows):
         super()._begin(t_s)
         self._wanted_s, self._place, self._due = t_s, 0, self._spec.frames - 1
 
+    def _is_whole(self) -> bool:
+        """Return whether the ring is a clip: each frame within half a spacing of its own time."""
+        if len(self._ring) < self._spec.frames:
+            return False
+        off_s = [kept.t_s - i * self._spec.spacing_s for i, kept in enumerate(self._ring)]
+        return self._nearest or max(off_s) - min(off_s) <= self._spec.spacing_s + EARLY_S
+
     def _take(self, frame: Kept) -> int:
         """Put a frame into the ring, and what stands for frames that lack; return its place."""
         spacing_s = self._spec.spacing_s
         late_s = frame.t_s - self._wanted_s
-        if late_s > spacing_s / 2 + EARLY_S:
+        if late_s > LATEST * spacing_s:
             self._miss(frame, max(1, round(late_s / spacing_s)))
             late_s = frame.t_s - self._wanted_s
         self._append(frame)
@@ -178,7 +186,7 @@ class OnlineWindows(Windows):
         for _ in range(count):
             if self._nearest:
                 last = self._ring[-1]
-                before = self._wanted_s - last.t_s <= frame.t_s - self._wanted_s
+                before = self._wanted_s - last.t_s <= frame.t_s - self._wanted_s + EARLY_S
                 self._append(last if before else frame)
             self._wanted_s += self._spec.spacing_s
             self._place += 1

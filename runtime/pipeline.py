@@ -67,7 +67,8 @@ def watch(
     Args:
         engine: a loaded bundle.
         source: a video file, a camera's number, `test`, or an open `Source`.
-        hop_s: time between two windows, in seconds; None is half a window.
+        hop_s: time between two windows, in seconds; None is half a window, of a bundle in the
+            online form one frame.
         sampling: `exact`, or `nearest` for sources slower than the model wants.
         top: how many labels a result lists.
         duration_s: stop after so much of the stream, in seconds; None is its end.
@@ -92,6 +93,8 @@ class Pipeline:
     Attributes:
         tally: what has been counted so far.
         stop: ends the run when asked.
+        hop_s: time between two windows, in seconds.
+        online: whether the bundle follows the stream frame by frame.
     """
 
     def __init__(
@@ -112,9 +115,11 @@ class Pipeline:
         self.stop = stop or Stop()
         self._engine, self._source = engine, source
         self._top, self._duration_s = top, duration_s
-        self._follower = Follower(engine) if is_online(engine.bundle) else None
-        windows = OnlineWindows if self._follower else Windows
+        self.online = is_online(engine.bundle)
+        self._follower = Follower(engine) if self.online else None
+        windows = OnlineWindows if self.online else Windows
         self._windows = windows(engine.bundle.spec, source.name, hop_s=hop_s, sampling=sampling)
+        self.hop_s = self._windows.hop_s
         live = source.live
         self._frames: Handover[Frame] = Handover(
             LIVE_FRAMES if live else FILE_FRAMES, newest_wins=live
@@ -222,10 +227,12 @@ class Pipeline:
 
     def _label(self, window: Window) -> Result:
         began = time.monotonic()
-        if self._follower:
-            prediction = self._follower.infer(window)
-        else:
+        if self._follower is None:
             prediction = self._engine.infer(window.clip[np.newaxis])
+        else:
+            prediction = self._follower.infer(window)
+            self.tally.frames_run = self._follower.frames
+            self.tally.warm_ups = self._follower.warm_ups
         return results.make(
             window,
             prediction,

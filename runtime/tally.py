@@ -24,6 +24,8 @@ class Tally:
         windows_incomplete: due, but their times could not be honoured.
         windows_dropped: made, but the engine was too slow for them.
         results_dropped: labelled, but the sinks were too slow for them.
+        frames_run: frames that experts ran, where they follow the stream frame by frame.
+        warm_ups: how often one of them ran a whole clip first.
         stream_s: from the first frame to the last on the source's clock, in seconds.
         epochs: connections or rounds of the source, and breaks in its times.
     """
@@ -33,6 +35,7 @@ class Tally:
         self.frames = self.frames_dropped = self.frames_unseen = 0
         self.windows = self.windows_incomplete = 0
         self.windows_dropped = self.results_dropped = 0
+        self.frames_run = self.warm_ups = 0
         self.stream_s, self.epochs = 0.0, 0
         self.experts: Counter[int] = Counter()
         self._age_ms: deque[float] = deque(maxlen=REMEMBERED)
@@ -57,6 +60,8 @@ class Tally:
             "windows_incomplete": self.windows_incomplete,
             "windows_dropped": self.windows_dropped,
             "results_dropped": self.results_dropped,
+            "frames_run": self.frames_run,
+            "warm_ups": self.warm_ups,
             "epochs": self.epochs,
             "stream_s": round(self.stream_s, 3),
             "elapsed_s": round(elapsed_s, 3),
@@ -84,6 +89,11 @@ class Tally:
         ]
         if self.frames_unseen:
             lines.append(f"frames not shown or saved, for sinks too slow: {self.frames_unseen}")
+        if self.frames_run:
+            lines.append(
+                f"frame by frame: {self.frames_run} frames run for {self.windows} windows, "
+                f"{self.warm_ups} whole clips among them"
+            )
         if self.windows:
             lines += [
                 f"latency ms p50/p95/p99: frame to label {_slashed(said['age_ms'])}, "

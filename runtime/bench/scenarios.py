@@ -43,7 +43,7 @@ class BenchSettings(Settings):
                                         above=0, at_most=100)  # fmt: skip
     force_route: str = opt("all", "all: every route; free: only the router's own; or one expert")
     device: str = opt("auto", "auto, cpu or cuda:N")
-    backend: str = opt("auto", "what runs the graphs: auto, onnxruntime")
+    backend: str = opt("auto", "what runs the graphs: auto, onnxruntime, openvino or torch")
     out: Path | None = opt(None, "write the record as JSON, with every call's time")
     csv: Path | None = opt(None, "write the rows as CSV")
     md: Path | None = opt(None, "write the table and the verdicts as Markdown")
