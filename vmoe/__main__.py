@@ -23,7 +23,7 @@ import click
 
 import vmoe
 from vmoe import bundle as bundles
-from vmoe import cli, latest, output, report
+from vmoe import cli, contents, latest, output, report
 from vmoe.errors import MissingDependencyError, SettingError, nearest
 
 if TYPE_CHECKING:
@@ -220,28 +220,14 @@ def _markdown(found: dict[str, Any]) -> str:
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @cli.json_option
 def inspect(bundle: Path | None, as_json: bool) -> None:
-    """Prove a bundle whole and show what is in it."""
+    """Prove a bundle whole; show what is in it, and what was measured of it at export."""
     path, line = latest.bundle(bundle)
     log.info("%s", line)
     read = bundles.read(path)
     if as_json:
-        cli.print_json(report.plain(read))
+        cli.print_json({**report.plain(read), "report": read.report()})
         return
-    model, spec = read.model, read.spec
-    click.echo(f"model: {model.get('name', '?')}: {model['arch']}, width {model['width']:g}, "
-               f"{read.experts} expert(s), lowering {read.lowering}")  # fmt: skip
-    click.echo(f"clip: {spec.frames} frames, {spec.spacing_s:g} s apart, "
-               f"{spec.height}x{spec.width}, a window of {spec.window_s:.2f} s")  # fmt: skip
-    click.echo(f"labels: {', '.join(read.labels)}")
-    rows = [
-        [name, part.file, sum((path / f).stat().st_size for f in part.hashes) / 1024,
-         part.precision.get("asked"), part.precision.get("found")]
-        for name, part in read.parts.items()
-    ]  # fmt: skip
-    click.echo(report.table(rows, ["part", "file", "KiB", "asked", "found"]))
-    click.echo(f"twin: {read.twin['sha256'][:16]}... "
-               f"({'inside' if 'file' in read.twin else 'not inside'})")  # fmt: skip
-    click.echo("made with: " + ", ".join(f"{k} {v}" for k, v in read.versions.items()))
+    click.echo(contents.text(read))
 
 
 PACKAGES = {

@@ -230,7 +230,7 @@ def _check_parts(bundle: Bundle) -> None:
 
 
 def _files(bundle: Bundle) -> dict[str, str]:
-    files = {}
+    files: dict[str, str] = {}
     for name, part in (*bundle.parts.items(), *bundle.others.items()):
         if part.file not in part.hashes:
             raise CorruptBundleError(f"{bundle.path}: part {name!r} has no hash of its file.")
@@ -305,6 +305,8 @@ def _part_from_json(values: Mapping[str, Any]) -> Part:
         precision=precision,
         inputs=tuple(_port_from_json(port) for port in values["inputs"]),
         outputs=tuple(_port_from_json(port) for port in values["outputs"]),
+        layers=_counts(values, "layers"),
+        tensors=_counts(values, "tensors"),
         extra={key: value for key, value in values.items() if key not in known},
     )
 

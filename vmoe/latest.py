@@ -8,6 +8,7 @@ from pathlib import Path
 from vmoe.errors import VmoeError
 
 RUNS = Path("runs")
+REJECTED = ".rejected"  # behind the name of a bundle that vmoe-export refused
 SHIPPED = Path(__file__).parent / "shipped" / "camera-motion"  # a bundle, with its twin
 
 
@@ -86,6 +87,10 @@ def _is_random(manifest: Path) -> bool:
 
 
 def _newest(paths: Iterable[Path]) -> Path | None:
-    # nothing half-written: that stands under a name that begins with a dot
-    found = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
+    # nothing half-written (its name begins with a dot), and nothing that a gate refused
+    found = [path for path in paths if not any(_is_left_out(part) for part in path.parts)]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _is_left_out(name: str) -> bool:
+    return name.startswith(".") or name.endswith(REJECTED)
