@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 from torch import Tensor, nn
 
@@ -25,8 +25,7 @@ from vmoe import bundle as bundles
 from vmoe.bundle import Part
 from vmoe.models import VideoMoE
 
-from . import graphs
-from .passes import strip_metadata
+from . import graphs, optimize
 
 log = logging.getLogger("vmoe.export")
 
@@ -37,8 +36,6 @@ PRECISIONS = {
     TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16",
     TensorProto.DOUBLE: "fp64", TensorProto.INT8: "int8", TensorProto.UINT8: "int8",
 }  # fmt: skip
-
-PASSES: tuple[Callable[[GraphProto], bool], ...] = (strip_metadata.apply,)  # in this order
 
 
 class Parts(NamedTuple):
@@ -144,7 +141,7 @@ def _array(tensor: Tensor) -> NDArray[Any]:
 
 
 def _finish(model: ModelProto) -> ModelProto:
-    for apply in PASSES:
+    for apply in optimize.EXPORTED:
         apply(model.graph)
     return graphs.model(model.graph, model)
 
