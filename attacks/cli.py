@@ -15,11 +15,11 @@ from vmoe import adversarial, cli, latest, output
 from vmoe.adversarial import AdversarialClips
 from vmoe.attacks import chosen as clips_of
 from vmoe.attacks import flags as given_by
-from vmoe.attacks import parts, plot, presets, ranks, record, tables
+from vmoe.attacks import parts, plot, presets, ranks, record, sanity, tables
 from vmoe.attacks.chosen import Chosen
 from vmoe.attacks.deployed import Target, open_target
 from vmoe.attacks.evaluate import Evaluation, Row, job, replay
-from vmoe.attacks.figures import everything
+from vmoe.attacks.figures import everything, telling
 from vmoe.attacks.flags import RunSettings
 from vmoe.attacks.ranks import Ranks
 from vmoe.attacks.session import Session
@@ -29,6 +29,7 @@ from vmoe.report import plain
 log = cli.log
 RUNS = Path("runs/attack")
 FILES = ("report.json", "report.md", "report.csv", *(f"{plot.NAME}.{k}" for k in plot.KINDS))
+SANITY_CLIPS = 32  # enough for the rule by which its checks fail
 KEPT = ("twin", "save_adv", "preset", "curve", "sanity", "seed", "device")  # for --resume
 PATHS = ("twin", "save_adv")
 
@@ -99,8 +100,8 @@ def main(**given: Any) -> None:
     """Attack TARGET: a checkpoint, or a bundle (its twin is attacked, its engine replays).
 
     Without TARGET: the newest of runs/, else the model that ships. A run that was interrupted goes
-    on with --resume and its --out. Several processes share one: torchrun --no-python
-    --nproc-per-node 4 vmoe-attack ...
+    on with --resume and its --out. Several processes share one, float32 results bit for bit:
+    torchrun --nproc-per-node 4 --no-python -- vmoe-attack ... (the -- keeps --n from torchrun).
     """
     own = [field.name for field in dataclasses.fields(Asked) if field.name != "flags"]
     asked = Asked(**{name: given.pop(name) for name in own}, flags=given)
@@ -297,8 +298,18 @@ def _command(asked: Asked, path: Path) -> dict[str, Any]:
 def _check(
     asked: Asked, opened: Target, what: What, chosen: Chosen, found: Evaluation
 ) -> dict[str, Any] | None:
-    """Check the attacks themselves, on some of the clips."""
-    return None
+    """Check the attacks themselves, on some of the clips, where the budget tells most."""
+    if not asked.sanity or what.saved is not None or opened.twin is None:
+        return None
+    some, eps = slice(0, SANITY_CLIPS), telling(found)
+    made = sanity.check(
+        opened.twin.twin, chosen.clean[some], chosen.label[some], chosen.index[some], eps=eps,
+        norm=what.settings.norm, seed=asked.seed, batch=what.settings.batch, device=opened.device,
+        found=found, judges=opened.judges,
+    )  # fmt: skip
+    count = len(chosen.label[some])
+    checks = plain(made.checks)
+    return {"n": count, "eps": eps, "verdict": made.verdict(), "checks": checks}
 
 
 def _write(asked: Asked, report: dict[str, Any], header: str, folder: Path) -> None:

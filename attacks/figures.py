@@ -41,11 +41,14 @@ def figures(found: Evaluation, outcome: Outcome, model: str) -> dict[str, Any]:
     """Return the figures of one attack on one model.
 
     `success` is by the attack's own criterion: of an attack on the whole model, the clips broken
-    among those that were right; of one on the router or an expert, among all.
+    among those that were right; of one that sends clips to an expert, among those that go
+    elsewhere; of any other on the router or an expert, among all.
     """
     clean, attacked = found.clean[model], outcome.seen[model]
     seen, right = attacked.seen, found.clean[model].said == found.label
-    whole = outcome.row.part == "model"
+    among = right if outcome.row.part == "model" else None
+    if outcome.row.part == "router" and outcome.row.expert is not None:
+        among = clean.route != outcome.row.expert
     return {
         "attack": outcome.row.attack,
         "part": outcome.row.part,
@@ -54,7 +57,7 @@ def figures(found: Evaluation, outcome: Outcome, model: str) -> dict[str, Any]:
         "model": model,
         "clean": share(right),
         "robust": share(~broken(found, outcome, model)),
-        "success": share(attacked.success, right if whole else None),
+        "success": share(attacked.success, among),
         "flips": share(seen.route != clean.route),
         "weakest": share((seen.route == clean.weakest) & (seen.route != clean.route)),
         "route_kept": share(right & (attacked.kept == found.label)),
@@ -143,6 +146,20 @@ def agreement(found: Evaluation, outcome: Outcome | None, a: str, b: str) -> dic
 def budgets(found: Evaluation) -> list[float]:
     """Return the budgets of an evaluation, in their order."""
     return list(dict.fromkeys(outcome.row.eps for outcome in found.outcomes))
+
+
+def telling(found: Evaluation) -> float:
+    """Return the budget whose worst-of, on the first model, is nearest to half of clean.
+
+    Where nearly all or nearly no clips are broken, checks of the attacks have little to see.
+    """
+    model = next(iter(found.clean))
+
+    def off(eps: float) -> float:
+        row = worst_of(found, eps, model)
+        return float(abs(row["robust"]["hits"] - row["clean"]["hits"] / 2))
+
+    return min(budgets(found), key=off)
 
 
 def everything(found: Evaluation, index: Sequence[int]) -> dict[str, Any]:

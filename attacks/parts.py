@@ -38,7 +38,7 @@ class PartFiles(MutableMapping[str, Arrays]):
         """Return a part; one that cannot be read is as good as missing."""
         path = self._path(name)
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return {key: arrays[key] for key in arrays.files}
         except FileNotFoundError as e:
             raise KeyError(name) from e

@@ -106,7 +106,8 @@ def _panel(panel: Axes, report: Mapping[str, Any], model: str) -> None:
     narrow = min(b - a for a, b in zip(at, budgets, strict=False)) < 0.1 * budgets[-1]
     panel.set_xticks(at, ["0", *(tick(eps, norm, narrow=narrow) for eps in budgets)])
     if narrow and norm == "linf":
-        panel.tick_params(axis="x", labelsize=12)  # of fractions, which are set small
+        for label in panel.get_xticklabels()[1:]:
+            label.set_fontsize(12)  # fractions are set small
     panel.set_xlabel("eps, L-infinity" if norm == "linf" else "eps, L2 of a whole clip")
     panel.grid(axis="y", color="0.9", linewidth=0.6)
     panel.set_axisbelow(True)

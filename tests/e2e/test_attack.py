@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import pickle
@@ -12,19 +13,21 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from tests import videos
 from tests.twins import SPEC, lively
 from vmoe import adversarial, checkpoint
 from vmoe.attacks.cli import main
+from vmoe.bundle import sha256
 from vmoe.checkpoint import Checkpoint
 from vmoe.clips import ClipSpec
 from vmoe.data import DataSettings, open_data
 from vmoe.data.camera_motion import LABELS
 from vmoe.data.folder import FolderClips
 
-QUICK = ["--n", "6", "--steps", "2", "--device", "cpu"]
+QUICK = ["--n", "6", "--steps", "2", "--device", "cpu", "--no-sanity"]
 FROZEN = ["--route-grad", "frozen"]
 
 
@@ -74,7 +77,7 @@ def test_checkpoint(twin: Path) -> None:
     assert rows == 2 * ["attack", "--------", "pgd", "tlga-r", "j-tlga", "worst-of"]
     assert lines[-1] == f"next: vmoe-export {twin}"
     report = json.loads(Path("runs/attack/mine/report.json").read_text())
-    assert {row["linf"] for row in report["rows"]} == {1, 2}
+    assert {row["linf"] for row in report["rows"] if row["part"] == "router"} == {1, 2}
     assert report["n"] == 6
     assert all(row["robust"]["hits"] <= row["clean"]["hits"] for row in report["rows"])
     assert "| worst-of | twin" in Path("runs/attack/mine/report.md").read_text()
@@ -130,7 +133,7 @@ def test_bundle_without_its_twin(tiny_bundle: Path) -> None:
 def test_newest_of_runs_is_taken_and_every_run_has_a_folder_of_its_own(twin: Path) -> None:
     Path("runs/train/first").mkdir(parents=True)
     shutil.copy(twin, "runs/train/first/best.safetensors")
-    flags = ["--n", "4", *FROZEN, "--attack", "fgsm", "--eps", "1"]
+    flags = ["--n", "4", *FROZEN, "--attack", "fgsm", "--eps", "1", "--no-sanity"]
     result = run(*flags)
     best = "runs/train/first/best.safetensors"
     assert result.stdout.startswith(f"target: {best} (the newest under runs/)\n")
@@ -147,7 +150,9 @@ def test_dry_run_attacks_nothing(twin: Path) -> None:
 
 def test_config_file_and_seed(twin: Path) -> None:
     Path("run.toml").write_text('attack = ["pgd-r"]\neps = "1/255"\nn = 4\nsteps = 1\n')
-    result = run(twin, "--config", "run.toml", "--n", "3", "--seed", "5", "--json", "-q")
+    result = run(
+        twin, "--config", "run.toml", "--n", "3", "--seed", "5", "--json", "-q", "--no-sanity"
+    )
     report = json.loads(result.stdout)
     assert (report["n"], report["seed"], len(report["rows"])) == (3, 5, 1)
     how = report["settings"][0]["each"][0]
@@ -174,6 +179,15 @@ def test_config_file_and_seed(twin: Path) -> None:
         (["--twin", "other.safetensors"], "is a checkpoint, a twin itself"),
         (["--device", "tpu"], "--device tpu is unknown; give auto, cpu or cuda:N"),
         (["--attack", "tla-e", "--expert", "4", "--n", "2"], "this model has experts 0 to 3"),
+        (["--eps", "0"], "--eps is 0.0; it must be above 0"),
+        (["--eps", "2.0"], "eps '2.0' could mean two things"),
+        (["--norm", "l2", "--eps", "8"], "with --norm l2 write a length with its point"),
+        (["--eps", "300.5", "--norm", "l2"], "--eps is 300.5; with --norm l2 it must be at most 1"),
+        (["--norm", "l3"], "did you mean 'l2'?"),
+        (["--preset", "papr"], "did you mean 'paper'?"),
+        (["--resume"], "--resume goes on with the run in a folder; name it with --out"),
+        (["--resume", "--out", "x"], "x cannot be resumed: no run was begun there"),
+        (["--resume", "--overwrite", "--out", "x"], "--resume and --overwrite exclude each other"),
     ],
 )
 def test_flag_that_cannot_be_used(twin: Path, flags: list[str], why: str) -> None:
@@ -183,6 +197,9 @@ def test_flag_that_cannot_be_used(twin: Path, flags: list[str], why: str) -> Non
 def test_flags_that_exclude_each_other(twin: Path) -> None:
     said = refused(twin, "--load-adv", "clips", "--eps", "8")
     assert "--eps has no effect: --load-adv clips replays clips as they are" in said
+    for flag in (["--curve"], ["--preset", "paper"], ["--resume"]):
+        said = refused(twin, "--load-adv", "clips", *flag)
+        assert f"{flag[0]} has no effect: --load-adv clips replays clips as they are" in said
     said = refused(twin, "--load-adv", "clips", "--save-adv", "more")
     assert "--save-adv and --load-adv exclude each other" in said
 
@@ -298,20 +315,135 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(twin: Path)
         assert "Nothing was left half-written" in said
 
 
-@pytest.mark.parametrize(("flags", "what"), [(["--save-adv", "clips"], "clips"), ([], "one/rep")])
-def test_a_full_disk_leaves_nothing_half_written(twin: Path, flags: list[str], what: str) -> None:
-    limited = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024)); "
+def limited(most: int, *flags: str | Path) -> str:
+    """Run a command line where no file can be larger than some bytes; return its last line."""
+    code = (
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most})); "
         "from vmoe.attacks.cli import main; main(sys.argv[1:])"
     )
-    command = [sys.executable, "-c", limited, str(twin), *QUICK, "--attack", "pgd-r", *flags]
-    done = subprocess.run([*command, "--out", "one"], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code, *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
-    line = done.stderr.strip().splitlines()[-1]
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_a_full_disk_leaves_nothing_half_written(twin: Path) -> None:
+    line = limited(1024, twin, *QUICK, "--attack", "pgd-r", "--out", "one")
     assert "cannot write" in line
-    assert what in line
+    assert "one/parts/run.json" in line
     assert line.endswith("File too large. Nothing was left half-written.")
     assert [path for path in Path().rglob("*") if path.is_file()] == [twin.relative_to(Path.cwd())]
+
+
+def test_a_disk_that_fills_up_costs_nothing_that_was_finished(twin: Path) -> None:
+    flags = [*QUICK, "--attack", "pgd-r", "--save-adv", "clips", "--out", "one"]
+    line = limited(20_000, twin, *flags)
+    assert "one/parts/batch00000-row000.npz: File too large" in line
+    assert sorted(p.name for p in Path("one/parts").iterdir()) == [
+        "batch00000-clean.npz", "run.json",
+    ]  # fmt: skip
+    assert not Path("clips").exists()
+    result = run("--resume", "--out", "one")
+    assert "resumed: 1 parts are there" in result.stderr
+    assert adversarial.load(Path("clips")).attacked[0].attack == "pgd-r"
+    assert not Path("one/parts").exists()
+
+
+def test_nan_is_refused_with_the_clip_s_number(twin: Path) -> None:
+    held = checkpoint.load(twin)
+    assert held.twin.router is not None
+    with torch.no_grad():
+        for parameter in held.twin.router.parameters():
+            parameter.fill_(torch.nan)
+    checkpoint.save(held, Path("nan.safetensors"))
+    said = run("nan.safetensors", *QUICK, "--out", "one", code=1).stderr.strip().splitlines()[-1]
+    index = json.loads(run(twin, *QUICK, "--attack", "noise", "--json").stdout)["clips"]["index"]
+    assert said.startswith(f"vmoe-attack: clip {index[0]}: the twin answers NaN")
+    assert not Path("one").exists()
+
+
+def test_l2(twin: Path) -> None:
+    flags = ["--norm", "l2", "--attack", "pgd,pgd-r", "--eps", "0.5,2.0", "--save-adv", "clips"]
+    result = run(twin, *QUICK, *FROZEN, *flags)
+    said = "threat model: L2 over the 12288 values of a clip, eps 0.5 (1.15 grey levels RMS); 2.0"
+    assert said in result.stdout
+    assert "eps 2.0: L2 of a whole clip, on uint8 clips" in result.stdout
+    report = json.loads(Path("runs/attack/mine/report.json").read_text())
+    assert report["threat_model"]["norm"] == "l2"
+    for row in report["rows"]:
+        assert row["radius"] is None
+        assert row["l2"] <= row["eps"] + 1e-6
+    assert report["rows"][-1]["l2"] > 1  # of 2.0, rounded towards the clean clip
+    assert Path("clips/4-pgd-r-l2-2.npz").is_file()
+    again = json.loads(run(twin, "--load-adv", "clips", "--json", "--out", "two").stdout)
+    for a, b in zip(report["rows"], again["rows"], strict=True):
+        assert [a[k] for k in ("norm", "robust", "l2")] == [b[k] for k in ("norm", "robust", "l2")]
+
+
+def test_curve(twin: Path) -> None:
+    run(twin, *QUICK, "--attack", "noise", "--curve", "--out", "one")
+    report = json.loads(Path("one/report.json").read_text())
+    assert [round(255 * row["eps"]) for row in report["rows"]] == [1, 2, 4, 8, 16]
+    assert Path("one/curve.png").read_bytes().startswith(b"\x89PNG")
+    drawn = Path("one/curve.svg").read_text()
+    assert drawn.count("<svg") == 1
+    assert "![robust accuracy against eps](curve.png)" in Path("one/report.md").read_text()
+    rows = list(csv.DictReader(Path("one/report.csv").read_text().splitlines()))
+    assert len(rows) == len(report["rows"]) + len(report["worst_of"])
+    for row, held in zip(rows, report["rows"], strict=False):
+        assert (row["attack"], float(row["eps"])) == (held["attack"], held["eps"])
+        assert float(row["robust"]) == held["robust"]["share"]
+        assert int(row["robust_hits"]) == held["robust"]["hits"]
+
+
+def test_curve_without_matplotlib_is_refused_before_any_work(twin: Path) -> None:
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; "
+        "from vmoe.attacks.cli import main; main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, str(twin), *QUICK, "--curve", "--out", "one"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 5
+    assert done.stderr.strip().endswith("is not installed: pip install 'vmoe[plot]'")
+    assert not Path("one").exists()
+
+
+def test_early_stop_is_off_where_clips_are_for_others(twin: Path, tiny_bundle: Path) -> None:
+    def stops(*flags: str | Path) -> tuple[bool, str | None]:
+        report = json.loads(run(*flags, *QUICK, "--attack", "pgd-r", "--json").stdout)
+        return report["settings"][0]["each"][0]["early_stop"], report["early_stop"]
+
+    assert stops(twin) == (True, None)
+    on, why = stops(tiny_bundle)
+    assert not on
+    assert "as an engine judges, too: a first success lies on the twin's boundary" in str(why)
+    on, why = stops(twin, "--save-adv", "clips")
+    assert not on
+    assert "as the clips are saved" in str(why)
+    assert stops(tiny_bundle, "--early-stop") == (True, None)
+
+
+def test_preset_stands_under_config_and_flags(twin: Path) -> None:
+    Path("run.toml").write_text("lam = 0.5\n")
+    flags = ["--attack", "tla-r", "--preset", "paper", "--config", "run.toml", "--beta", "0.5"]
+    report = json.loads(run(twin, *QUICK, *flags, "--json").stdout)
+    how = report["settings"][0]["each"][0]
+    assert (how["lip"], how["lam"], how["beta"]) == ("quotient", 0.5, 0.5)
+    assert report["preset"] == "paper"
+
+
+def test_names_with_underscores_are_the_same_attack(twin: Path) -> None:
+    report = json.loads(run(twin, *QUICK, "--attack", "pgd_r,pgd-r", "--json").stdout)
+    assert [row["attack"] for row in report["rows"]] == ["pgd-r"]
+
+
+def test_what_it_was_made_with_is_recorded(twin: Path) -> None:
+    report = json.loads(run(twin, *QUICK, "--attack", "noise", "--seed", "3", "--json").stdout)
+    assert {"vmoe", "torch", "numpy", "python", "device", "threads"} <= report["versions"].keys()
+    assert report["twin"]["sha256"] == sha256(twin)
+    assert report["seed"] == report["settings"][0]["each"][0]["seed"] == 3
+    text = Path("runs/attack/mine/report.md").read_text()
+    assert f"seed 3; vmoe {report['vmoe']}, torch {torch.__version__}" in text
 
 
 def test_data_with_labels_that_the_model_does_not_know() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from vmoe.attacks.figures import agreement, broken, everything, figures, worst_o
 from vmoe.attacks.grid import l2, linf
 from vmoe.attacks.judge import Seen, SeenAttacked, l_lip_of, look, of_twin
 from vmoe.attacks.methods import pgd
-from vmoe.errors import SettingError, UnknownNameError
+from vmoe.clips import Clips
+from vmoe.errors import SettingError, UnknownNameError, VmoeError
 from vmoe.models import ROUTE_GRADS, VideoMoE
 from vmoe.runtime.engine import Prediction
 
@@ -109,6 +111,59 @@ def test_several_route_grads_count_with_the_worst_per_clip() -> None:
         _, alone = attacked(["pgd"], ways=[way])
         for more, less in zip(together.outcomes, alone.outcomes, strict=True):
             assert (broken(together, more, "twin") | ~broken(alone, less, "twin")).all()
+
+
+def test_next_route_grad_sees_only_the_clips_that_still_stand() -> None:
+    _, together = attacked(["pgd"], ways=["frozen", "soft"])
+    _, alone = attacked(["pgd"], ways=["frozen"])
+    for both, first in zip(together.outcomes, alone.outcomes, strict=True):
+        fell = first.seen["twin"].success
+        assert fell.any()
+        assert (both.forwards[fell] == first.forwards[fell]).all()
+        assert (both.forwards[~fell] > first.forwards[~fell]).all()
+        assert both.forwards[0] == both.backwards[0] == 0  # wrong as it is: costs nothing
+    assert not together.outcomes[0].seen["twin"].success.all()
+
+
+def test_without_early_stop_every_route_grad_sees_every_clip() -> None:
+    _, found = attacked(["pgd"], ways=["frozen", "soft"], early_stop=False)
+    for outcome in found.outcomes:
+        assert (outcome.backwards == 2 * 2).all()  # two ways, two steps
+    _, stopped = attacked(["pgd"], ways=["frozen", "soft"])
+    for full, early in zip(found.outcomes, stopped.outcomes, strict=True):
+        assert (full.seen["twin"].success >= early.seen["twin"].success).all()
+
+
+def test_l2_is_measured_on_the_final_clips() -> None:
+    twin = lively()
+    rows = plan(["pgd", "pgd-r"], [1.0, 2.0], ["frozen"], steps=2, norm="l2", early_stop=False)
+    found = evaluate(twin, CLIPS, labels(twin), rows, {"twin": of_twin(twin)}, keep_clips=True)
+    for outcome in found.outcomes:
+        delta = (outcome.clips.astype(float) - CLIPS) / 255
+        sizes = np.sqrt((delta**2).sum(axis=(1, 2, 3, 4)))
+        assert outcome.l2 == pytest.approx(sizes.max())
+        assert 0.5 * outcome.row.eps < outcome.l2 <= outcome.row.eps
+        row = figures(found, outcome, "twin")
+        assert (row["norm"], row["radius"], row["l2"]) == ("l2", None, outcome.l2)
+        assert row["linf"] == linf(outcome.clips, CLIPS)
+
+
+def test_nan_of_a_model_is_refused_with_the_clip_s_number() -> None:
+    """NaN compares as False: unseen, it would count as a label."""
+    twin, engine = lively(), of_twin(lively())
+
+    def broken_engine(clips: Clips, force_route: Sequence[int] | None = None) -> Prediction:
+        answer = engine(clips, force_route)
+        hit = (clips == CLIPS[6]).all(axis=(1, 2, 3, 4))
+        return answer._replace(logits=np.where(hit[:, None], np.nan, answer.logits))
+
+    judges = {"twin": of_twin(twin), "engine": broken_engine}
+    rows = plan(["noise"], [EPS])
+    with pytest.raises(VmoeError, match="clip 106: the engine answers NaN"):
+        evaluate(twin, CLIPS, labels(twin), rows, judges, index=np.arange(100, 108), batch=4)
+    pairs = [(rows[0], CLIPS)]
+    with pytest.raises(VmoeError, match="clip 6: the engine answers NaN"):
+        replay(CLIPS, labels(twin), pairs, judges)
 
 
 def test_wrong_clean_clip_is_broken_by_every_attack() -> None:
