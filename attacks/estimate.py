@@ -35,14 +35,14 @@ class EstimateSettings(BallSettings):
     def __post_init__(self) -> None:
         """Check every value; queries that pay for no step would make the attack void."""
         super().__post_init__()
-        if not self.steps:
+        if not self.rounds:
             raise SettingError(
                 f"--queries is {self.queries}; a step of {self.pairs} pairs takes "
                 f"{2 * self.pairs + 2}. Give more queries, or fewer --pairs."
             )
 
     @property
-    def steps(self) -> int:
+    def rounds(self) -> int:
         """How many steps the queries pay for: each asks for its probes and its clip."""
         return (self.queries - 1) // (2 * self.pairs + 1)
 

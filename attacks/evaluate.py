@@ -308,8 +308,9 @@ def _check(twin: VideoMoE, rows: Sequence[Row]) -> None:
             raise SettingError(
                 f"{row.attack} attacks a router, and this model is dense (1 expert): leave it out."
             )
-        if row.expert > last:
-            raise SettingError(f"--expert is {row.expert}; this model has experts 0 to {last}.")
+        if row.expert is not None and row.expert > last:
+            flag = "--expert" if row.part == "expert" else "--to-expert"
+            raise SettingError(f"{flag} is {row.expert}; this model has experts 0 to {last}.")
 
 
 def _make(

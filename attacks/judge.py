@@ -99,14 +99,14 @@ def look(answer: Prediction) -> Seen:
 
 
 def rule(
-    part: str, expert: int, judge: Judge, clips: Clips, label: Ints, route: Ints
+    part: str, expert: int | None, judge: Judge, clips: Clips, label: Ints, route: Ints
 ) -> tuple[Verdict, Prediction]:
     """Judge clips by the criterion of what is attacked.
 
     Args:
-        part: `model` (the label is wrong), `router` (the route has changed), `expert` (that
-            expert is wrong).
-        expert: which; only for `expert`.
+        part: `model` (the label is wrong), `router` (the route has changed, or is the expert that
+            was chosen), `expert` (that expert is wrong).
+        expert: which; None where none was chosen.
         judge: the model.
         clips: uint8 [N, T, H, W, 3].
         label: [N].
@@ -117,9 +117,12 @@ def rule(
     """
     answer = judge(clips)
     if part == "router":
-        return Verdict(answer.route != route, _cross_entropy(answer.scores, route)), answer
+        if expert is None:
+            return Verdict(answer.route != route, _cross_entropy(answer.scores, route)), answer
+        goal = np.full_like(route, expert)
+        return Verdict(answer.route == goal, -_cross_entropy(answer.scores, goal)), answer
     logits = answer.logits
-    if part == "expert":
+    if part == "expert" and expert is not None:
         logits = judge(clips, [expert] * len(clips)).logits
     return Verdict(logits.argmax(axis=1) != label, _cross_entropy(logits, label)), answer
 

@@ -40,9 +40,10 @@ class Row:
     settings: tuple[Settings, ...]
 
     @property
-    def expert(self) -> int:
-        """Which expert it attacks; 0 where it attacks none alone."""
-        return int(getattr(self.settings[0], "expert", 0)) if self.settings else 0
+    def expert(self) -> int | None:
+        """Which expert it attacks, or sends clips to; None of any other attack."""
+        chosen = (getattr(s, name, None) for s in self.settings for name in ("expert", "to_expert"))
+        return next((expert for expert in chosen if expert is not None), None)
 
     @property
     def norm(self) -> str:

@@ -52,7 +52,7 @@ def _climb(search: Search, clip: Tensor) -> None:
     assert isinstance(how, EstimateSettings)
     estimator, mean = Estimator(search, gaussian), torch.zeros_like(clip)
     search.judge(clip)
-    for _ in range(how.steps):
+    for _ in range(how.rounds):
         if not search.standing.any():
             return
         mean = MOMENTUM * mean + (1 - MOMENTUM) * estimator.slope(clip)

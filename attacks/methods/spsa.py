@@ -59,7 +59,7 @@ def _climb(search: Search, clip: Tensor) -> None:
     estimator = Estimator(search, signs)
     mean, square = torch.zeros_like(clip), torch.zeros_like(clip)
     search.judge(clip)
-    for k in range(1, how.steps + 1):
+    for k in range(1, how.rounds + 1):
         if not search.standing.any():
             return
         gradient = estimator.slope(clip)

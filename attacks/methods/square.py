@@ -104,9 +104,11 @@ def cuboid(p: float, frames: int, height: int, width: int) -> Sides:
     """
     t = min(max(round(p ** (1 / 3) * frames), 1), frames)
     area = p * frames * height * width / t
-    h = min(max(round(math.sqrt(area)), 1), height, width)
-    side = max(round(area / h), h)
-    return (t, h, min(side, width)) if height <= width else (t, min(side, height), h)
+    side, short = max(round(math.sqrt(area)), 1), min(height, width)
+    if side <= short:
+        return t, side, side
+    long = min(round(area / short), max(height, width))
+    return (t, short, long) if height <= width else (t, long, short)
 
 
 def stripes(clean: Tensor, own: Generator) -> Tensor:
