@@ -36,5 +36,5 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.ready: pyproject.toml $(VENV)/.torch
-	$(BIN)/pip install -q -e ".[cpu,train,dev]"
+	$(BIN)/pip install -q -e ".[cpu,openvino,train,dev]"
 	@touch $@

@@ -232,9 +232,9 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
 
 PACKAGES = {
     "numpy": "everything", "opencv-python": "decoding, cameras", "onnxruntime": "serving on a CPU",
-    "onnxruntime-gpu": "serving on an NVIDIA GPU", "torch": "training, attacks, export",
-    "onnx": "export", "onnxscript": "export", "safetensors": "checkpoints",
-    "scikit-image": "the demo's photographs",
+    "onnxruntime-gpu": "serving on an NVIDIA GPU", "openvino": "serving int8 on a CPU",
+    "torch": "training, attacks, export", "onnx": "export", "onnxscript": "export",
+    "safetensors": "checkpoints", "scikit-image": "the demo's photographs",
 }  # fmt: skip
 COMMANDS = {  # what each imports, beyond what is always installed
     "vmoe-run": ("onnxruntime",), "vmoe-bench": ("onnxruntime",),
@@ -242,10 +242,10 @@ COMMANDS = {  # what each imports, beyond what is always installed
     "vmoe-export": ("torch", "safetensors", "onnx", "onnxscript", "onnxruntime"),
 }  # fmt: skip
 VERIFIED = [
-    ["ONNX Runtime CPU, routing, streaming, attacks, training", "CI, without a GPU"],
+    ["ONNX Runtime CPU, OpenVINO CPU, routing, streaming, attacks, training", "CI, without a GPU"],
     ["a camera through OpenCV's V4L2 code", "an emulated device; no camera hardware"],
     ["ONNX Runtime CUDA", "not verified by any machine of ours"],
-    ["TensorRT, OpenVINO, Jetson", "not part of this version"],
+    ["TensorRT, Jetson", "not part of this version"],
 ]
 
 

@@ -145,4 +145,4 @@ def _first_line(e: Exception) -> str:
         for line in lines
         if not re.match(r"Exception from |Check .* failed at |FrontEnd API failed", line)
     ]
-    return (said or lines or [type(e).__name__])[0][:300]
+    return (said or lines or [type(e).__name__])[-1][:300]
