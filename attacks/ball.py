@@ -24,8 +24,13 @@ def project(clip: Tensor, moved: Tensor, eps: float, norm: str = "linf") -> Tens
         norm: linf or l2. Of l2, d is shortened, and then cut to [0, 1], which only shortens it.
     """
     if norm == "linf":
-        return torch.minimum(torch.maximum(moved, clip - eps), clip + eps).clamp_(0, 1)
+        return moved.clamp(*bounds(clip, eps))
     return (clip + shorten(moved - clip, eps, norm)).clamp_(0, 1)
+
+
+def bounds(clip: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the ends of the L-infinity ball around each pixel, cut to [0, 1]."""
+    return (clip - eps).clamp_(min=0), (clip + eps).clamp_(max=1)
 
 
 def shorten(delta: Tensor, eps: float, norm: str = "linf") -> Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vmoe.attacks import ball
 from vmoe.batches import to_tensor
 from vmoe.clips import Clips
 from vmoe.errors import SettingError
@@ -39,13 +40,15 @@ def rounded(moved: Tensor, clip: Tensor, eps: float, norm: str = "linf") -> Tens
     Returns:
         Multiples of 1/255, as `to_tensor` gives them of uint8.
     """
-    clean = (255 * clip).round()
+    clean = (255 * clip).round_()
     if norm == "linf":
         r = radius(eps)
-        levels = torch.minimum(torch.maximum((255 * moved).round(), clean - r), clean + r)
+        levels = (255 * moved).round_().clamp_(clean - r, clean + r)
     else:
         delta = 255 * moved - clean
-        levels = clean + (delta.abs() + 1e-4).floor() * delta.sign()  # 1e-4: of float32
+        change = (delta.abs() + 1e-4).floor() * delta.sign()  # 1e-4: of float32
+        far = ball.size(change, "l2") > 255 * eps * (1 + 1e-6)
+        levels = clean + torch.where(ball.spread(far, change), delta.trunc(), change)
     return levels.clamp_(0, 255).div_(255)
 
 

@@ -134,11 +134,13 @@ class Aim(NamedTuple):
         objectives: tried one after the other in each restart; most attacks have one.
         route_before: route of the clean clips, [B].
         success: whether the clean clips succeed as they are, [B]; None where nobody looked.
+        silent: to which of them the model answers NaN, [B].
     """
 
     objectives: tuple[Objective, ...]
     route_before: Tensor
     success: Tensor | None
+    silent: Tensor
 
 
 @contextmanager
@@ -173,6 +175,7 @@ class Search:
     def __init__(self, clip: Tensor, settings: BallSettings, aim: Aim, indices: Tensor) -> None:
         """Begin; a clip that succeeds as it is stands no more, by early stop."""
         self.clip, self.settings, self.indices = clip, settings, indices
+        self._low, self._high = ball.bounds(clip, settings.eps)
         self.number = 0
         self.standing = torch.ones(len(clip), dtype=torch.bool, device=clip.device)
         self.best = clip.clone()
@@ -182,6 +185,7 @@ class Search:
         self.forwards = self.standing.long()  # `prepare` answered the clean clips
         self.backwards, self.dead = self.forwards * 0, self.forwards * 0
         self._objective = aim.objectives[0]
+        self._refuse(aim.silent, self._rows())
         if settings.early_stop and aim.success is not None:
             self.success, self.standing = aim.success.clone(), ~aim.success
 
@@ -198,6 +202,8 @@ class Search:
 
     def project(self, moved: Tensor) -> Tensor:
         """Return clips within the ball and in [0, 1]."""
+        if self.settings.norm == "linf":
+            return moved.clamp(self._low, self._high)
         return ball.project(self.clip, moved, self.settings.eps, self.settings.norm)
 
     def slope(self, clip: Tensor, *, probe: bool = False) -> tuple[Tensor, Tensor]:
@@ -211,7 +217,7 @@ class Search:
         at = (clip.detach()[rows] if probe else self._seen(clip, rows)).requires_grad_()
         with torch.enable_grad(), self._autocast(at):
             judged = self._objective(at, rows)
-            (found,) = torch.autograd.grad(judged.loss.sum(), at)
+            found = _gradient(judged.loss, at)
         largest = found.abs().flatten(1).amax(dim=1)
         alive = (largest > 0) & (largest < torch.inf)
         if not alive.all():
@@ -259,6 +265,16 @@ class Search:
             self._heard(at, rows, judged, probe=True)
             self._offer(at, rows, judged, loss[rows])
 
+    def settle(self) -> None:
+        """Judge the best clips of a bfloat16 search that have not succeeded, in float32."""
+        rows = torch.nonzero(~self.success & (self.loss > -torch.inf)).flatten()
+        if self.settings.bf16 and len(rows):
+            with torch.no_grad():
+                judged = self._objective(self.best[rows], rows)
+            self._refuse(judged.loss.isnan(), rows)
+            self.forwards[rows] += 1
+            self.success[rows], self.route[rows] = judged.success, judged.route
+
     def result(self, before: Tensor) -> AttackResult:
         """Return the best of every sample."""
         return AttackResult(
@@ -291,7 +307,7 @@ class Search:
 
     def _heard(self, clip: Tensor, rows: Tensor, judged: Judged, probe: bool) -> Tensor:
         """Count a forward pass, and take its clips as candidates but for a probe; return losses."""
-        self._check(judged, rows)
+        self._refuse(judged.loss.isnan(), rows)
         self.forwards[rows] += 1
         loss = judged.loss.detach().to(self.loss)
         if not probe:
@@ -316,20 +332,28 @@ class Search:
         claimed = torch.nonzero(judged.success).flatten()
         with torch.no_grad():
             again = self._objective(clip[claimed], rows[claimed])
-        self._check(again, rows[claimed])
+        self._refuse(again.loss.isnan(), rows[claimed])
         self.forwards[rows[claimed]] += 1
         success, route = judged.success.clone(), judged.route.clone()
         success[claimed], route[claimed] = again.success, again.route
         return success, route
 
-    def _check(self, judged: Judged, rows: Tensor) -> None:
-        bad = judged.loss.isnan()
-        if bad.any():
-            index = int(self.indices[rows[bad].cpu()][0])
+    def _refuse(self, silent: Tensor, rows: Tensor) -> None:
+        """Refuse clips of some rows that the model answers NaN to."""
+        if silent.any():
+            index = int(self.indices[rows[silent].cpu()][0])
             raise VmoeError(
                 f"clip {index}: the model answers NaN to it or near it; no figure of this model "
                 "would mean anything. Look at its weights, or at --bf16."
             )
+
+
+def _gradient(loss: Tensor, clip: Tensor) -> Tensor:
+    """Return the gradient of each sample's loss; 0 where the loss does not hang on the clip."""
+    if not loss.requires_grad:
+        return torch.zeros_like(clip)
+    (found,) = torch.autograd.grad(loss.sum(), clip, allow_unused=True, materialize_grads=True)
+    return found
 
 
 Climb: TypeAlias = Callable[[Search, Tensor], None]  # from a start; it asks slope and judge
@@ -366,7 +390,7 @@ def ascend(
     """
     clip = clip.detach()
     order = torch.arange(len(clip)) if indices is None else indices.cpu()
-    _check_clip(clip, order, settings)
+    check_clip(clip, order, settings)
     random = getattr(settings, "random_start", False)
     with as_found(twin):
         aim = prepare(clip)
@@ -379,10 +403,11 @@ def ascend(
                 search.begin(objective, number)
                 climb(search, search.start(random=random or restart > 0))
                 number += 1
+        search.settle()
     return search.result(aim.route_before)
 
 
-def _check_clip(clip: Tensor, order: Tensor, settings: BallSettings) -> None:
+def check_clip(clip: Tensor, order: Tensor, settings: BallSettings) -> None:
     """Refuse what would make the attack void in silence, such as pixels of 0 to 255."""
     if clip.ndim != 5 or not len(clip) or not clip.is_floating_point():
         raise SettingError(

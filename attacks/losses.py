@@ -93,7 +93,7 @@ def router(
         route = moved.argmax(dim=1)
         return Judged(of_router(moved, adversarial, rows), route != top1[rows], route)
 
-    return Aim((objective,), top1, torch.zeros_like(top1, dtype=torch.bool))
+    return Aim((objective,), top1, torch.zeros_like(top1, dtype=torch.bool), silent(scores))
 
 
 def misroute(twin: VideoMoE, clip: Tensor, to: int | None) -> Aim:
@@ -113,7 +113,8 @@ def misroute(twin: VideoMoE, clip: Tensor, to: int | None) -> Aim:
     require_router(twin)
     require_expert(twin, to or 0, "--to-expert")
     with torch.no_grad():
-        before = twin.scores(clip).argmax(dim=1)
+        scores = twin.scores(clip)
+    before = scores.argmax(dim=1)
     goal = before if to is None else torch.full_like(before, to)
 
     def objective(adversarial: Tensor, rows: Tensor) -> Judged:
@@ -124,7 +125,7 @@ def misroute(twin: VideoMoE, clip: Tensor, to: int | None) -> Aim:
         return Judged(-away, route == goal[rows], route)
 
     reached = torch.zeros_like(before, dtype=torch.bool) if to is None else before == goal
-    return Aim((objective,), before, reached)
+    return Aim((objective,), before, reached, silent(scores))
 
 
 def expert(twin: VideoMoE, clip: Tensor, label: Tensor, index: int, settings: BallSettings) -> Aim:
@@ -137,18 +138,20 @@ def expert(twin: VideoMoE, clip: Tensor, label: Tensor, index: int, settings: Ba
     """
     require_expert(twin, index, "--expert")
     with torch.no_grad():
-        clean, before = twin.run_expert(index, clip), twin.scores(clip).argmax(dim=1)
+        clean, scores = twin.run_expert(index, clip), twin.scores(clip)
     term = _lipschitz(clip, clean, settings)
 
     def objective(adversarial: Tensor, rows: Tensor) -> Judged:
         logits = twin.run_expert(index, adversarial)
         with torch.no_grad():
-            route = twin.scores(adversarial).argmax(dim=1)
+            moved = twin.scores(adversarial)
         y = label[rows]
         loss = term(ce(logits, y), logits, adversarial, rows)
-        return Judged(loss, logits.argmax(dim=1) != y, route)
+        loss = loss.masked_fill(silent(moved), torch.nan)
+        return Judged(loss, logits.argmax(dim=1) != y, moved.argmax(dim=1))
 
-    return Aim((objective,), before, clean.argmax(dim=1) != label)
+    wrong = clean.argmax(dim=1) != label
+    return Aim((objective,), scores.argmax(dim=1), wrong, silent(clean, scores))
 
 
 def whole(
@@ -178,7 +181,7 @@ def whole(
             value = value + gamma2 * of_router(out.scores, adversarial, rows)
         return judged(value, hard, y, out)
 
-    return Aim((objective,), scores.argmax(dim=1), wrong)
+    return Aim((objective,), scores.argmax(dim=1), wrong, silent(clean, scores))
 
 
 def targets(
@@ -209,7 +212,8 @@ def targets(
         return objective
 
     others: Sequence[Tensor] = ranked[:, : min(count, hard.shape[1] - 1)].unbind(dim=1)
-    return Aim(tuple(map(towards, others)), out.route, hard.argmax(dim=1) != label)
+    wrong = hard.argmax(dim=1) != label
+    return Aim(tuple(map(towards, others)), out.route, wrong, silent(out.logits, out.scores))
 
 
 def look(
@@ -245,8 +249,13 @@ def answer(twin: VideoMoE, clip: Tensor, route_grad: str) -> tuple[MoEOutput, Te
 
 def judged(loss: Tensor, hard: Tensor, label: Tensor, out: MoEOutput) -> Judged:
     """Judge the whole model; a NaN among scores or logits, which may not reach the loss, does."""
-    silent = hard.isnan().any(dim=1) | out.scores.isnan().any(dim=1)
-    return Judged(loss.masked_fill(silent, torch.nan), hard.argmax(dim=1) != label, out.route)
+    loss = loss.masked_fill(silent(hard, out.scores), torch.nan)
+    return Judged(loss, hard.argmax(dim=1) != label, out.route)
+
+
+def silent(*answers: Tensor) -> Tensor:
+    """Return in which rows of logits or scores, [b, ...], there is a NaN, bool [b]."""
+    return torch.stack([answer.isnan().any(dim=1) for answer in answers]).any(dim=0)
 
 
 def require_router(twin: VideoMoE) -> None:
