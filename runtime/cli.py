@@ -44,6 +44,9 @@ class RunSettings(Settings):
     device: str = opt("auto", "auto, cpu or cuda:N")
     threads: int | None = opt(None, "CPU threads of the engine; its own choice if not given",
                               at_least=1)  # fmt: skip
+    cache: bool = opt(
+        True, "keep large graphs as optimised for this CPU in the user's cache folder"
+    )
     hop: float | None = opt(None, "seconds between two windows; half a window if not given, of "
                             "a bundle in the online form one frame", above=0)  # fmt: skip
     sampling: str = opt("exact", "exact refuses sources slower than the model's frame spacing; "
@@ -103,7 +106,10 @@ def _run(named: Path | None, settings: RunSettings, *, as_json: bool, stop: Stop
     from .pipeline import Pipeline
 
     source = _source(settings)
-    with engines.load(path, settings.backend, settings.device, settings.threads) as engine:
+    cache = cli.cache_folder() if settings.cache else None
+    with engines.load(
+        path, settings.backend, settings.device, settings.threads, cache=cache
+    ) as engine:
         pipeline = Pipeline(
             engine,
             source,

@@ -48,6 +48,7 @@ def load(
     threads: int | None = None,
     *,
     all_parts: bool = False,
+    cache: Path | None = None,
 ) -> Engine:
     """Load a bundle: prove it whole, and open a backend for it.
 
@@ -58,6 +59,8 @@ def load(
         device: auto, cpu or cuda:N.
         threads: CPU threads of one run; None is the backend's own choice.
         all_parts: load every part now; else an expert is loaded when it is first routed to.
+        cache: a folder for what a backend makes of parts, so that the next load is faster; the
+            commands' own is `vmoe.cli.cache_folder()`. None keeps nothing.
 
     Raises:
         BundleError: no bundle, or one that is not what its manifest says.
@@ -68,7 +71,7 @@ def load(
         raise SettingError(f"--threads is {threads}; it must be at least 1.")
     read = bundle if isinstance(bundle, Bundle) else bundles.read(Path(bundle))
     name = choose(backend, read, device)
-    settings = BackendSettings(folder=read.path, device=device, threads=threads, bundle=read)
+    settings = BackendSettings(read.path, device, threads, read, cache)
     opened = registry.load(ENGINES, name, "backend").open(settings)
     engine = Engine(read, opened, name)
     try:

@@ -8,15 +8,25 @@ from __future__ import annotations
 
 from onnx import GraphProto, ValueInfoProto, helper, shape_inference
 
+from vmoe.export import graphs
 from vmoe.export.passes._builder import attributes
 
 OPSET = 20  # of the inference alone
+SMALL_BYTES = 1024  # larger constants are weights, of which no shape depends
 UNKNOWN = "unk__"  # how it names what it does not know
 
 
 def apply(graph: GraphProto) -> bool:
     """Give every Gather along the first axis, whose count is not known, a named count."""
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)])
+    light = GraphProto()
+    light.CopyFrom(graph)
+    for scope in graphs.walk(light):
+        small = [t for t in scope.initializer if graphs.tensor_bytes(t) <= SMALL_BYTES]
+        scope.ClearField("initializer")
+        scope.initializer.extend(small)
+    domains = {node.domain for scope in graphs.walk(graph) for node in scope.node} - {""}
+    opsets = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(d, 1) for d in sorted(domains))]
+    model = helper.make_model(light, opset_imports=opsets)
     return _annotate(graph, shape_inference.infer_shapes(model, data_prop=True).graph)
 
 

@@ -32,12 +32,14 @@ class BackendSettings:
         device: auto, cpu or cuda:N.
         threads: CPU threads of one run; None is the backend's own choice.
         bundle: its manifest, for a backend that needs more of it than its parts.
+        cache: a folder that outlives this run, for what a backend makes of parts; None for none.
     """
 
     folder: Path
     device: str = "auto"
     threads: int | None = None
     bundle: Bundle | None = None
+    cache: Path | None = None
 
 
 class Backend(Protocol):

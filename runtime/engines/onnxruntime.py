@@ -1,9 +1,14 @@
-"""ONNX Runtime: on the CPU, and on CUDA where the installed package has it."""
+"""ONNX Runtime: on the CPU, and on CUDA where the installed package has it.
+
+With a cache folder, a large part is loaded as it was optimised for this CPU before. What is not
+there yet is made behind the first answer, so that no label waits for it.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +20,7 @@ from vmoe.clips import Clips
 from vmoe.errors import BundleError, EngineMismatchError, MissingDependencyError, SettingError
 
 from . import BackendSettings, Outputs, Run
+from ._cache import DATA, Cache
 
 FORMATS = ("onnx",)
 DEVICES = ("cpu", "cuda")
@@ -74,6 +80,10 @@ class OnnxRuntime:
             )
         if settings.device == "auto" and has_cuda and Path("/dev/nvidiactl").exists():
             self._cuda = 0
+        self._cache: Cache | None = None
+        if settings.cache is not None and self._cuda is None:
+            self._cache = Cache(settings.cache, onnxruntime.__version__)
+        self._keeping: list[threading.Thread] = []
 
     def load(self, part: Part) -> Run:
         """Make a session of one part.
@@ -84,8 +94,10 @@ class OnnxRuntime:
             SettingError: the device asked cannot be used.
         """
         path = self._folder / part.file
+        session = self._cached(part)
+        keep = self._cache is not None and session is None and self._cache.is_worth(path)
         try:
-            session = self._session(str(path))
+            session = session or self._session(path, self._options())
         except Exception as e:  # ORT's errors share no base class but Exception
             raise BundleError(f"{path}: onnxruntime cannot load it: {_first_line(e)}") from e
         if self._cuda is not None and CUDA not in session.get_providers():
@@ -98,21 +110,60 @@ class OnnxRuntime:
         self._check_ports(session, part)
         outputs = [port.name for port in part.outputs]
 
+        first = threading.Lock()  # taken once and for all by the first run
+
         def run(inputs: Mapping[str, Any]) -> Outputs:
-            return self._run(session, outputs, inputs, str(path))
+            answer = self._run(session, outputs, inputs, str(path))
+            if keep and first.acquire(blocking=False):
+                self._keep(part, path)
+            return answer
 
         return run
 
-    def _session(self, path: str) -> Any:
-        ort = self._ort
-        options = ort.SessionOptions()
+    def _cached(self, part: Part) -> Any:
+        """Return a session of a part as it was optimised before; None where there is none."""
+        found = self._cache.find(part) if self._cache is not None else None
+        if self._cache is None or found is None:
+            return None
+        options = self._options()
+        options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            return self._session(found, options)
+        except Exception:  # as below
+            self._cache.drop(part)
+            return None
+
+    def _keep(self, part: Part, path: Path) -> None:
+        """Put a part into the cache, beside the runs that follow."""
+        assert self._cache is not None
+        thread = threading.Thread(
+            target=self._cache.put, args=(part, path, self._save), name=f"cache {part.file}"
+        )
+        self._keeping.append(thread)
+        thread.start()
+
+    def _save(self, graph: Path, place: Path) -> None:
+        """Write a graph as ONNX Runtime optimises it here."""
+        options = self._options()
+        options.intra_op_num_threads = 1
+        options.optimized_model_filepath = str(place)
+        key = "session.optimized_model_external_initializers_"
+        options.add_session_config_entry(f"{key}file_name", DATA)
+        options.add_session_config_entry(f"{key}min_size_in_bytes", "1024")
+        self._session(graph, options)
+
+    def _options(self) -> Any:
+        options = self._ort.SessionOptions()
         options.log_severity_level = ERRORS_ONLY
         options.intra_op_num_threads = self._threads or 0
         options.inter_op_num_threads = 1
         # One part runs at a time: threads of the others must not spin beside it.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        return options
+
+    def _session(self, path: Path, options: Any) -> Any:
         cuda = [(CUDA, {"device_id": str(self._cuda)})] if self._cuda is not None else []
-        return ort.InferenceSession(path, options, providers=[*cuda, CPU])
+        return self._ort.InferenceSession(str(path), options, providers=[*cuda, CPU])
 
     def _check_ports(self, session: Any, part: Part) -> None:
         has_in = {port.name: port.type for port in session.get_inputs()}
@@ -153,7 +204,9 @@ class OnnxRuntime:
         return self._ort.OrtValue.ortvalue_from_numpy(contiguous, "cuda", self._cuda)
 
     def close(self) -> None:
-        """Do nothing: sessions are freed with the runs that hold them."""
+        """Wait for what is being put into the cache; sessions go with the runs that hold them."""
+        while self._keeping:
+            self._keeping.pop().join()
 
 
 def _first_line(e: Exception) -> str:
