@@ -28,6 +28,7 @@ from vmoe.data.camera_motion import LABELS
 from vmoe.data.folder import FolderClips
 
 QUICK = ["--n", "6", "--steps", "2", "--device", "cpu", "--no-sanity"]
+NOISE = ["--attack", "noise", "--n", "6", "--device", "cpu", "--no-sanity"]
 FROZEN = ["--route-grad", "frozen"]
 
 
@@ -183,7 +184,7 @@ def test_config_file_and_seed(twin: Path) -> None:
         (["--eps", "2.0"], "eps '2.0' could mean two things"),
         (["--norm", "l2", "--eps", "8"], "with --norm l2 write a length with its point"),
         (["--eps", "300.5", "--norm", "l2"], "--eps is 300.5; with --norm l2 it must be at most 1"),
-        (["--norm", "l3"], "did you mean 'l2'?"),
+        (["--norm", "l3"], "'l3'. Known: linf, l2"),
         (["--preset", "papr"], "did you mean 'paper'?"),
         (["--resume"], "--resume goes on with the run in a folder; name it with --out"),
         (["--resume", "--out", "x"], "x cannot be resumed: no run was begun there"),
@@ -357,7 +358,7 @@ def test_nan_is_refused_with_the_clip_s_number(twin: Path) -> None:
             parameter.fill_(torch.nan)
     checkpoint.save(held, Path("nan.safetensors"))
     said = run("nan.safetensors", *QUICK, "--out", "one", code=1).stderr.strip().splitlines()[-1]
-    index = json.loads(run(twin, *QUICK, "--attack", "noise", "--json").stdout)["clips"]["index"]
+    index = json.loads(run(twin, *NOISE, "--json").stdout)["clips"]["index"]
     assert said.startswith(f"vmoe-attack: clip {index[0]}: the twin answers NaN")
     assert not Path("one").exists()
 
@@ -381,7 +382,7 @@ def test_l2(twin: Path) -> None:
 
 
 def test_curve(twin: Path) -> None:
-    run(twin, *QUICK, "--attack", "noise", "--curve", "--out", "one")
+    run(twin, *NOISE, "--curve", "--out", "one")
     report = json.loads(Path("one/report.json").read_text())
     assert [round(255 * row["eps"]) for row in report["rows"]] == [1, 2, 4, 8, 16]
     assert Path("one/curve.png").read_bytes().startswith(b"\x89PNG")
@@ -438,7 +439,7 @@ def test_names_with_underscores_are_the_same_attack(twin: Path) -> None:
 
 
 def test_what_it_was_made_with_is_recorded(twin: Path) -> None:
-    report = json.loads(run(twin, *QUICK, "--attack", "noise", "--seed", "3", "--json").stdout)
+    report = json.loads(run(twin, *NOISE, "--seed", "3", "--json").stdout)
     assert {"vmoe", "torch", "numpy", "python", "device", "threads"} <= report["versions"].keys()
     assert report["twin"]["sha256"] == sha256(twin)
     assert report["seed"] == report["settings"][0]["each"][0]["seed"] == 3

@@ -130,7 +130,7 @@ def torchrun(*args: str | Path, script: Path | None = None) -> subprocess.Comple
     what = (
         ["--no-python", "--", str(BIN / "vmoe-attack")] if script is None else ["--", str(script)]
     )
-    start = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", "0"]
+    start = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
         [*start, *what, *map(str, args)], capture_output=True, text=True, check=False, timeout=300
     )
