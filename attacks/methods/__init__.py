@@ -6,7 +6,8 @@ A file holds `Settings`, `attack(twin, clip, label, settings, indices=None) -> A
 
 What else is promised of it is read off its settings. `steps` and `step`: more steps never make it
 weaker. `restarts`: nor do more restarts. `random_start`: its result hangs on the seed. `queries`
-and no `route_grad`: it asks for no gradient, and no more often than it says in each restart. A norm
-that its settings refuse is not asked of it. `OPTIMAL = False` says that it does not find the best
-perturbation of a linear loss: it may change some values only, or it goes by chance.
+and no `route_grad`: it asks for no gradient, and no more often than it says in each restart; with
+`steps` beside, it is an ensemble. A norm that its settings refuse is not asked of it. `OPTIMAL =
+False` says that it does not find the best perturbation of a linear loss: it may change some values
+only, or it goes by chance.
 """

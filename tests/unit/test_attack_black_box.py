@@ -244,7 +244,8 @@ def test_estimate_of_a_linear_gradient_is_unbiased(draw: Draw) -> None:
         loss = (x * w).flatten(1).sum(dim=1)
         return Judged(loss, loss > torch.inf, torch.zeros_like(rows))
 
-    aim = Aim((objective,), torch.zeros(30, dtype=torch.int64), None)
+    none = torch.zeros(30, dtype=torch.bool)
+    aim = Aim((objective,), none.long(), None, none)
     how = EstimateSettings(pairs=100)
     found = Estimator(Search(clip, how, aim, torch.arange(30)), draw).slope(clip)
     # n pairs are off by |w| sqrt((d + 1) / n), d = 12: each by a third, all together by 7 %
