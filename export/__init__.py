@@ -10,9 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .pipeline import Exported, ExportSettings, export
+    from .pipeline import Exported, export
+    from .plan import ExportSettings
 
-_HOMES = {"ExportSettings": "pipeline", "Exported": "pipeline", "export": "pipeline"}
+_HOMES = {"ExportSettings": "plan", "Exported": "pipeline", "export": "pipeline"}
 __all__ = ["ExportSettings", "Exported", "export"]
 
 

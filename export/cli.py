@@ -12,9 +12,11 @@ from vmoe import bundle as bundles
 from vmoe import cli, latest, output, report
 from vmoe.errors import MissingDependencyError, SettingError
 from vmoe.models import flops
+from vmoe.runtime.bench.certificate import BOUND
 
 from . import pipeline
-from .pipeline import Exported, ExportSettings, Plan
+from .pipeline import Exported
+from .plan import ExportSettings, Plan, calibration_of
 
 log = cli.log
 
@@ -22,35 +24,37 @@ log = cli.log
 @cli.command(
     "vmoe-export",
     "vmoe-export",
-    "vmoe-export runs/train/mine/best.safetensors --lowering if --out runs/export/mine",
+    "vmoe-export runs/train/mine/best.safetensors --lowering if --int8 --out runs/export/mine",
     "vmoe-export runs/train/mine/best.safetensors --counterpart --lowering if",
 )
 @click.argument("checkpoint", metavar="[CKPT]", required=False, type=click.Path(path_type=Path))
 @click.option("--onnx", is_flag=True, help="ONNX parts, for ONNX Runtime. [default]")
 @click.option("--trt", is_flag=True, help="TensorRT plans: not in this version.")
-@click.option("--fp16", is_flag=True, help="Half precision, with --trt: not in this version.")
 @cli.options(ExportSettings)
 @click.option("--out", type=click.Path(path_type=Path),
               help="The bundle's folder. [default: runs/export/NAME-LOWERING]")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; export nothing.")
 @cli.seed_option
+@cli.device_option
 @cli.config_option
 @cli.json_option
 def main(
-    checkpoint: Path | None, onnx: bool, trt: bool, fp16: bool, out: Path | None, overwrite: bool,
-    dry_run: bool, seed: int, config: Path | None, as_json: bool, **flags: Any,
+    checkpoint: Path | None, onnx: bool, trt: bool, out: Path | None, overwrite: bool,
+    dry_run: bool, seed: int, device: str, config: Path | None, as_json: bool, **flags: Any,
 ) -> None:  # fmt: skip
     """Export CKPT to a bundle: uint8 clips in; per clip, the router and one expert run.
 
     CKPT is a checkpoint, a training's folder, or a bundle that carries its twin; left out, it is
     the newest under runs/, else the one that ships. The bundle is loaded again and compared with
-    the twin; one that does not agree is refused (exit code 3), and nothing is left of it.
+    the twin on --device (auto is the CPU); one that does not pass its gates is refused (exit
+    code 3), and kept as NAME.rejected with its report.
     """
-    _refuse_later(onnx=onnx, trt=trt, fp16=fp16)
+    _refuse_later(onnx=onnx, trt=trt)
     settings = cli.resolve(ExportSettings, flags, config)
     if out is not None:
         output.refuse_existing(out, overwrite=overwrite)
+        output.probe(out)
     path, line = latest.checkpoint(checkpoint)
     log.info("%s", line)
     plan = pipeline.plan(path, settings, seed)
@@ -62,7 +66,7 @@ def main(
         planned = _planned(plan, folder, cost)
         cli.print_json(planned) if as_json else click.echo(_lines(planned))
         return
-    made = pipeline.run(plan, folder, overwrite=overwrite)
+    made = pipeline.run(plan, folder, overwrite=overwrite, device=device)
     if as_json:
         cli.print_json({"bundle": str(folder), **report.plain(made.report)})
     else:
@@ -72,26 +76,23 @@ def main(
         log.info("next: %s", next_line)
 
 
-def _refuse_later(*, onnx: bool, trt: bool, fp16: bool) -> None:
+def _refuse_later(*, onnx: bool, trt: bool) -> None:
     """Say honestly what this version does not build, before any work is done."""
     if onnx and trt:
         raise SettingError("--onnx and --trt exclude each other: choose one.")
     if trt:
         raise MissingDependencyError(
             "TensorRT plans are not in this version of vmoe, whether TensorRT is installed or not. "
-            "Leave --trt and --fp16 out: the ONNX bundle runs sparse on ONNX Runtime "
+            "Leave --trt out: the ONNX bundle runs sparse on ONNX Runtime "
             "(pip install 'vmoe[cpu]' or 'vmoe[gpu]')."
-        )
-    if fp16:
-        raise SettingError(
-            "--fp16 is for --trt, which is not in this version; ONNX parts are fp32 (on a CPU "
-            "half precision is no faster). Leave it out."
         )
 
 
 def _describe(plan: Plan, cost: flops.Flops) -> str:
     model = plan.checkpoint.twin.settings
     what = f"{plan.name}: {model.arch}, width {model.width:g}, {model.experts} expert(s)"
+    if plan.settings.lowering == "dense":
+        what += ", lowered dense: every expert runs on every clip, a baseline only"
     if plan.settings.counterpart:
         what += ", random weights: for latency only"
     saved = "" if cost.saved is None else f", {cost.saved:.0%} less than its dense counterpart"
@@ -108,13 +109,31 @@ def _planned(plan: Plan, folder: Path, cost: flops.Flops) -> dict[str, Any]:
         "labels": list(plan.checkpoint.labels),
         "lowering": settings.lowering,
         "parts": bundles.part_names(settings.lowering, len(twin.experts)),
-        "precision": "fp32",
+        "form": settings.form,
+        "precision": settings.precision,
+        "keep_fp32": settings.keep_fp32 if settings.precision != "fp32" else None,
+        "calibration": calibration_of(plan),
+        "optimize": settings.optimize,
         "opset": settings.opset,
-        "gates": {"parity": settings.gate_parity, "route_pct": settings.gate_route},
+        "gates": _gates(settings),
         "verify_data": settings.verify_data or "camera-motion and noise",
         "twin_inside": settings.twin and plan.file is not None,
         "flops_per_clip": cost.moe,
         "seed": plan.seed,
+    }
+
+
+def _gates(settings: ExportSettings) -> dict[str, Any]:
+    """Return the bounds, by the names of their flags."""
+    most, mean = settings.parity(settings.precision)
+    sparse = None if settings.lowering == "dense" else BOUND
+    return {
+        "parity": most,
+        "parity_mean": mean,
+        "route_pct": settings.gate_route,
+        "clean_points": settings.gate_clean,
+        "robust_points": settings.gate_robust,
+        "sparsity": settings.gate_sparsity or sparse,
     }
 
 
@@ -125,7 +144,9 @@ def _lines(planned: dict[str, Any]) -> str:
 def _said(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_said(member)}" for key, member in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "-" if value is None else str(value)
 
 
 def _table(made: Exported) -> str:

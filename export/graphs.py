@@ -91,11 +91,12 @@ def _new(name: str, prefix: str, names: Mapping[str, str]) -> str:
 
 
 def model(graph: GraphProto, like: ModelProto) -> ModelProto:
-    """Make a model of a graph, with the operator sets of another; checked by onnx."""
+    """Make a model of a graph, with the operator sets and functions of another; checked by onnx."""
     made = helper.make_model(
         graph,
         opset_imports=like.opset_import,
         ir_version=like.ir_version,
+        functions=like.functions,
         producer_name="vmoe",
         producer_version=vmoe.__version__,
     )

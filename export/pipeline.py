@@ -1,64 +1,54 @@
-"""From a checkpoint to a bundle: export, lower, write, load it again, check, and only then keep."""
+"""From a checkpoint to a bundle: export, lower, write, load it again, check, and only then keep.
+
+A bundle that a gate refuses stays beside its place as NAME.rejected, with its report.
+"""
 
 from __future__ import annotations
 
 import logging
-import platform
-import re
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import vmoe
-from vmoe import bundle as bundles
-from vmoe import checkpoint, output, registry
-from vmoe.bundle import Bundle, Part
-from vmoe.checkpoint import Checkpoint
-from vmoe.errors import SettingError
-from vmoe.models import build, dense_counterpart, flops
-from vmoe.runtime import load
-from vmoe.settings import opt, to_mapping
+from onnx import ModelProto
 
-from . import gates
-from .gates import Findings, GateSettings
-from .onnx import OPSETS, Parts, from_twin, write_part
+from vmoe import bundle as bundles
+from vmoe import output
+from vmoe.bundle import Bundle
+from vmoe.errors import VmoeError
+from vmoe.latest import REJECTED
+from vmoe.runtime.online import ONLINE
+
+from . import accuracy, bisect, calibration, half, lowerable, online, optimize, precision, verify
+from .accuracy import Sample
+from .gates import refuse
+from .onnx import Parts, from_twin
+from .optimize import Choice
+from .parity import Findings
+from .plan import LOWERINGS, ExportSettings, Plan, plan
+from .quantise import quantise
+from .verify import Verdict
+from .written import report, write
+
+__all__ = [
+    "LOWERINGS",
+    "ExportSettings",
+    "Exported",
+    "Plan",
+    "export",
+    "graphs",
+    "plan",
+    "run",
+    "write",
+]
 
 log = logging.getLogger("vmoe.export")
 
-LOWERINGS = "vmoe.export.lowerings"
-
-
-@dataclass(frozen=True)
-class ExportSettings(GateSettings):
-    """One plan of export."""
-
-    lowering: str = opt("split", "how routing is deployed: split (host routes) or if (one file)")
-    opset: int = opt(20, "version of the ONNX operators", at_least=OPSETS[0],
-                     at_most=OPSETS[1])  # fmt: skip
-    twin: bool = opt(True, "carry the twin in the bundle, for attacks on what was deployed")
-    verify_data: str | None = opt(None, "data set of the check; default: camera motion and noise")
-    group: str | None = opt(
-        None, "regular expression that splits --verify-data; default: as the twin was trained"
-    )
-    name: str | None = opt(None, "the model's name; default: as the checkpoint is called")
-    counterpart: bool = opt(
-        False, "the dense counterpart with random weights instead, to compare latency"
-    )
-
-    def __post_init__(self) -> None:
-        """Check every value; a lowering is a file of its folder, a name can name a folder."""
-        super().__post_init__()
-        registry.load(LOWERINGS, self.lowering, "lowering (--lowering)")
-        if self.group is not None and self.verify_data is None:
-            raise SettingError("--group splits --verify-data: give that too, or leave it out.")
-        if self.name is not None and not re.fullmatch(r"\w[\w.+-]*", self.name):
-            raise SettingError(
-                f"--name is {self.name!r}; use letters, digits and . _ + - only, to name a folder."
-            )
+INT8_FORMS = ("joined", "flat")  # of --optimize auto
 
 
 class Exported(NamedTuple):
@@ -73,6 +63,20 @@ class Exported(NamedTuple):
     bundle: Bundle
     report: dict[str, Any]
     findings: Findings
+
+
+class Made(NamedTuple):
+    """A twin's graphs as they will be lowered.
+
+    Attributes:
+        parts: in the precision and form that was asked.
+        plain: in fp32, as exported; the same object where nothing was changed.
+        choice: the form of the experts, and why.
+    """
+
+    parts: Parts
+    plain: Parts
+    choice: Choice
 
 
 @dataclass
@@ -90,57 +94,6 @@ class Stages:
         log.info("%-8s %s (%.1f s)", name, line, self.seconds[name])
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is to be exported.
-
-    Attributes:
-        checkpoint: the twin, its labels and provenance.
-        file: where the twin lies; None where it was made here, from a seed.
-        name: the model's name.
-        settings: how.
-        seed: of random weights and of the clips of the check.
-    """
-
-    checkpoint: Checkpoint
-    file: Path | None
-    name: str
-    settings: ExportSettings
-    seed: int = 0
-
-    @property
-    def default_out(self) -> Path:
-        """Where the bundle goes if nothing is said."""
-        return Path("runs/export") / f"{self.name}-{self.settings.lowering}"
-
-
-def plan(path: Path, settings: ExportSettings, seed: int = 0) -> Plan:
-    """Read a checkpoint, and decide what is to be exported.
-
-    Raises:
-        VmoeError: the checkpoint (or the bundle around it) is missing, damaged, or a pickle.
-        SettingError: the counterpart of a model that is dense already.
-    """
-    held = checkpoint.load(path)
-    name = settings.name or _name(path)
-    if not settings.counterpart:
-        return Plan(held, path, name, settings, seed)
-    wider = dense_counterpart(held.twin.settings)
-    twin = build(wider, held.twin.spec, seed).eval()
-    recipe = {"weights": "random", "seed": seed}
-    name = settings.name or f"{name}-dense"
-    return Plan(Checkpoint(twin, held.labels, recipe), None, name, settings, seed)
-
-
-def _name(path: Path) -> str:
-    """Return what a model is called: as its bundle says, or its file, or the file's folder."""
-    plain = path.resolve()
-    said = plain.parent.name if plain.stem in ("best", "last", "twin") else plain.stem
-    if plain.name == bundles.TWIN and plain.with_name(bundles.MANIFEST).is_file():
-        said = str(bundles.read(plain.parent).model.get("name", said))
-    return re.sub(r"[^\w.+-]+", "-", said).strip("-.+") or "model"
-
-
 def export(
     path: Path | str,
     out: Path | str,
@@ -148,6 +101,7 @@ def export(
     *,
     overwrite: bool = False,
     seed: int = 0,
+    device: str = "cpu",
 ) -> Exported:
     """Export a checkpoint to a bundle that passed its gates.
 
@@ -157,128 +111,142 @@ def export(
         settings: the plan; default: ONNX, fp32, split.
         overwrite: replace a bundle that is there.
         seed: of the clips of the check, and of a counterpart's weights.
+        device: where it is checked.
 
     Raises:
         VmoeError: as `plan` and `run` say.
     """
     output.refuse_existing(Path(out), overwrite=overwrite)
     made = plan(Path(path), settings or ExportSettings(), seed)
-    return run(made, Path(out), overwrite=overwrite)
+    return run(made, Path(out), overwrite=overwrite, device=device)
 
 
-def run(plan: Plan, out: Path, *, overwrite: bool = False) -> Exported:
+def run(plan: Plan, out: Path, *, overwrite: bool = False, device: str = "cpu") -> Exported:
     """Carry a plan out.
 
+    Args:
+        plan: what is to be exported.
+        out: the bundle's folder.
+        overwrite: replace a bundle that is there.
+        device: where it is checked: cpu (auto is that too) or cuda:N.
+
     Raises:
-        SettingError: `out` exists, or the data of the check cannot be read.
-        GateError: a gate refused the bundle; nothing is left of it.
+        SettingError: `out` exists, the data of the check cannot be read, or the twin holds what
+            cannot be lowered.
+        GateError: a gate refused the bundle, which is kept beside `out` as NAME.rejected.
         OutputError: the disk is full; nothing is left of it.
     """
+    rejected = out.with_name(out.name + REJECTED)
     output.refuse_existing(out, overwrite=overwrite)
-    settings, twin = plan.settings, plan.checkpoint.twin
+    output.refuse_existing(rejected, overwrite=True)
+    output.probe(out)
+    settings, held = plan.settings, plan.checkpoint
+    device = "cpu" if device == "auto" else device
+    lowerable.check(held.twin)
+    precision.check(held.twin, settings)
     stages = Stages()
     with stages.stage("clips", "to check the bundle with"):
-        group = plan.checkpoint.group if settings.group is None else settings.group
-        clips = gates.clips_for(twin.spec, settings.verify_data, plan.seed, group)
-    with stages.stage("onnx", f"{len(twin.experts)} expert(s), opset {settings.opset}"):
-        parts = from_twin(twin, settings.opset)
+        sample = _sample(plan)
+    with stages.stage("onnx", f"{len(held.twin.experts)} expert(s), opset {settings.opset}"):
+        made = graphs(plan)
     with output.whole_folder(out, overwrite=overwrite) as folder:
-        with stages.stage("write", f"lowering {settings.lowering}"):
-            bundle = write(plan, parts, folder)
-        checking = stages.stage("check", f"against the twin on {len(clips)} clips")
-        with checking, load(folder, device="cpu") as engine:
-            found = gates.check(twin, engine, clips, settings)
-        for gate in found.gates:
+        with stages.stage("write", f"lowering {settings.lowering}, {settings.precision}"):
+            bundle = write(plan, made.parts, folder)
+        with stages.stage("check", f"against the twin on {len(sample.clips)} clips"):
+            verdict = _judge(plan, made, bundle, sample, device)
+        for gate in verdict.gates:
             log.info("%s", gate.line())
-        found.refuse()
-        report = _report(plan, folder, bundle, found, stages)
-        output.write_json(folder / bundles.REPORT, report)
-    return Exported(bundles.read(out), report, found)
+        said = report(plan, bundle, verdict, stages.seconds)
+        said |= _bisected(plan, made, verdict, sample)
+        said["optimize"] = made.choice.to_report()
+        output.write_json(folder / bundles.REPORT, said)
+        if not all(gate.ok for gate in verdict.gates):
+            with output.whole_folder(rejected, overwrite=True) as kept:
+                shutil.copytree(folder, kept, dirs_exist_ok=True)
+        refuse(verdict.gates, f"It was measured on {len(sample.clips)} clips, and is kept as "
+               f"{rejected}.")  # fmt: skip
+    return Exported(bundles.read(out), said, verdict.findings)
 
 
-def write(plan: Plan, parts: Parts, folder: Path) -> Bundle:
-    """Lower a twin's graphs as planned, and write them with their manifest into a folder.
-
-    The same bytes for the same twin, plan and versions.
-    """
-    lowering = registry.load(LOWERINGS, plan.settings.lowering, "lowering (--lowering)")
-    graphs = lowering.lower(*parts)
-    made = {name: write_part(graph, folder, name) for name, graph in graphs.items()}
-    others = lowering.others(*parts) if hasattr(lowering, "others") else {}
-    beside = {name: write_part(graph, folder, f"moe-{name}") for name, graph in others.items()}
-    bundle = _manifest(plan, folder, made, beside)
-    bundles.write_manifest(bundle, folder)
-    return bundle
-
-
-def _manifest(plan: Plan, folder: Path, parts: dict[str, Part], others: dict[str, Part]) -> Bundle:
-    twin = plan.checkpoint.twin
-    return Bundle(
-        path=folder,
-        model={"name": plan.name, **to_mapping(twin.settings)},
-        spec=twin.spec,
-        labels=plan.checkpoint.labels,
-        lowering=plan.settings.lowering,
-        parts=parts,
-        others=others,
-        twin=_twin(plan, folder),
-        versions={
-            "vmoe": vmoe.__version__,
-            **{tool: version(tool) for tool in ("torch", "onnx", "onnxscript")},
-            "opset": str(plan.settings.opset),
-        },
-        extra={"weights": "random"} if plan.settings.counterpart else {},
+def _sample(plan: Plan) -> Sample:
+    """Return the clips of the check: more of them where answers may differ."""
+    settings, held = plan.settings, plan.checkpoint
+    default = accuracy.CLIPS if settings.precision == "fp32" else accuracy.CLIPS_BELOW_FP32
+    return accuracy.sample(
+        held.twin.spec,
+        held.labels,
+        settings.verify_data,
+        plan.seed,
+        held.group if settings.group is None else settings.group,
+        settings.verify_clips or default,
     )
 
 
-def _twin(plan: Plan, folder: Path) -> dict[str, str]:
-    """Put the twin into the bundle where it is wanted; return its entry in the manifest.
+def graphs(plan: Plan) -> Made:
+    """Export a twin's parts in the precision and form that a plan asks for.
 
-    Random weights are never carried: a seed makes them again, and nobody attacks them.
+    Raises:
+        SettingError: a layer that cannot be exported, by its place; or calibration clips that
+            cannot be had.
     """
-    inside = folder / bundles.TWIN
-    if plan.file is None:
-        checkpoint.save(plan.checkpoint, inside)
-    else:
-        inside.write_bytes(plan.file.read_bytes())
-    entry = {"sha256": bundles.sha256(inside)}
-    if plan.file is not None and plan.settings.twin:
-        return entry | {"file": inside.name}
-    inside.unlink()
-    return entry
+    settings, twin = plan.settings, plan.checkpoint.twin
+    calibrating = settings.int8 and calibration.clips_for(plan.checkpoint, settings, plan.seed)
+    try:
+        if settings.form == ONLINE:
+            parts = online.from_twin(twin, settings.opset)
+            return Made(parts, parts, Choice(settings.optimize, "none", {}, {}))
+        if settings.precision in half.DTYPES:
+            parts = half.export(twin, settings, settings.opset)
+            plain = from_twin(twin, settings.opset) if settings.bisect else parts
+            return Made(parts, plain, Choice(settings.optimize, "none", {}, {}))
+        plain = from_twin(twin, settings.opset)
+    except VmoeError:
+        raise
+    except Exception as e:  # the exporter's errors share no base class but Exception
+        raise lowerable.explain(twin, settings.opset, e) from e
+    experts, choice = _experts(plain.experts, settings)
+    if calibrating is False:
+        return Made(Parts(plain.router, experts), plain, choice)
+    router = plain.router and quantise(plain.router, "router", calibrating, settings)
+    quantised = [
+        quantise(expert, f"expert{i}", calibrating, settings) for i, expert in enumerate(experts)
+    ]
+    return Made(Parts(router, quantised), plain, choice)
 
 
-def _report(
-    plan: Plan, folder: Path, bundle: Bundle, found: Findings, stages: Stages
-) -> dict[str, Any]:
-    cost = flops.count(plan.checkpoint.twin)
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    return {
-        "model": bundle.model,
-        "lowering": bundle.lowering,
-        **bundle.extra,
-        **gates.to_report(found),
-        "verified_on": plan.settings.verify_data or "camera-motion and noise",
-        "seed": plan.seed,
-        "flops_per_clip": {
-            "router": cost.router, "expert": cost.expert, "moe": cost.moe,
-            "dense_counterpart": cost.dense, "saved": cost.saved,
-        },
-        "seconds": stages.seconds,
-        "size_bytes": sizes,
-        "versions": {
-            **bundle.versions, "numpy": version("numpy"), **_runtime(),
-            "python": platform.python_version(),
-        },
-        "machine": platform.machine(),
-    }  # fmt: skip
+def _experts(
+    plain: Sequence[ModelProto], settings: ExportSettings
+) -> tuple[list[ModelProto], Choice]:
+    """Return the experts in the form that is asked.
+
+    That of int8 is known without measuring: the first of INT8_FORMS that there is of them; of
+    s8s8, which is for TensorRT, the plain one.
+    """
+    if not settings.int8 or settings.optimize != optimize.AUTO:
+        return optimize.choose(plain, settings.optimize)
+    for form in INT8_FORMS if settings.int8_form == "u8s8" else ():
+        made, choice = optimize.choose(plain, form)
+        if choice.form == form:
+            return made, choice
+    return optimize.choose(plain, "none")
 
 
-def _runtime() -> dict[str, str]:
-    """Return the package that ran the check; both flavours are imported by one name."""
-    for package in ("onnxruntime", "onnxruntime-gpu"):
-        try:
-            return {package: version(package)}
-        except PackageNotFoundError:
-            continue
-    return {}
+def _judge(plan: Plan, made: Made, bundle: Bundle, sample: Sample, device: str) -> Verdict:
+    alone = replace(plan, settings=replace(plan.settings, lowering="split"))
+    with verify.on_device(plan.checkpoint, device):
+        return verify.verify(
+            plan.checkpoint, bundle, sample, plan.settings, device=device, seed=plan.seed,
+            write_split=lambda folder: write(alone, made.parts, folder),
+        )  # fmt: skip
+
+
+def _bisected(plan: Plan, made: Made, verdict: Verdict, sample: Sample) -> dict[str, Any]:
+    """Name the part and the layer that break parity, where that is asked and needed."""
+    settings = plan.settings
+    broken = any(not gate.ok for gate in verdict.gates if gate.name.startswith("parity"))
+    if not settings.bisect or not broken:
+        return {}
+    bound = settings.parity(settings.precision)[0]
+    found = bisect.find(made.plain, made.parts, sample.clips[: verify.CLIPS_OTHERS], bound)
+    log.info("%s", found.line())
+    return {"bisect": found.to_report()}

@@ -1,0 +1,219 @@
+"""Accuracy: what a bundle loses against its twin, on clean clips and on adversarial ones.
+
+Both answer the same clips, so that a difference is one of the clips that they disagree about.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vmoe import adversarial
+from vmoe.checkpoint import Checkpoint
+from vmoe.clips import Clips, ClipSpec
+from vmoe.data import DataSettings, open_data
+from vmoe.errors import SettingError
+from vmoe.runtime import Engine
+
+from . import adversaries, parity
+from .calibration import trained_eps
+from .gates import Gate, GateSettings
+from .parity import Findings, Ints
+
+CLIPS = 64  # of a check
+CLIPS_BELOW_FP32 = 256  # where answers may differ, a point must be more than one clip
+NOISE = 16  # of them, where the clips are the built-in ones: nothing that a camera would see
+UNKNOWN = -1  # label of a clip that has none of the twin's
+ATTACKED = 16  # clips of the gate `robust`
+ATTACKED_BELOW_FP32 = 64
+STEPS = 10  # of PGD
+
+
+class Sample(NamedTuple):
+    """Clips of a check.
+
+    Attributes:
+        clips: uint8 [N, T, H, W, 3].
+        label: [N]; UNKNOWN where the clip has no label, or none of the twin's.
+    """
+
+    clips: Clips
+    label: Ints
+
+    @property
+    def known(self) -> NDArray[np.intp]:
+        """The clips that have a label."""
+        return np.flatnonzero(self.label != UNKNOWN)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Twin and engine on the same labelled clips.
+
+    Attributes:
+        what: the clips: `clean`, or an attack and its budget.
+        clips: how many.
+        twin_right: how many the twin gets right.
+        engine_right: how many the engine gets right.
+        lost: right by the twin, wrong by the engine.
+        won: the other way round.
+        agree: how many get the same label from both, right or wrong.
+    """
+
+    what: str
+    clips: int
+    twin_right: int
+    engine_right: int
+    lost: int
+    won: int
+    agree: int
+
+    @property
+    def drop(self) -> float:
+        """Accuracy that is lost, in points."""
+        return 100 * (self.twin_right - self.engine_right) / self.clips
+
+    def to_report(self) -> dict[str, Any]:
+        """Return it as report.json has it."""
+        return {
+            "clips": self.clips,
+            "twin_pct": 100 * self.twin_right / self.clips,
+            "engine_pct": 100 * self.engine_right / self.clips,
+            "drop_points": self.drop,
+            "lost": self.lost,
+            "won": self.won,
+            "top1_agreement_pct": 100 * self.agree / self.clips,
+        }
+
+
+def sample(
+    spec: ClipSpec,
+    labels: tuple[str, ...],
+    data: str | None,
+    seed: int,
+    group: str = "",
+    clips: int = CLIPS,
+) -> Sample:
+    """Return the clips of a check, of the split `val`.
+
+    Args:
+        spec: the clips that the model takes.
+        labels: the twin's; clips of a data set with others have none.
+        data: a data set, of which the first clips are taken; None is rendered camera motion, then
+            noise, black and white.
+        seed: of what is drawn.
+        group: regular expression that splits a folder, as the twin was trained.
+        clips: how many.
+
+    Raises:
+        SettingError: no such data.
+    """
+    noise = min(NOISE, clips // 4) if data is None else 0
+    how = DataSettings(clips=clips - noise, group=group, seed=seed)
+    opened = open_data(data or "camera-motion", "val", spec, how)
+    taken = [opened[i] for i in range(min(clips - noise, len(opened)))]
+    label = np.array([label for _, label in taken], np.int64)
+    if opened.labels != labels:
+        label[:] = UNKNOWN
+    found = np.stack([clip for clip, _ in taken])
+    if not noise:
+        return Sample(found, label)
+    drawn = np.random.default_rng(seed).integers(0, 256, (noise, *spec.shape), dtype=np.uint8)
+    drawn[-2], drawn[-1] = 0, 255
+    nameless = np.full(noise, UNKNOWN, np.int64)
+    return Sample(np.concatenate([found, drawn]), np.concatenate([label, nameless]))
+
+
+def compare(what: str, twin: Ints, engine: Ints, label: Ints) -> Compared:
+    """Compare what twin and engine say of clips with their labels."""
+    right, kept = twin == label, engine == label
+    return Compared(
+        what, len(label), int(right.sum()), int(kept.sum()), int((right & ~kept).sum()),
+        int((~right & kept).sum()), int((twin == engine).sum()),
+    )  # fmt: skip
+
+
+def clean(found: Findings, sample: Sample, settings: GateSettings) -> tuple[Gate, dict[str, Any]]:
+    """Judge the accuracy on clean clips.
+
+    Where no clip has a label of the twin's, its own answers stand for them.
+    """
+    known = sample.known
+    if len(known):
+        labels, at = sample.label[known], known
+    else:
+        labels, at = found.twin_said, np.arange(found.clips)
+    made = compare("clean", found.twin_said[at], found.engine_said[at], labels)
+    gate = Gate("clean", "clean accuracy lost", made.drop, settings.gate_clean, " points")
+    said = {"labels": "the data's" if len(known) else "the twin's own answers"}
+    return gate, {"clean": {**said, **made.to_report()}}
+
+
+def robust(
+    held: Checkpoint, engine: Engine, sample: Sample, settings: GateSettings, count: int, seed: int
+) -> tuple[Gate, dict[str, Any]]:
+    """Judge the accuracy on adversarial clips: the worst attack's drop.
+
+    Args:
+        held: the twin, and the budget that it was trained under.
+        engine: the bundle, loaded.
+        sample: clips to attack, where none are given.
+        settings: the bound, and the folder of the clips.
+        count: clips to attack, at least 1.
+        seed: of the attack.
+    """
+    if settings.robust is None:
+        attacked = _attack(held, sample, count, seed)
+    else:
+        attacked = _given(held, settings.robust)
+    made = [
+        compare(
+            what,
+            parity.twin_says(held.twin, clips),
+            parity.infer(engine, clips).logits.argmax(axis=1),
+            label,
+        )
+        for what, clips, label in attacked
+    ]
+    worst = max(made, key=lambda compared: compared.drop)
+    what = f"robust accuracy lost ({worst.what})"
+    gate = Gate("robust", what, worst.drop, settings.gate_robust, " points")
+    return gate, {"robust": {compared.what: compared.to_report() for compared in made}}
+
+
+def _attack(
+    held: Checkpoint, sample: Sample, count: int, seed: int
+) -> list[tuple[str, Clips, Ints]]:
+    """Return adversarial clips that PGD makes of some of the sample, of known label if possible."""
+    which = (sample.known if len(sample.known) else np.arange(len(sample.clips)))[:count]
+    clips, label = sample.clips[which], sample.label[which]
+    if not len(sample.known):
+        label = parity.twin_says(held.twin, clips)
+    eps = trained_eps(held)
+    made = adversaries.make(held.twin, clips, label, eps, STEPS, seed)
+    return [(f"pgd {eps * 255:.4g}/255", made, label)]
+
+
+def _given(held: Checkpoint, folder: Path) -> list[tuple[str, Clips, Ints]]:
+    """Return the adversarial clips of a folder.
+
+    Raises:
+        VmoeError: the folder holds none, or is damaged.
+        SettingError: they are clips of another spec, or of other labels.
+    """
+    found = adversarial.load(folder)
+    if found.spec != held.twin.spec or found.labels != held.labels:
+        other = "another clip spec" if found.spec != held.twin.spec else "other labels"
+        raise SettingError(
+            f"--robust {folder} holds clips of {other} than the twin's. Make them on this twin: "
+            "vmoe-attack CKPT --save-adv DIR"
+        )
+    label = np.array(found.label, np.int64)
+    return [
+        (f"{attacked.attack} {attacked.eps * 255:.4g}/255", attacked.clips, label)
+        for attacked in found.attacked
+    ]

@@ -1,0 +1,132 @@
+"""What cannot be lowered, by name and by its place in the twin."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vmoe.errors import SettingError
+from vmoe.models import VideoMoE
+
+from .onnx import quiet
+
+log = logging.getLogger("vmoe.export")
+
+CARRIED = ("router", "experts")  # what a bundle has parts for
+
+
+class UnsupportedLayerError(SettingError):
+    """A layer that no lowering carries."""
+
+
+def check(twin: VideoMoE) -> None:
+    """Refuse a twin that computes more than a bundle's parts do.
+
+    Raises:
+        UnsupportedLayerError: a head or pre-block outside of router and experts.
+    """
+    for name, module in twin.named_children():
+        if name not in CARRIED:
+            raise UnsupportedLayerError(
+                f"the twin's {name} ({type(module).__name__}) stands outside of router and "
+                "experts; no lowering carries it, so that the bundle would answer otherwise than "
+                "the twin. Train without it, or move it into the experts."
+            )
+
+
+def explain(twin: VideoMoE, opset: int, e: Exception) -> Exception:
+    """Return an error that names the innermost module that cannot be exported; else `e`.
+
+    Every module is exported apart, on what it gets of a clip, the innermost ones first. Only
+    called when the whole has failed.
+
+    Args:
+        twin: in eval mode, on the CPU.
+        opset: version of the ONNX operators.
+        e: how the whole failed.
+    """
+    t, h, w, c = twin.spec.shape
+    clip = torch.zeros(2, c, t, h, w)
+    tried: set[str] = set()
+    for part in CARRIED:
+        module = getattr(twin, part)
+        if module is None:
+            continue
+        places = [part] if part == "router" else [f"{part}.{i}" for i in range(len(module))]
+        for place in places:
+            found = _culprit(twin.get_submodule(place), place, clip, opset, tried)
+            if found is not None:
+                return found
+    return e
+
+
+def _culprit(
+    module: nn.Module, place: str, clip: Tensor, opset: int, tried: set[str]
+) -> UnsupportedLayerError | None:
+    """Return what is wrong with a router or an expert, and where; None where nothing is."""
+    inputs = _inputs(module, clip)
+    for name, inner in _innermost_first(module):
+        if name not in inputs:  # never called
+            continue
+        same = f"{inner!r} {[getattr(value, 'shape', value) for value in inputs[name]]}"
+        if same in tried:
+            continue
+        tried.add(same)
+        why = _why_not(inner, inputs[name], opset)
+        if why is not None:
+            where = f"{place}.{name}" if name else place
+            return UnsupportedLayerError(
+                f"{where} ({type(inner).__name__}) cannot be exported to ONNX: {why} Replace "
+                "that layer, and train again."
+            )
+    return None
+
+
+def _inputs(module: nn.Module, clip: Tensor) -> dict[str, tuple[Any, ...]]:
+    """Run a module; return what each of its inner modules was called with first."""
+    seen: dict[str, tuple[Any, ...]] = {}
+
+    def note(name: str) -> Any:
+        return lambda _, args: seen.setdefault(name, args) and None
+
+    hooks = [inner.register_forward_pre_hook(note(name)) for name, inner in module.named_modules()]
+    try:
+        with torch.no_grad():
+            module(clip)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _innermost_first(module: nn.Module) -> Sequence[tuple[str, nn.Module]]:
+    """Return the modules by name, each after all that are inside of it."""
+    return list(module.named_modules())[::-1]
+
+
+def _why_not(module: nn.Module, inputs: tuple[Any, ...], opset: int) -> str | None:
+    """Return why a module cannot be exported, in a sentence; None where it can."""
+    try:
+        with quiet(), torch.no_grad():
+            torch.onnx.export(
+                module, inputs, dynamo=True, opset_version=opset, external_data=False,
+                optimize=False, verbose=False,
+            )  # fmt: skip
+    except Exception as e:  # the exporter's errors share no base class but Exception
+        log.debug("%s", e)
+        return _sentence(e)
+    return None
+
+
+def _sentence(e: Exception) -> str:
+    """Return the root of an exporter's error as one line."""
+    root: BaseException = e
+    while root.__cause__ is not None:
+        root = root.__cause__
+    lines = [line.strip() for line in str(root).splitlines() if line.strip()]
+    said = (lines or [type(root).__name__])[0][:200].rstrip(".")
+    return f"{said}."
