@@ -25,17 +25,23 @@ class ApgdSettings(IterativeSettings):
     route_grad: str = route_grad_option()
 
 
-def climb(search: Search, clip: Tensor) -> None:
+def climb(search: Search, clip: Tensor, steps: int | None = None) -> None:
     """Take steps of 2 eps that carry on, halved by sample at checkpoints, from its best point.
 
     z = P(x_k + eta steepest(gradient)),  x_(k+1) = P(x_k + alpha (z - x_k) +
     (1 - alpha) (x_k - x_(k-1))).
+
+    Args:
+        search: under way.
+        clip: where it starts, [B, C, T, H, W].
+        steps: how many, each of one gradient; by default those of the settings.
     """
     settings = search.settings
     assert isinstance(settings, IterativeSettings)
+    steps = settings.steps if steps is None else steps
     state, before = _State.begin(search, clip), clip
-    marks, last = checkpoints(settings.steps), 0
-    for k in range(1, settings.steps + 1):
+    marks, last = checkpoints(steps), 0
+    for k in range(1, steps + 1):
         if not search.standing.any():
             return
         at = state.clip
@@ -45,7 +51,7 @@ def climb(search: Search, clip: Tensor) -> None:
             carried = MOMENTUM * (moved - at) + (1 - MOMENTUM) * (at - before)
             moved = search.project(carried.add_(at))
         before = at
-        if k == settings.steps:
+        if k == steps:
             search.judge(moved)
             return
         state.arrive(moved, *search.slope(moved))

@@ -282,7 +282,6 @@ def counted(method: ModuleType, twin: VideoMoE) -> Iterator[list[int]]:
     ran = twin.experts if method.PART == "expert" else [twin.router]  # the router sees every pass
     for part in ran:
         handles.append(part.register_forward_hook(forward))
-    for part in [twin.router] if method.PART == "router" else twin.experts:
         handles.append(part.register_full_backward_hook(backward))
     try:
         yield seen
