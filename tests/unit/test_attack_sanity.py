@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.twins import SMALL, random_clips, small
-from vmoe.attacks import loop, sanity, trials
+from vmoe.attacks import checks, loop, sanity, trials
 from vmoe.attacks.evaluate import evaluate, plan, replay
 from vmoe.attacks.judge import of_twin
 from vmoe.attacks.loop import AttackResult
@@ -29,7 +29,7 @@ LABELS = 3
 
 @pytest.fixture(autouse=True)
 def _few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sanity, "QUERIES", 40)
+    monkeypatch.setattr(checks, "QUERIES", 40)
 
 
 def tinted(n: int, seed: int) -> tuple[Clips, Any]:
@@ -103,7 +103,7 @@ def test_healthy_twin_passes_all(norm: str) -> None:
     assert [each.number for each in found.checks] == list(range(1, 15))
     assert {each.number: each.line for each in found.checks if each.verdict != "ok"} == {}
     assert found.verdict() == "no sign of gradient masking."
-    assert 0 < found.checks[0].measured[f"pgd-{sanity.STEPS}"] < found.checks[0].measured["of"]
+    assert 0 < found.checks[0].measured[f"pgd-{checks.STEPS}"] < found.checks[0].measured["of"]
 
 
 def test_what_is_not_run_is_named() -> None:
