@@ -95,6 +95,32 @@ def test_a_hole_is_in_no_window_and_counted() -> None:
     assert max(np.diff([w.slot for w in made])) == SPEC.frames  # nothing before it is of use
 
 
+def test_two_wanted_times_in_a_hole_are_passed_over_at_once() -> None:
+    windows = OnlineWindows(SPEC, "x")
+    made = run(windows, [f for f in frames(at(10, 2)) if f.sequence not in (10, 11)])
+    assert windows.epoch == 0
+    assert windows.incomplete == 3  # 12, 13 and 14 end none; 15 does
+    assert [w.frame_last for w in made] == [*range(3, 10), *range(15, 20)]
+
+
+def test_what_was_due_in_a_hole_is_not_made_up_for() -> None:
+    windows = OnlineWindows(SPEC, "x", hop_s=0.15)
+    made = run(windows, [f for f in frames(at(10, 2)) if f.sequence not in (10, 11)])
+    assert windows.incomplete == 2  # due at 10.5 and 13.5
+    assert [w.frame_last for w in made] == [3, 5, 6, 8, 9, 15, 17, 18]
+
+
+def test_frames_too_far_from_their_times_make_no_window() -> None:
+    times = at(10, 2)
+    times[8] -= 0.045
+    times[9] += 0.07  # each may be taken, but in one window they are more than a spacing off
+    windows = OnlineWindows(SPEC, "x")
+    made = run(windows, frames(times))
+    assert windows.incomplete == 3
+    assert [w.frame_last for w in made] == [*range(3, 9), *range(12, 20)]
+    assert [w.slot for w in made] == [*range(3, 9), *range(12, 20)]  # none was thrown away
+
+
 def test_an_epoch_begins_anew() -> None:
     first = frames(at(20, 0.6))
     second = frames([7 + t for t in at(20, 0.6)], first=12, epoch=1)
