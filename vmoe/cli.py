@@ -284,6 +284,12 @@ def resolve(cls: type[S], flags: dict[str, Any], config: Path | None = None, **f
     return _settings.from_mapping(cls, {**given, **fixed}, str(config or "flags"))
 
 
+def cache_folder() -> Path:
+    """Return where the commands keep what can be made again: the user's own cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if Path(base).is_absolute() else Path("~/.cache").expanduser()) / "vmoe"
+
+
 def print_json(value: Any) -> None:
     """Print one JSON object on stdout, as `report.plain` makes it."""
     click.echo(report.to_json(value))
