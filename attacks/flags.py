@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,9 @@ class RunSettings(Settings):
         None, "regular expression that splits a folder; default: as the twin was trained"
     )
     n: int = opt(200, "how many clips", at_least=1)
-    attack: tuple[str, ...] = opt(("pgd", "tlga-r", "j-tlga"), "attacks, with commas")
+    attack: tuple[str, ...] = opt(
+        ("pgd", "tlga-r", "j-tlga"), f"attacks, with commas: {', '.join(registry.names(METHODS))}"
+    )
     norm: str = opt("linf", "norm of the budgets", choices=ball.NORMS)
     eps: tuple[float, ...] = opt(
         (), "budgets, with commas: 8/255 or 8 or 0.03; with --norm l2 lengths, 2.0. Default: "
@@ -50,26 +53,47 @@ def fields_of(cls: type[Settings]) -> set[str]:
 
 
 def every_method_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give the command the options of all attacks, each once, with every default that it has."""
+    """Give the command the options of all attacks, each once.
+
+    Its help and default are those of most attacks that have it; those of the others are listed.
+    """
     classes = {n: registry.load(METHODS, n, "attack").Settings for n in registry.names(METHODS)}
-    seen = fields_of(RunSettings) | OURS
-    for cls in classes.values():
-        own = [field for field in dataclasses.fields(cls) if field.name not in seen]
-        others = {field.name: _others(field, classes) for field in own}
-        function = cli.options(cls, skip=seen, also=others)(function)
-        seen |= fields_of(cls)
+    fields: dict[str, dict[str, dataclasses.Field[Any]]] = defaultdict(dict)
+    for attack, cls in classes.items():
+        for field in dataclasses.fields(cls):
+            fields[field.name][attack] = field
+    homes: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for name in fields.keys() - fields_of(RunSettings) - OURS:
+        home = _usual(fields[name])
+        homes[home][name] = _others(fields[name], fields[name][home])
+    for home in sorted(homes):
+        cls = classes[home]
+        skip = fields_of(cls) - homes[home].keys()
+        function = cli.options(cls, skip=skip, also=homes[home])(function)
     return function
 
 
-def _others(field: dataclasses.Field[Any], classes: dict[str, type[Settings]]) -> dict[str, Any]:
-    """Return the defaults, by attack, that are not a field's own."""
-    held = {
-        name: each.default
-        for name, cls in classes.items()
-        for each in dataclasses.fields(cls)
-        if each.name == field.name
-    }
-    return {name: default for name, default in held.items() if default != field.default}
+def _usual(fields: dict[str, dataclasses.Field[Any]]) -> str:
+    """Return the first attack whose field says what most say."""
+    says = {attack: (field.metadata["help"], field.default) for attack, field in fields.items()}
+    most, _ = Counter(says.values()).most_common(1)[0]
+    return next(attack for attack, each in says.items() if each == most)
+
+
+def _others(
+    fields: dict[str, dataclasses.Field[Any]], usual: dataclasses.Field[Any]
+) -> dict[str, Any]:
+    """Return, by attack, what is not usual: another default, or help with the default."""
+    found = {}
+    for attack, field in fields.items():
+        if field.metadata["help"] != usual.metadata["help"]:
+            default: Any = field.default
+            if isinstance(default, bool):
+                default = "on" if default else "off"
+            found[attack] = f"{field.metadata['help']}, {default}"
+        elif field.default != usual.default:
+            found[attack] = field.default
+    return found
 
 
 def read(

@@ -114,8 +114,8 @@ def test_several_route_grads_count_with_the_worst_per_clip() -> None:
 
 
 def test_next_route_grad_sees_only_the_clips_that_still_stand() -> None:
-    _, together = attacked(["pgd"], ways=["frozen", "soft"])
-    _, alone = attacked(["pgd"], ways=["frozen"])
+    _, together = attacked(["frame-sparse"], ways=["frozen", "soft"], touched_frames=1)
+    _, alone = attacked(["frame-sparse"], ways=["frozen"], touched_frames=1)
     stood = 0
     for both, first in zip(together.outcomes, alone.outcomes, strict=True):
         fell = first.seen["twin"].success
