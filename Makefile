@@ -37,4 +37,5 @@ $(VENV)/.torch:
 
 $(VENV)/.ready: pyproject.toml $(VENV)/.torch
 	$(BIN)/pip install -q -e ".[cpu,openvino,train,dev]"
+	$(BIN)/pip install -q --no-deps torchattacks==3.5.1
 	@touch $@
