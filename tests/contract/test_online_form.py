@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -14,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from tests import bundles as tiny
+from tests import videos
 from tests.twins import lively
 from vmoe import bundle as bundles
 from vmoe import checkpoint, registry
@@ -32,6 +37,7 @@ from vmoe.runtime.online import Follower, OnlineWindows
 SPEC = ClipSpec(frames=11, spacing_s=0.1, height=32, width=32)
 LABELS = ("a", "b", "c", "d")
 EXPERTS = 3
+RUN = "from vmoe.runtime.cli import main; main(prog_name='vmoe-run')"
 ERROR = 2e-5  # of logits up to about 10
 
 
@@ -54,9 +60,8 @@ def path(twin: VideoMoE, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("twin") / "twin.safetensors"
     held = Checkpoint(twin, LABELS)
     checkpoint.save(held, file)
-    plan = Plan(held, file, "causal", ExportSettings())
-    written = write(plan, online.from_twin(twin, 20), folder)
-    bundles.write_manifest(dataclasses.replace(written, extra={"form": "online"}), folder)
+    plan = Plan(held, file, "causal", ExportSettings(form="online"))
+    write(plan, online.from_twin(twin, 20), folder)
     return folder
 
 
@@ -128,6 +133,25 @@ def test_the_error_that_an_export_measures(engine: Engine) -> None:
     assert online.error(engine, stream(SPEC.frames, 2)) < ERROR
 
 
+def test_states_that_are_mixed_up_are_an_error_that_whole_clips_do_not_show(
+    path: Path, twin: VideoMoE, tmp_path: Path
+) -> None:
+    wrong = tmp_path / "wrong"
+    shutil.copytree(path, wrong)
+    model = onnx.load(path / "expert2.onnx", load_external_data=False)
+    names = {"next_state1": "next_state2", "next_state2": "next_state1"}  # of one shape
+    for node in model.graph.node:
+        node.output[:] = [names.get(name, name) for name in node.output]
+    onnx.save(model, wrong / "expert2.onnx")
+    manifest, old = wrong / "vmoe.json", bundles.sha256(path / "expert2.onnx")
+    manifest.write_text(manifest.read_text().replace(old, bundles.sha256(wrong / "expert2.onnx")))
+    clips = stream(SPEC.frames, 2)
+    with load(wrong, "onnxruntime", "cpu", threads=1) as engine:
+        whole = engine.infer(clips, force_route=2).logits
+        np.testing.assert_allclose(whole, of_twin(twin, 2, clips), atol=ERROR)
+        assert online.error(engine, clips) > 10 * ERROR
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_follower_says_of_every_window_what_the_window_says(engine: Engine, seed: int) -> None:
     """Through flips, holes, breaks, and windows that are dropped before the engine."""
@@ -182,6 +206,19 @@ def test_a_pipeline_follows_the_stream(engine: Engine) -> None:
         assert r.expert == wanted.route[0]
         shares = torch.from_numpy(wanted.logits[0]).softmax(0)
         assert dict(r.top) == pytest.approx(dict(zip(LABELS, shares.tolist(), strict=True)))
+
+
+def test_vmoe_run_follows_a_file(path: Path, tmp_path: Path) -> None:
+    video = videos.write(tmp_path / "a.avi", 40, 20.0)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(path), "--source", str(video), "--json"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [r["frame_last"] for r in results] == list(range(20, 40, 2))
+    assert "every 0.10 s, frame by frame" in done.stderr
+    assert "frame by frame: " in done.stderr
 
 
 def test_what_has_no_online_form_is_refused(twin: VideoMoE) -> None:
