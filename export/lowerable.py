@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,8 +40,8 @@ def check(twin: VideoMoE) -> None:
 def explain(twin: VideoMoE, opset: int, e: Exception) -> Exception:
     """Return an error that names the innermost module that cannot be exported; else `e`.
 
-    Every module is exported apart, on what it gets of a clip, the innermost ones first. Only
-    called when the whole has failed.
+    Every part is exported apart; of one that fails, the modules inside of it, on what they get of
+    a clip, and so on inwards. Only called when the whole has failed.
 
     Args:
         twin: in eval mode, on the CPU.
@@ -51,49 +50,50 @@ def explain(twin: VideoMoE, opset: int, e: Exception) -> Exception:
     """
     t, h, w, c = twin.spec.shape
     clip = torch.zeros(2, c, t, h, w)
-    tried: set[str] = set()
-    for part in CARRIED:
-        module = getattr(twin, part)
-        if module is None:
-            continue
-        places = [part] if part == "router" else [f"{part}.{i}" for i in range(len(module))]
-        for place in places:
-            found = _culprit(twin.get_submodule(place), place, clip, opset, tried)
-            if found is not None:
-                return found
+    places = [f"experts.{i}" for i in range(len(twin.experts))]
+    for place in places if twin.router is None else ["router", *places]:
+        module = twin.get_submodule(place)
+        found = _culprit(module, place, _inputs(module, place, clip), opset)
+        if found is not None:
+            return found
     return e
 
 
 def _culprit(
-    module: nn.Module, place: str, clip: Tensor, opset: int, tried: set[str]
+    module: nn.Module, place: str, inputs: dict[str, tuple[Any, ...]], opset: int
 ) -> UnsupportedLayerError | None:
-    """Return what is wrong with a router or an expert, and where; None where nothing is."""
-    inputs = _inputs(module, clip)
-    for name, inner in _innermost_first(module):
-        if name not in inputs:  # never called
-            continue
-        same = f"{inner!r} {[getattr(value, 'shape', value) for value in inputs[name]]}"
-        if same in tried:
-            continue
-        tried.add(same)
-        why = _why_not(inner, inputs[name], opset)
-        if why is not None:
-            where = f"{place}.{name}" if name else place
-            return UnsupportedLayerError(
-                f"{where} ({type(inner).__name__}) cannot be exported to ONNX: {why} Replace "
-                "that layer, and train again."
-            )
-    return None
+    """Return what is wrong with a module or, rather, with one inside of it; None where it is not.
+
+    A module that is never called itself (a list of others) is looked into.
+    """
+    why = None
+    if place in inputs:
+        why = _why_not(module, inputs[place], opset)
+        if why is None:
+            return None
+    for name, inner in module.named_children():
+        found = _culprit(inner, f"{place}.{name}", inputs, opset)
+        if found is not None:
+            return found
+    if why is None:
+        return None
+    return UnsupportedLayerError(
+        f"{place} ({type(module).__name__}) cannot be exported to ONNX: {why} Replace that layer, "
+        "and train again."
+    )
 
 
-def _inputs(module: nn.Module, clip: Tensor) -> dict[str, tuple[Any, ...]]:
-    """Run a module; return what each of its inner modules was called with first."""
+def _inputs(module: nn.Module, place: str, clip: Tensor) -> dict[str, tuple[Any, ...]]:
+    """Run a module; return what it and each inside of it was called with first, by place."""
     seen: dict[str, tuple[Any, ...]] = {}
 
     def note(name: str) -> Any:
         return lambda _, args: seen.setdefault(name, args) and None
 
-    hooks = [inner.register_forward_pre_hook(note(name)) for name, inner in module.named_modules()]
+    hooks = [
+        inner.register_forward_pre_hook(note(f"{place}.{name}" if name else place))
+        for name, inner in module.named_modules()
+    ]
     try:
         with torch.no_grad():
             module(clip)
@@ -101,11 +101,6 @@ def _inputs(module: nn.Module, clip: Tensor) -> dict[str, tuple[Any, ...]]:
         for hook in hooks:
             hook.remove()
     return seen
-
-
-def _innermost_first(module: nn.Module) -> Sequence[tuple[str, nn.Module]]:
-    """Return the modules by name, each after all that are inside of it."""
-    return list(module.named_modules())[::-1]
 
 
 def _why_not(module: nn.Module, inputs: tuple[Any, ...], opset: int) -> str | None:

@@ -58,7 +58,7 @@ def exported(
     if request.param == "split":
         return tiny_bundle
     path = tmp_path_factory.mktemp("if") / "tiny-if"
-    export(tiny_checkpoint, path, ExportSettings(lowering="if"))
+    export(tiny_checkpoint, path, ExportSettings(lowering="if", gate_sparsity=1e3))
     return path
 
 

@@ -14,13 +14,17 @@ import torch
 
 from tests import videos
 from tests.twins import lively, random_clips
-from vmoe import checkpoint
+from vmoe import adversarial, checkpoint
+from vmoe.adversarial import AdversarialClips, Attacked
 from vmoe.checkpoint import Checkpoint
 from vmoe.clips import Clips, ClipSpec
 from vmoe.data import DataSettings, open_data
+from vmoe.data.camera_motion import LABELS
 from vmoe.errors import GateError, SettingError
-from vmoe.export import gates
-from vmoe.export.gates import GateSettings, Reference
+from vmoe.export import accuracy, gates, parity, sparsity
+from vmoe.export.accuracy import UNKNOWN, Sample
+from vmoe.export.gates import Gate, GateSettings
+from vmoe.export.parity import Reference
 from vmoe.export.pipeline import ExportSettings
 from vmoe.models import VideoMoE
 from vmoe.runtime import Engine, Prediction, load
@@ -37,14 +41,21 @@ def twin(tiny_checkpoint: Path) -> VideoMoE:
     return checkpoint.load(tiny_checkpoint).twin
 
 
+def refuse(found: parity.Findings) -> None:
+    gates.refuse(found.gates, "Kept as x.")
+
+
 def test_a_faithful_bundle_passes_and_every_expert_was_seen(engine: Engine, twin: VideoMoE) -> None:
-    found = gates.check(twin, engine, random_clips(9), GateSettings())
-    found.refuse()
+    found = parity.check(twin, engine, random_clips(9), GateSettings())
+    refuse(found)
     assert all(gate.ok for gate in found.gates)
     assert found.agreement_pct == 100
     assert sum(found.routed) == found.clips == 9
     assert len(found.experts) == 4
     assert all(0 < off < 1e-3 for off in found.experts)
+    assert 0 < found.mean < max(found.experts)
+    assert list(found.twin_said) == list(found.engine_said)
+    assert list(found.twin_said) == list(parity.twin_says(twin, random_clips(9)))
 
 
 def test_an_expert_that_the_router_never_chooses_is_checked_too(
@@ -55,11 +66,23 @@ def test_an_expert_that_the_router_never_chooses_is_checked_too(
     few = np.concatenate([clips[:2]] * 2)
     with torch.no_grad():
         twin.experts[unused][1].fc.bias += 0.5
-    found = gates.check(twin, engine, few, GateSettings())
+    found = parity.check(twin, engine, few, GateSettings())
     assert found.logits < 1e-3
     assert found.experts[unused] == pytest.approx(0.5, abs=1e-3)
+    assert found.mean == pytest.approx(0.5 / 8, abs=1e-3), "one of four forced, of eight answers"
     with pytest.raises(GateError, match=r"max \|d logits\| is 0\.5, must be at most 0\.00"):
-        found.refuse()
+        refuse(found)
+
+
+def test_a_small_error_everywhere_fails_the_mean_alone(engine: Engine, twin: VideoMoE) -> None:
+    with torch.no_grad():
+        for expert in twin.experts:
+            expert[1].fc.bias += 1e-3
+    settings = GateSettings(gate_parity=0.1)
+    found = parity.check(twin, engine, random_clips(8), settings)
+    assert [gate.name for gate in found.gates if not gate.ok] == ["parity-mean"]
+    with pytest.raises(GateError, match=r"mean \|d logits\| is 0\.000999.*--gate-parity-mean\."):
+        refuse(found)
 
 
 def test_another_router_fails_the_route_gate_but_not_the_logits(
@@ -69,27 +92,26 @@ def test_another_router_fails_the_route_gate_but_not_the_logits(
     with torch.no_grad():
         last.bias.copy_(last.bias.roll(1))
         last.weight.copy_(last.weight.roll(1, dims=0))
-    found = gates.check(twin, engine, random_clips(8), GateSettings())
-    logits, scores, route = found.gates
+    found = parity.check(twin, engine, random_clips(8), GateSettings())
+    logits, scores, mean, route = found.gates
     assert logits.ok
+    assert mean.ok
     assert not scores.ok
     assert not route.ok
-    with pytest.raises(GateError, match=r"route agreement is 0 %, must be at least 100 %, on 8"):
-        found.refuse()
-    loose = gates.check(
-        twin, engine, random_clips(8), GateSettings(gate_parity=10.0, gate_route=0.0)
-    )
-    loose.refuse()
+    with pytest.raises(GateError, match=r"route agreement is 0 %, must be at least 100 %\. Kept"):
+        refuse(found)
+    loose = GateSettings(gate_parity=10.0, gate_route=0.0)
+    refuse(parity.check(twin, engine, random_clips(8), loose))
 
 
 def test_not_a_number_is_refused(engine: Engine, twin: VideoMoE) -> None:
     broken = copy.deepcopy(twin)
     with torch.no_grad():
         broken.experts[2][1].fc.bias[0] = torch.nan
-    found = gates.check(broken, engine, random_clips(8), GateSettings())
+    found = parity.check(broken, engine, random_clips(8), GateSettings())
     assert not found.gates[0].ok
     with pytest.raises(GateError, match="nan"):
-        found.refuse()
+        refuse(found)
 
 
 class ForcedToNan:
@@ -107,10 +129,10 @@ class ForcedToNan:
 
 def test_not_a_number_of_the_forced_run_is_refused(engine: Engine, twin: VideoMoE) -> None:
     broken: Any = ForcedToNan(engine)
-    found = gates.check(twin, broken, random_clips(8), GateSettings())
-    assert [gate.ok for gate in found.gates] == [True, False, True]
+    found = parity.check(twin, broken, random_clips(8), GateSettings())
+    assert [gate.ok for gate in found.gates] == [True, False, True, True]
     with pytest.raises(GateError, match=r"max \|d scores\| is nan"):
-        found.refuse()
+        refuse(found)
 
 
 def test_a_tie_within_the_tolerance_is_agreement() -> None:
@@ -118,21 +140,163 @@ def test_a_tie_within_the_tolerance_is_agreement() -> None:
     route = np.array([1, 1, 2])
     free = Prediction(np.zeros((3, 2), np.float32), scores, route)
     reference = Reference(scores, np.zeros((3, 3, 2), np.float32))
-    assert gates._agreement(free, reference, bound=1e-4) == (2, 1)
-    assert gates._agreement(free, reference, bound=0.0) == (1, 0)
+    assert parity._agreement(free, reference, bound=1e-4) == (2, 1)
+    assert parity._agreement(free, reference, bound=0.0) == (1, 0)
+
+
+def test_a_router_in_fp32_keeps_its_own_bound_beside_int8_experts(
+    engine: Engine, twin: VideoMoE
+) -> None:
+    clips = random_clips(8)
+    settings = GateSettings()
+    tight = parity.check(twin, engine, clips, settings, "int8")
+    loose = parity.check(twin, engine, clips, settings, "int8", "int8")
+    assert tight.gates[0].bound == loose.gates[0].bound > 100 * tight.gates[1].bound
+    assert loose.gates[1].bound == pytest.approx(tight.gates[1].bound * 0.12 / 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("gate", "line"),
+    [
+        (Gate("clean", "lost", 1.0, 1.0, " points"), "gate clean: lost 1 points <= 1 points: ok"),
+        (Gate("route", "same", 99.0, 100.0, " %", least=True),
+         "gate route: same 99 % < 100 %: REFUSED"),
+        (Gate("parity", "d", float("nan"), 1.0), "gate parity: d nan > 1: REFUSED"),
+    ],
+)  # fmt: skip
+def test_a_gate_says_what_it_found(gate: Gate, line: str) -> None:
+    assert gate.line() == line
+    assert gate.to_report()["ok"] == line.endswith("ok")
+
+
+def test_accuracy_is_compared_clip_by_clip() -> None:
+    label = np.array([0, 1, 2, 3])
+    made = accuracy.compare("clean", np.array([0, 1, 2, 0]), np.array([0, 0, 1, 3]), label)
+    assert (made.twin_right, made.engine_right, made.lost, made.won) == (3, 2, 2, 1)
+    assert made.agree == 1
+    assert made.drop == 25.0
+    assert made.to_report()["top1_agreement_pct"] == 25.0
+
+
+class Shifted:
+    """An engine that gives every clip the next label."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def infer(self, clips: Clips, force_route: Sequence[int] | None = None) -> Prediction:
+        found = self.engine.infer(clips, force_route)
+        return found._replace(logits=np.roll(found.logits, 1, axis=1))
+
+
+def test_clean_accuracy_is_judged_by_labels_or_by_the_twins_own_answers(
+    engine: Engine, twin: VideoMoE
+) -> None:
+    clips = random_clips(8)
+    said = parity.twin_says(twin, clips)
+    nameless = np.full(8, UNKNOWN)
+    for label, whose in ((said, "the data's"), (nameless, "the twin's own answers")):
+        found = parity.check(twin, engine, clips, GateSettings())
+        gate, report = accuracy.clean(found, Sample(clips, label), GateSettings())
+        assert gate.ok
+        assert report["clean"]["labels"] == whose
+        assert report["clean"]["twin_pct"] == report["clean"]["engine_pct"] == 100
+        shifted: Any = Shifted(engine)
+        found = parity.check(twin, shifted, clips, GateSettings())
+        gate, report = accuracy.clean(found, Sample(clips, label), GateSettings())
+        assert gate.measured == 100
+        assert not gate.ok
+    half = np.where(np.arange(8) < 4, said, UNKNOWN)  # noise has no label, and is not judged
+    gate, report = accuracy.clean(found, Sample(clips, half), GateSettings(gate_clean=100.0))
+    assert report["clean"]["clips"] == report["clean"]["lost"] == 4
+    assert gate.ok
+
+
+def test_robust_accuracy_is_judged_on_clips_that_fool_the_twin(
+    engine: Engine, twin: VideoMoE
+) -> None:
+    clips = random_clips(6)
+    held = Checkpoint(twin, LABELS, {"method": {"eps": 2 / 255}})
+    sample = Sample(clips, parity.twin_says(twin, clips))
+    gate, report = accuracy.robust(held, engine, sample, GateSettings(), 4, seed=0)
+    (said,) = report["robust"].values()
+    assert list(report["robust"]) == ["pgd 2/255"]
+    assert said["clips"] == 4
+    assert said["twin_pct"] < 100, "this attack fooled nobody"
+    assert gate.ok
+    shifted: Any = Shifted(engine)
+    gate, report = accuracy.robust(held, shifted, sample, GateSettings(), 4, seed=0)
+    (other,) = report["robust"].values()
+    assert other["lost"] == round(said["twin_pct"] * 4 / 100), "what the twin had right is lost"
+
+
+def test_robust_accuracy_is_judged_on_clips_of_a_folder_by_the_worst_attack(
+    engine: Engine, twin: VideoMoE, tmp_path: Path
+) -> None:
+    clips, other = random_clips(4), random_clips(4, seed=1)
+    said = [int(k) for k in parity.twin_says(twin, clips)]
+    held = Checkpoint(twin, LABELS)
+    saved = AdversarialClips(
+        spec=twin.spec, labels=LABELS, clean=clips, label=tuple(said), index=(0, 1, 2, 3),
+        attacked=(Attacked("none", 8 / 255, [], clips), Attacked("fgsm", 8 / 255, [], other)),
+    )  # fmt: skip
+    adversarial.save(saved, tmp_path / "clips")
+    settings = GateSettings(robust=tmp_path / "clips")
+    nobody = Sample(clips[:0], np.zeros(0, np.int64))
+    gate, report = accuracy.robust(held, engine, nobody, settings, 1, seed=0)
+    assert set(report["robust"]) == {"none 8/255", "fgsm 8/255"}
+    assert report["robust"]["none 8/255"]["twin_pct"] == 100
+    assert gate.ok
+    shifted: Any = Shifted(engine)
+    gate, _ = accuracy.robust(held, shifted, nobody, settings, 1, seed=0)
+    assert gate.what == "robust accuracy lost (none 8/255)"
+    assert gate.measured == 100
+    elsewhere = Checkpoint(lively(4, 4), ("a", "b", "c", "d"))
+    with pytest.raises(SettingError, match="holds clips of other labels than the twin's"):
+        accuracy.robust(elsewhere, engine, nobody, settings, 1, seed=0)
+
+
+def test_sparsity_tells_a_routed_clip_from_one_that_runs_every_expert(
+    tmp_path: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = GateSettings(gate_sparsity=1e6)
+    gate, report = sparsity.judge(
+        tiny_bundle, "split", "onnxruntime", "cpu", lambda folder: None, settings, seed=0
+    )
+    assert gate is not None
+    assert gate.ok
+    assert len(report["sparsity"]["routes"]) == 4
+    assert all(route["alone_ms"] > 0 for route in report["sparsity"]["routes"])
+    tight = GateSettings(gate_sparsity=1e-9)  # nothing costs less than its parts by that much
+    monkeypatch.setattr(sparsity, "HOST_MS", 0.0)
+    gate, _ = sparsity.judge(
+        tiny_bundle, "split", "onnxruntime", "cpu", lambda folder: None, tight, seed=0
+    )
+    assert gate is not None
+    assert not gate.ok
+    nothing, report = sparsity.judge(
+        tiny_bundle, "dense", "onnxruntime", "cpu", lambda folder: None, GateSettings(), seed=0
+    )
+    assert nothing is None
+    assert "every expert" in report["sparsity"]
 
 
 def test_clips_of_a_check_are_seeded_and_hold_noise_black_and_white(spec: ClipSpec) -> None:
-    clips = gates.clips_for(spec, None, seed=3)
+    made = accuracy.sample(spec, LABELS, None, seed=3)
+    clips = made.clips
     assert clips.shape == (64, *spec.shape)
     assert clips.dtype == np.uint8
-    assert np.array_equal(clips, gates.clips_for(spec, None, seed=3))
-    assert not np.array_equal(clips, gates.clips_for(spec, None, seed=4))
+    assert np.array_equal(clips, accuracy.sample(spec, LABELS, None, seed=3).clips)
+    assert not np.array_equal(clips, accuracy.sample(spec, LABELS, None, seed=4).clips)
     assert clips[-2].max() == 0
     assert clips[-1].min() == 255
-    assert len(gates.clips_for(spec, "camera-motion", seed=3)) == 64
+    assert list(made.known) == list(range(48))
+    assert list(made.label[:48]) == [i % 10 for i in range(48)]
+    assert not len(accuracy.sample(spec, ("left", "right"), None, seed=3).known)
+    assert len(accuracy.sample(spec, LABELS, "camera-motion", seed=3).clips) == 64
+    assert len(accuracy.sample(spec, LABELS, None, seed=3, clips=8).clips) == 8
     with pytest.raises(SettingError, match="nowhere"):
-        gates.clips_for(spec, "./nowhere", seed=0)
+        accuracy.sample(spec, LABELS, "./nowhere", seed=0)
 
 
 def test_clips_of_a_folder_are_split_as_the_twin_was_trained(
@@ -145,10 +309,13 @@ def test_clips_of_a_folder_are_split_as_the_twin_was_trained(
             for take in range(2):
                 name = f"seq{sequence:02d}_{take}.avi"
                 videos.write(tmp_path / label / name, frames=8 + sequence)
+    labels = ("hug", "kick")
     for group in ("", r"seq\d+"):
         data = open_data(str(tmp_path), "val", spec, DataSettings(group=group))
         wanted = np.stack([data[i][0] for i in range(len(data))])
-        assert np.array_equal(gates.clips_for(spec, str(tmp_path), 0, group), wanted)
+        made = accuracy.sample(spec, labels, str(tmp_path), 0, group)
+        assert np.array_equal(made.clips, wanted)
+        assert list(made.label) == [data[i][1] for i in range(len(data))]
     recipe = {"clips": {"group": r"seq\d+"}}
     assert Checkpoint(lively(), (), recipe).group == r"seq\d+"
     assert Checkpoint(lively(), ()).group == ""
@@ -161,8 +328,10 @@ def test_clips_of_a_folder_are_split_as_the_twin_was_trained(
     [
         ({"gate_parity": 0.0}, "--gate-parity is 0.0; it must be above 0"),
         ({"gate_route": 101.0}, "--gate-route is 101.0; it must be at most 100"),
+        ({"gate_clean": -1.0}, "--gate-clean is -1.0; it must be at least 0"),
+        ({"gate_sparsity": 0.0}, "--gate-sparsity is 0.0; it must be above 0"),
     ],
 )
 def test_bounds_that_make_no_sense_are_refused(settings: dict[str, float], says: str) -> None:
     with pytest.raises(SettingError, match=re.escape(says)):
-        GateSettings(**settings)
+        GateSettings(**settings)  # type: ignore[arg-type]
