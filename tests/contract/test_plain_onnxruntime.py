@@ -126,11 +126,18 @@ def test_auto_measures_what_there_is_and_takes_the_fastest() -> None:
     _, plain = exported()
     experts, choice = optimize.choose(plain.experts, "auto")
     assert set(choice.cpu_ms) == {"none", "direct", "winograd"}
-    assert choice.form == min(choice.cpu_ms, key=lambda form: choice.cpu_ms[form])
+    assert choice.form == optimize.fastest(choice.cpu_ms)
     assert max(choice.difference.values()) <= optimize.PARITY
     named, _ = optimize.choose(plain.experts, choice.form)
     assert [e.SerializeToString() for e in experts] == [e.SerializeToString() for e in named]
     json.dumps(choice.to_report())
+
+
+def test_the_fastest_is_taken_and_of_a_tie_the_one_that_does_the_least() -> None:
+    assert optimize.fastest({"none": 3, "direct": 1, "winograd": 2}) == "direct"
+    assert optimize.fastest({"none": 1, "direct": 3, "winograd": 2}) == "none"
+    assert optimize.fastest({"none": 2, "direct": 1, "winograd": 1.09}) == "winograd"
+    assert optimize.fastest({"none": 2, "direct": 1, "winograd": 1.11}) == "direct"
 
 
 def test_a_form_that_computes_something_else_is_never_taken(
