@@ -92,7 +92,7 @@ def uniform(clip: Tensor, seed: int, indices: Tensor, number: int) -> Tensor:
         torch.rand(clip.shape[1:], generator=own, dtype=torch.float32)
         for own in generators(seed, indices, number)
     ]
-    return (2 * torch.stack(rows) - 1).to(clip)
+    return torch.stack(rows).mul_(2).sub_(1).to(clip)
 
 
 def generators(seed: int, indices: Tensor, number: int) -> list[torch.Generator]:

@@ -40,16 +40,25 @@ def rounded(moved: Tensor, clip: Tensor, eps: float, norm: str = "linf") -> Tens
     Returns:
         Multiples of 1/255, as `to_tensor` gives them of uint8.
     """
-    clean = (255 * clip).round_()
     if norm == "linf":
-        r = radius(eps)
-        levels = (255 * moved).round_().clamp_(clean - r, clean + r)
-    else:
-        delta = 255 * moved - clean
-        change = (delta.abs() + 1e-4).floor() * delta.sign()  # 1e-4: of float32
-        far = ball.size(change, "l2") > 255 * eps * (1 + 1e-6)
-        levels = clean + torch.where(ball.spread(far, change), delta.trunc(), change)
+        return nearest(moved, *bounds(clip, eps))
+    clean = (255 * clip).round_()
+    delta = 255 * moved - clean
+    change = (delta.abs() + 1e-4).floor() * delta.sign()  # 1e-4: of float32
+    far = ball.size(change, "l2") > 255 * eps * (1 + 1e-6)
+    levels = clean + torch.where(ball.spread(far, change), delta.trunc(), change)
     return levels.clamp_(0, 255).div_(255)
+
+
+def bounds(clip: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the ends of the integer L-infinity ball around each pixel, in grey levels."""
+    clean, r = (255 * clip).round_(), radius(eps)
+    return (clean - r).clamp_(min=0), (clean + r).clamp_(max=255)
+
+
+def nearest(moved: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Return the multiples of 1/255 nearest to clips, between two grey levels for each pixel."""
+    return (255 * moved).round_().clamp_(low, high).div_(255)
 
 
 def holds(clip: Tensor) -> bool:

@@ -128,7 +128,8 @@ class Search:
     def __init__(self, clip: Tensor, settings: BallSettings, aim: Aim, indices: Tensor) -> None:
         """Begin; a clip that succeeds as it is stands no more, by early stop."""
         self.clip, self.settings, self.indices = clip, settings, indices
-        self._low, self._high = ball.bounds(clip, settings.eps)
+        self._ends = ball.bounds(clip, settings.eps)
+        self._levels = grid.bounds(clip, settings.eps) if settings.grid else None
         self.number = 0
         self.standing = torch.ones(len(clip), dtype=torch.bool, device=clip.device)
         self.best = clip.clone()
@@ -147,16 +148,22 @@ class Search:
         self._objective, self.number = objective, number
 
     def start(self, *, random: bool) -> Tensor:
-        """Return where this start begins: a random point of the ball, or the clean clip."""
-        how = self.settings
-        if not random:
-            return self.clip.clone()
-        return ball.start(self.clip, how.eps, how.norm, how.seed, self.indices, self.number)
+        """Return where this start begins: a random point of the ball, or the clean clip.
+
+        Of clips that stand no more, the clean one.
+        """
+        how, begun = self.settings, self.clip.clone()
+        if random:
+            rows = self._rows()
+            numbers = self.indices[rows.cpu()]
+            drawn = ball.start(begun[rows], how.eps, how.norm, how.seed, numbers, self.number)
+            begun[rows] = drawn
+        return begun
 
     def project(self, moved: Tensor) -> Tensor:
         """Return clips within the ball and in [0, 1]."""
         if self.settings.norm == "linf":
-            return moved.clamp(self._low, self._high)
+            return moved.clamp(*self._ends)
         return ball.project(self.clip, moved, self.settings.eps, self.settings.norm)
 
     def slope(self, clip: Tensor, *, probe: bool = False) -> tuple[Tensor, Tensor]:
@@ -240,12 +247,14 @@ class Search:
 
     def _seen(self, clip: Tensor, rows: Tensor) -> Tensor:
         """Return the clips that are looked at: those that stand, on the grid where it is asked."""
-        clip, clean = clip.detach(), self.clip
-        if len(rows) < len(clip):
-            clip, clean = clip[rows], clean[rows]
-        if not self.settings.grid:
+        some = slice(None) if len(rows) == len(clip) else rows
+        clip = clip.detach()[some]
+        if self._levels is None:
             return clip
-        return grid.rounded(clip, clean, self.settings.eps, self.settings.norm)
+        if self.settings.norm == "linf":
+            low, high = self._levels
+            return grid.nearest(clip, low[some], high[some])
+        return grid.rounded(clip, self.clip[some], self.settings.eps, self.settings.norm)
 
     def _look(self, clip: Tensor, rows: Tensor) -> Judged:
         with torch.no_grad(), self._autocast(clip):
@@ -341,7 +350,7 @@ def ascend(
         SettingError: clips of another shape or range than the method's, or too few indices.
         VmoeError: the model answers NaN; names the clip.
     """
-    clip = clip.detach()
+    clip = clip.detach().contiguous()  # as gradients are: mixed layouts are slow
     order = torch.arange(len(clip)) if indices is None else indices.cpu()
     check_clip(clip, order, settings)
     random = getattr(settings, "random_start", False)
