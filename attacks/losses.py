@@ -187,6 +187,7 @@ def whole(
 def targets(
     twin: VideoMoE, clip: Tensor, label: Tensor, settings: BallSettings, *,
     route_grad: str, count: int, loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    true_value: bool = False,
 ) -> Aim:  # fmt: skip
     """Return one objective for each of the labels that the clean clip is nearest to, but its own.
 
@@ -198,6 +199,7 @@ def targets(
         route_grad: how a gradient passes the hard choice.
         count: how many labels, at most K - 1.
         loss: of logits, y and the other label.
+        true_value: give the loss of the hard choice by `soft`, too; the gradient is as it was.
     """
     with torch.no_grad():
         out, hard = answer(twin, clip, route_grad)
@@ -206,8 +208,10 @@ def targets(
     def towards(other: Tensor) -> Objective:
         def objective(adversarial: Tensor, rows: Tensor) -> Judged:
             moved, now = answer(twin, adversarial, route_grad)
-            y = label[rows]
-            return judged(loss(moved.logits, y, other[rows]), now, y, moved)
+            y, logits = label[rows], moved.logits
+            if true_value:
+                logits = logits + (now - logits).detach()
+            return judged(loss(logits, y, other[rows]), now, y, moved)
 
         return objective
 

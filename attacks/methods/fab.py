@@ -55,6 +55,7 @@ def attack(
             route_grad=settings.route_grad,
             count=settings.targets,
             loss=losses.toward,
+            true_value=True,  # the boundary is that of the hard choice
         ),
         indices,
         climb=_climb,

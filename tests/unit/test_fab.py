@@ -176,3 +176,15 @@ def test_later_starts_are_random_and_near() -> None:
     assert one.success.any()
     assert not one.success.all()
     torch.testing.assert_close(ball.size(seen[2] - clip), reach, rtol=0.01, atol=0)
+
+
+def test_boundary_is_that_of_the_hard_choice() -> None:
+    """The mixture of `soft` crosses elsewhere: by its value, FAB would turn back too early."""
+    twin, clip = small(experts=8, classes=2), random_clip(8, spec=SMALL)
+    with torch.no_grad():
+        y = twin(clip).logits.argmax(dim=1)
+    how = {"norm": "l2", "eps": 0.8, "steps": 6}
+    frozen = fab.attack(twin, clip, y, fab.Settings(route_grad="frozen", **how))
+    soft = fab.attack(twin, clip, y, fab.Settings(route_grad="soft", **how))
+    assert frozen.success.all()
+    assert soft.success.sum() >= 4  # by the value of the mixture, none
