@@ -433,6 +433,17 @@ def test_preset_stands_under_config_and_flags(twin: Path) -> None:
     assert report["preset"] == "paper"
 
 
+def test_sanity_stands_in_every_report(twin: Path) -> None:
+    flags = ["--attack", "pgd", "--steps", "1", "--n", "3", "--eps", "1", "--device", "cpu"]
+    result = run(twin, *flags)
+    report = json.loads(Path("runs/attack/mine/report.json").read_text())
+    assert [each["number"] for each in report["sanity"]["checks"]] == list(range(1, 15))
+    assert report["sanity"]["n"] == 3
+    for text in (result.stdout, Path("runs/attack/mine/report.md").read_text()):
+        assert "sanity of the attacks, on 3 clips" in text
+        assert report["sanity"]["verdict"] in text
+
+
 def test_names_with_underscores_are_the_same_attack(twin: Path) -> None:
     report = json.loads(run(twin, *QUICK, "--attack", "pgd_r,pgd-r", "--json").stdout)
     assert [row["attack"] for row in report["rows"]] == ["pgd-r"]

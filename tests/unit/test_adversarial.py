@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -48,6 +49,27 @@ def test_comes_back_without_loss(saved: Path) -> None:
     ]  # fmt: skip
     assert all((a.clips == random_clips(3, i)).all() for i, a in enumerate(clips.attacked))
     assert clips.origin == {"data": "mine test"}
+
+
+def test_l2_clips_say_so(saved: Path, tmp_path: Path) -> None:
+    clips = adversarial.load(saved)
+    moved = (dataclasses.replace(clips.attacked[0], eps=2.0, norm="l2"),)
+    adversarial.save(dataclasses.replace(clips, attacked=moved), tmp_path / "l2")
+    assert (tmp_path / "l2/1-pgd-l2-2.npz").is_file()
+    (again,) = adversarial.load(tmp_path / "l2").attacked
+    assert (again.norm, again.eps) == ("l2", 2.0)
+
+
+def test_clips_of_before_there_was_another_norm(saved: Path) -> None:
+    attacked = json.loads((saved / "manifest.json").read_text())["attacked"]
+    for each in attacked:
+        del each["norm"]
+    edit(saved, attacked=attacked)
+    assert {each.norm for each in adversarial.load(saved).attacked} == {"linf"}
+    attacked[0]["norm"] = "l3"
+    edit(saved, attacked=attacked)
+    with pytest.raises(VmoeError, match="norm is 'l3', neither linf nor l2"):
+        adversarial.load(saved)
 
 
 def test_folder_that_exists_is_left_alone(saved: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vmoe.report import percent, plain, table, wilson
+from vmoe.report import percent, plain, table, to_csv, wilson
 
 
 def test_table_is_aligned_and_markdown() -> None:
@@ -56,3 +56,8 @@ def test_plain_is_json() -> None:
     assert json.loads(json.dumps(value, allow_nan=False)) == {
         "a": [0, 1], "b": None, "c": "x", "d": [1.0, None],
     }  # fmt: skip
+
+
+def test_csv_has_the_columns_of_all_rows() -> None:
+    rows = [{"attack": "a,b", "eps": 8 / 255}, {"attack": "worst-of", "n": 3, "eps": None}]
+    assert to_csv(rows) == f'attack,eps,n\n"a,b",{8 / 255!r},\nworst-of,,3\n'
