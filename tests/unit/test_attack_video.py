@@ -100,6 +100,35 @@ def test_flicker_is_one_offset_for_each_frame_and_channel_but_for_clipping(
         torch.testing.assert_close(levels, levels.round(), atol=1e-3, rtol=0)
 
 
+def test_flicker_on_the_grid_rounds_the_offset_and_not_each_pixel() -> None:
+    """An offset of one and a half levels would round to the even one, by pixel."""
+    twin, clip, y, toward = dense()
+    how = {"eps": 2 / 255, "step": 0.75, "steps": 1, "random_start": False, "grid": True}
+    x = run(flicker, twin, clip, y, **how).adversarial
+    summed = toward.sum(dim=(3, 4), keepdim=True)
+    torch.testing.assert_close(x, clip + 2 / 255 * summed.sign())
+
+
+def test_flicker_does_not_follow_pixels_that_are_at_their_end() -> None:
+    """One pixel of weight 10 has room for 0.3 eps, 8 others weigh -5: best is 0.3 eps.
+
+    Further up the weights of all pixels still sum to 5, but only those of the others count.
+    """
+    twin = linear(1, spec=SMALL)
+    clip = torch.full((8, 3, 3, 9, 11), 0.5)
+    clip[:, 0, 0, 0, 0] = 1 - 0.3 * 0.1
+    toward = torch.zeros_like(clip[0])
+    toward[0, 0, 0, 0], toward[0, 0, 0, 1:9] = 10, -5 / 8
+    head = [module for module in twin.experts[0].modules() if hasattr(module, "weight")][-1]
+    with torch.no_grad():
+        head.weight.copy_(torch.stack([-toward.flatten() / 2, toward.flatten() / 2]))
+        head.bias[0] = 100.0
+    y = torch.zeros(8).long()
+    found = run(flicker, twin, clip, y, eps=0.1, step=0.05, steps=60)
+    gain = ((found.adversarial - clip) * toward).flatten(1).sum(dim=1)
+    assert (gain > 0.85 * 5 * 0.3 * 0.1).all()
+
+
 @pytest.mark.parametrize(("norm", "eps"), BUDGETS)
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_frame_sparse_takes_the_best_frames_of_a_linear_loss(
