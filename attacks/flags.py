@@ -84,12 +84,10 @@ def _others(
     fields: dict[str, dataclasses.Field[Any]], usual: dataclasses.Field[Any]
 ) -> dict[str, Any]:
     """Return, by attack, what is not usual: another default, or help with the default."""
-    found = {}
+    found: dict[str, Any] = {}
     for attack, field in fields.items():
         if field.metadata["help"] != usual.metadata["help"]:
-            default: Any = field.default
-            if isinstance(default, bool):
-                default = "on" if default else "off"
+            default = {"True": "on", "False": "off"}.get(str(field.default), field.default)
             found[attack] = f"{field.metadata['help']}, {default}"
         elif field.default != usual.default:
             found[attack] = field.default
