@@ -1,8 +1,8 @@
 """AutoAttack for clips: the standard ensemble, then what knows of routes; the worst case counts.
 
 APGD-CE, APGD-T, FAB and Square, in this order and with the settings of the public ensemble, each
-on the clips that still stand; then, of a mixture, J-TLGA with each route_grad. The first four
-follow the true derivative (route_grad `frozen`), as the public ensemble would.
+on the clips that still stand; then, of a mixture, J-TLGA and J-TLGA-plus with each route_grad. The
+first four follow the true derivative (route_grad `frozen`), as the public ensemble would.
 
 Source: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
 parameter-free attacks", ICML 2020. The last stage is ours.
@@ -28,7 +28,7 @@ from vmoe.settings import opt, to_mapping
 PART = "model"
 METHODS = "vmoe.attacks.methods"
 STANDARD = ("apgd-ce", "apgd-t", "fab", "square")
-ADAPTIVE = ("j-tlga",)
+ADAPTIVE = ("j-tlga", "j-tlga-plus")
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,8 @@ def test_parts_in_the_standard_order_with_the_true_derivative_and_then_every_rou
     how = autoattack.Settings(eps=0.1, norm="l2", seed=3, grid=True, steps=7, targets=3, queries=99)
     parts = list(autoattack.stages(how, experts=4))
     assert [part.name for part in parts] == [
-        "apgd-ce", "apgd-t", "fab", "square", *(f"j-tlga {way}" for way in ROUTE_GRADS)
+        "apgd-ce", "apgd-t", "fab", "square", *(f"j-tlga {way}" for way in ROUTE_GRADS),
+        *(f"j-tlga-plus {way}" for way in ROUTE_GRADS),
     ]  # fmt: skip
     for part in parts:
         for name in ("eps", "norm", "seed", "grid", "early_stop", "bf16"):
@@ -77,7 +78,7 @@ def test_parts_in_the_standard_order_with_the_true_derivative_and_then_every_rou
         for name, value in {"steps": 7, "targets": 3, "queries": 99, "rescale": False}.items():
             assert getattr(part.settings, name, value) == value
     ways = [getattr(part.settings, "route_grad", None) for part in parts]
-    assert ways == ["frozen"] * 3 + [None] + list(ROUTE_GRADS)
+    assert ways == ["frozen"] * 3 + [None] + 2 * list(ROUTE_GRADS)
     assert [part.name for part in autoattack.stages(how, experts=1)] == [
         "apgd-ce", "apgd-t", "fab", "square"
     ]  # fmt: skip
@@ -96,7 +97,7 @@ def test_it_says_what_each_part_leaves(caplog: pytest.LogCaptureFixture) -> None
     lines = [record.getMessage() for record in caplog.records]
     right = [int(line.split()[1]) for line in lines]
     assert lines[0].endswith("of 10 clips right after apgd-ce")
-    assert lines[-1].endswith("of 10 clips right after j-tlga soft")
+    assert lines[-1].endswith("of 10 clips right after j-tlga-plus soft")
     assert right == sorted(right, reverse=True)
     assert right[-1] == int((~found.success).sum())
     caplog.clear()
