@@ -23,7 +23,9 @@ from vmoe.models.experts.tsm_online import REACH, TSMOnline18
 from vmoe.runtime import Engine
 from vmoe.runtime.online import after
 
+from . import graphs
 from .onnx import Parts, trace, trace_doors
+from .passes import fold_scaling
 
 TRACED = (2, 3)  # streams and frames that a graph is traced with: 1 would be taken as fixed
 
@@ -37,10 +39,14 @@ class Door(nn.Module):
         self.module = module
 
     def forward(self, clip: Tensor, states: list[Tensor]) -> tuple[Tensor, ...]:
-        """Return the logits of the clips that end here, and the next states."""
+        """Return the logits of the clips that end here, and the next states.
+
+        Pixels are laid out while they are bytes, and one axis at a time: ONNX Runtime is fast then.
+        """
         normalise, net = self.module.children()
-        follow: Any = net.follow
-        logits, nexts = follow(normalise(clip.permute(0, 4, 1, 2, 3).float() / 255), states)
+        frames = clip.transpose(0, 1).flatten(0, 1).permute(0, 3, 1, 2).unsqueeze(2).float() / 255
+        follow: Any = net.follow_frames
+        logits, nexts = follow(normalise(frames).squeeze(2), states)
         return (logits, *nexts)
 
 
@@ -80,10 +86,13 @@ def _experts(twin: VideoMoE, opset: int) -> list[ModelProto]:
     names = [*(f"state{i}" for i in range(len(states) - 1)), "recent"]
     clip = torch.zeros((n, s, spec.height, spec.width, 3), dtype=torch.uint8)
     batch, frames = torch.export.Dim("N"), torch.export.Dim("S")
-    return trace_doors(
+    made = trace_doors(
         [Door(expert).eval() for expert in twin.experts], (clip, states), ["clip", *names],
         ["logits", *map(after, names)], ({0: batch, 1: frames}, [{0: batch}] * len(states)), opset,
     )  # fmt: skip
+    for model in made:
+        fold_scaling.apply(model.graph)
+    return [graphs.model(model.graph, model) for model in made]
 
 
 def _net(expert: nn.Module) -> Any:

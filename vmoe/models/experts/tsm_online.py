@@ -77,15 +77,18 @@ class TSMOnline18(tsm.TSM18):
         Returns:
             The logits of the clips that end with the last frame, [N, K], and the next states.
         """
+        return self.follow_frames(clip.permute(2, 0, 1, 3, 4).flatten(0, 1), states)
+
+    def follow_frames(self, x: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Do the same for [S*N, 3, H, W], all streams' first frames first."""
         *pasts, recent = states
-        x = clip.permute(2, 0, 1, 3, 4).flatten(0, 1)
+        n, _, classes = recent.shape
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         nexts = []
         for block, past in zip(self._blocks(), pasts, strict=True):
             x, past = block.follow(x, past)
             nexts.append(past)
-        each = self.fc(x.mean(dim=(2, 3)))
-        each = each.reshape(clip.shape[2], *recent[:, 0].shape).transpose(0, 1)
+        each = self.fc(x.mean(dim=(2, 3))).reshape(-1, n, classes).transpose(0, 1)
         recent = torch.cat([recent, each], dim=1)[:, -recent.shape[1] :]
         return recent.mean(dim=1), [*nexts, recent]
 
