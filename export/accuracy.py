@@ -169,7 +169,7 @@ def robust(
     if settings.robust is None:
         attacked = _attack(held, sample, count, seed)
     else:
-        attacked = _given(held, settings.robust)
+        attacked = given(held, settings.robust)
     made = [
         compare(
             what,
@@ -198,7 +198,7 @@ def _attack(
     return [(f"pgd {eps * 255:.4g}/255", made, label)]
 
 
-def _given(held: Checkpoint, folder: Path) -> list[tuple[str, Clips, Ints]]:
+def given(held: Checkpoint, folder: Path) -> list[tuple[str, Clips, Ints]]:
     """Return the adversarial clips of a folder.
 
     Raises:

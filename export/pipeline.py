@@ -144,6 +144,8 @@ def run(plan: Plan, out: Path, *, overwrite: bool = False, device: str = "cpu") 
     device = "cpu" if device == "auto" else device
     lowerable.check(held.twin)
     precision.check(held.twin, settings)
+    if settings.robust is not None:
+        accuracy.given(held, settings.robust)  # told before any work where they are not to be used
     stages = Stages()
     with stages.stage("clips", "to check the bundle with"):
         sample = _sample(plan)

@@ -19,7 +19,9 @@ import vmoe
 from tests.twins import SPEC, random_clips
 from vmoe import bundle as bundles
 from vmoe import checkpoint, latest
+from vmoe.__main__ import main as vmoe_command
 from vmoe.checkpoint import Checkpoint
+from vmoe.data.camera_motion import LABELS
 from vmoe.export.cli import main
 from vmoe.models import ModelSettings, build
 from vmoe.runtime import load
@@ -27,6 +29,11 @@ from vmoe.runtime import load
 SCHEMA = json.loads(Path(vmoe.__file__).with_name("bundle.schema.json").read_text())
 COMMAND = [sys.executable, "-m", "vmoe.export.cli"]
 ROOT = Path(__file__).resolve().parents[2]
+FAST = ["--verify-clips", "8", "--robust-clips", "0", "--gate-sparsity", "1000"]
+LOOSE = [  # weights are random: what is tested is what is said
+    "--gate-parity", "1", "--gate-parity-mean", "1", "--gate-clean", "100", "--gate-robust", "100",
+    "--gate-sparsity", "100", "--verify-clips", "8", "--robust-clips", "4",
+]  # fmt: skip
 
 
 def run(*arguments: str | Path) -> Result:
@@ -54,7 +61,7 @@ def exported(
     cwd = tmp_path_factory.mktemp("cwd")
     (cwd / "expert0.data").write_text("a file of the user's that happens to be called so")
     done = subprocess.run(
-        [*COMMAND, str(tiny_checkpoint), "--name", "tiny"],
+        [*COMMAND, str(tiny_checkpoint), "--name", "tiny", "--gate-sparsity", "1000"],
         cwd=cwd, capture_output=True, text=True, check=False, env=_environment(),
     )  # fmt: skip
     return cwd / "runs/export/tiny-split", done
@@ -131,7 +138,7 @@ def test_if_as_json_without_its_twin_then_its_counterpart_in_its_place(
     monkeypatch.chdir(tmp_path)
     out = Path("runs/one")
     plan = [small, "--lowering", "if", "--out", out]
-    first = run(*plan, "--no-twin", "--json", "--opset", "18")
+    first = run(*plan, "--no-twin", "--json", "--opset", "18", *FAST)
     assert first.exit_code == 0, first.stderr
     said = json.loads(first.stdout)
     assert said["bundle"] == str(out)
@@ -154,7 +161,7 @@ def test_if_as_json_without_its_twin_then_its_counterpart_in_its_place(
     assert second.exit_code == 2
     assert last_line(second).endswith("exists. Choose another --out, or say --overwrite.")
     shutil.copytree(out, "runs/before")
-    third = run(*plan, "--counterpart", "--overwrite")
+    third = run(*plan, "--counterpart", "--overwrite", *FAST)
     assert third.exit_code == 0, third.stderr
     assert "random weights: for latency only" in third.stderr
     assert f"vmoe-bench BUNDLE --baseline {out}" in third.stderr
@@ -188,15 +195,108 @@ def test_a_dense_model_has_no_counterpart(tmp_path: Path) -> None:
     assert json.loads(plain.stdout)["parts"] == ["expert0"]
 
 
-def test_a_gate_that_fails_leaves_nothing(small: Path, tmp_path: Path) -> None:
-    result = run(small, "--out", tmp_path / "x", "--gate-parity", "1e-12")
+def test_what_a_gate_refuses_is_kept_as_rejected_with_its_report(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = Path("runs/x")
+    (tmp_path / "runs/x.rejected").mkdir(parents=True)  # of the last time: replaced
+    plan = ["--out", out, "--gate-parity", "1e-12", "--bisect", "--optimize", "none"]
+    result = run(small, *plan, *FAST)
     assert result.exit_code == 3
     line = last_line(result)
     assert line.startswith("vmoe-export: refused: max |d logits| is ")
     assert "must be at most" in line
-    assert "--gate-parity" in line
+    assert "is kept as runs/x.rejected." in line
+    assert line.endswith("If you can live with it, say so with --gate-parity.")
     assert "gate route: route agreement 100 % >= 100 %: ok" in result.stderr
-    assert not list(tmp_path.iterdir())
+    assert "bisect: every part alone is as it should be; it is the lowering" in result.stderr
+    assert [path.name for path in out.parent.iterdir()] == ["x.rejected"]
+    kept = bundles.read(out.with_name("x.rejected"))
+    gates = kept.report()["gates"]
+    assert [gate["gate"] for gate in gates if not gate["ok"]] == ["parity", "parity"]
+    assert kept.report()["bisect"]["part"] is None
+    assert latest.bundle(None)[0] == latest.SHIPPED, "a refused bundle would be served"
+    shown = CliRunner().invoke(vmoe_command, ["inspect", "runs/x.rejected"])
+    assert "REFUSED" in shown.stdout
+    (out.with_name("x.rejected") / "mine").mkdir()
+    again = run(small, "--out", out, "--gate-parity", "1e-12")
+    assert again.exit_code == 2
+    assert "x.rejected is or holds more than a bundle" in last_line(again)
+
+
+def test_int8_in_one_file_says_what_it_is_and_is_the_same_bytes_again(tmp_path: Path) -> None:
+    path = tmp_path / "moves.safetensors"
+    twin = build(ModelSettings("r3d18", 0.1, 2, len(LABELS)), SPEC, seed=1).eval()
+    checkpoint.save(Checkpoint(twin, LABELS, {"data": "camera-motion"}), path)
+    plan = ["--lowering", "plugin", "--int8", "--calib-clips", "16", "--calib-adv", "0.25", *LOOSE]
+    first = run(path, "--out", tmp_path / "a", "--json", *plan)
+    assert first.exit_code == 0, first.stderr
+    said = json.loads(first.stdout)
+    found = said["precision"]["moe"]
+    assert found["asked"] == found["found"] == {"fp32": 4, "int8": said_int8(found)}
+    assert found["onnxruntime_runs"]["int8"] == said_int8(found)
+    assert said["calibration"] == {
+        "data": "camera-motion", "split": "train", "calib_clips": 16, "calib_adv": 0.25,
+        "int8_form": "u8s8",
+    }  # fmt: skip
+    assert said["optimize"]["form"] == "joined"
+    assert said["backends"]["onnxruntime"]["ok"] is True
+    assert set(said["robust"]) == {"pgd 8/255"}
+    read = bundles.read(tmp_path / "a")
+    jsonschema.validate(json.loads((read.path / bundles.MANIFEST).read_text()), SCHEMA)
+    assert read.parts["moe"].precision == {"asked": "fp32+int8", "found": "fp32+int8"}
+    assert read.parts["moe"].layers == found["found"]
+    assert set(read.others) == {"tensorrt"}
+    second = run(path, "--out", tmp_path / "b", *plan)
+    assert second.exit_code == 0, second.stderr
+    for file in (tmp_path / "a").iterdir():
+        if file.name != bundles.REPORT:
+            assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+    shown = CliRunner().invoke(vmoe_command, ["inspect", str(tmp_path / "a")]).stdout
+    for text in ("fp32+int8", "for tensorrt alone", "sparsity:", "calibration: data camera-motion",
+                 "export took, in seconds", "| onnxruntime", "moe-tensorrt.onnx"):  # fmt: skip
+        assert text in shown, text
+
+
+def said_int8(found: dict[str, dict[str, int]]) -> int:
+    return found["found"]["int8"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--int8", "--fp16"], "--fp16 and --int8 exclude each other: choose one."),
+        (["--keep-fp32", "("], "--keep-fp32 is for --fp16, --bf16 or --int8"),
+        (["--int8", "--keep-fp32", "layer9"], "matches none of the twin's"),
+        (["--int8"], "does not say what it was trained on: name clips of its training split"),
+        (["--int8", "--calib", "{}/empty"], "has 0 folders of videos"),
+        (["--calib-clips", "3"], "--calib-clips is for --int8"),
+        (["--form", "online"], "no online form"),
+        (["--out", "{}/empty"], "exists. Choose another --out"),
+        (["--robust", "{}/empty"], "no adversarial clips"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_one_line(
+    small: Path, flags: list[str], says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    out = [] if "--out" in flags else ["--out", tmp_path / "x"]
+    result = run(small, *(flag.format(tmp_path) for flag in flags), *out, *FAST)
+    assert result.exit_code in (1, 2)
+    assert says in last_line(result)
+    assert "Traceback" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(
+    small: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    result = run(small, "--out", tmp_path / "file" / "x")
+    assert result.exit_code == 1
+    assert "cannot write" in last_line(result)
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_a_full_disk_leaves_nothing(small: Path, tmp_path: Path) -> None:
@@ -220,7 +320,11 @@ def test_dry_run_shows_the_plan_and_writes_nothing(small: Path, tmp_path: Path) 
     planned = json.loads(result.stdout)
     assert planned["parts"] == ["moe"]
     assert planned["out"] == str(tmp_path / "x")
-    assert planned["gates"] == {"parity": 1e-4, "route_pct": 100.0}
+    assert planned["precision"] == "fp32"
+    assert planned["gates"] == {
+        "parity": 1e-4, "parity_mean": 2e-5, "route_pct": 100.0, "clean_points": 1.0,
+        "robust_points": 2.0, "sparsity": 1.3,
+    }  # fmt: skip
     plain = run(small, "--dry-run")
     assert "parts: router, expert0, expert1" in plain.stdout
     assert "out: runs/export/small-split" in plain.stdout
@@ -229,12 +333,11 @@ def test_dry_run_shows_the_plan_and_writes_nothing(small: Path, tmp_path: Path) 
 
 
 def test_trt_says_honestly_that_it_is_not_there(small: Path, tmp_path: Path) -> None:
-    result = run("--trt", "--fp16")
+    result = run("--trt")
     assert result.exit_code == 5
     assert len(result.stderr.splitlines()) == 1
     assert "TensorRT plans are not in this version" in result.stderr
-    assert "Leave --trt and --fp16 out" in result.stderr
-    assert run(small, "--fp16").exit_code == 2
+    assert "Leave --trt out" in result.stderr
     assert "exclude each other" in last_line(run(small, "--onnx", "--trt"))
 
 
