@@ -1,0 +1,104 @@
+"""j-tlga-plus: APGD-margin where nothing can be misrouted; where something can, it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.twins import SMALL, linear, random_clip, small
+from vmoe.attacks.methods import apgd_margin, j_tlga_plus
+from vmoe.models import VideoMoE
+
+EPS = 8 / 255
+
+
+class Known(nn.Module):
+    """A part that says weight * (brightness of one frame - at), and a constant, to each clip."""
+
+    def __init__(self, frame: int, at: float, weight: float, constant: float = 0.0) -> None:
+        super().__init__()
+        self.frame, self.at, self.weight, self.constant = frame, at, weight, constant
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """Answer [B, 2]."""
+        level = clip[:, :, self.frame].mean(dim=(1, 2, 3))
+        moving = self.weight * (level - self.at)
+        return torch.stack([moving, torch.full_like(moving, self.constant)], dim=1)
+
+
+def known(reach: float, need: float) -> tuple[VideoMoE, Tensor, Tensor]:
+    """Return a twin of two experts, a grey clip, and its label, 0.
+
+    Expert 0 is never wrong. The router goes to expert 1 where frame 0 is darker by `reach`; expert
+    1 is wrong where frame 1 is darker by `need`.
+    """
+    twin = linear(2, spec=SMALL)
+    twin.router = Known(0, 0.5 - reach, 10.0)
+    always = Known(0, 0.0, 0.0, -1.0)
+    twin.experts = nn.ModuleList([always, Known(1, 0.5 - need, 10.0)])
+    clip = torch.full((2, 3, SMALL.frames, SMALL.height, SMALL.width), 0.5)
+    return twin.eval(), clip, torch.zeros(2, dtype=torch.int64)
+
+
+def settings(**values: object) -> j_tlga_plus.Settings:
+    return j_tlga_plus.Settings(**{"eps": EPS, "steps": 8, **values})  # type: ignore[arg-type]
+
+
+def last_linear(part: nn.Module) -> nn.Linear:
+    return [module for module in part.modules() if isinstance(module, nn.Linear)][-1]
+
+
+@pytest.mark.parametrize("experts", [1, 4])
+def test_clip_that_cannot_be_misrouted_gets_apgd_margin(experts: int) -> None:
+    twin, clip = small(experts), random_clip(5, spec=SMALL)
+    if twin.router is not None:
+        with torch.no_grad():
+            last_linear(twin.router).bias[0] += 100
+    with torch.no_grad():
+        y = twin(clip).logits.argmax(dim=1)
+    how = {"eps": 2 / 255, "steps": 6, "early_stop": False}
+    plain = apgd_margin.attack(twin, clip, y, apgd_margin.Settings(**how))
+    found = j_tlga_plus.attack(twin, clip, y, j_tlga_plus.Settings(**how))
+    assert torch.equal(found.adversarial, plain.adversarial)
+    assert torch.equal(found.loss, plain.loss)
+
+
+def test_expert_that_fails_is_reached_though_it_has_the_lower_score() -> None:
+    twin, clip, y = known(reach=0.5 * EPS, need=-0.1)  # wrong wherever it is chosen
+    found = j_tlga_plus.attack(twin, clip, y, settings())
+    assert found.success.all()
+    assert (found.route_after == 1).all()
+    unguided = apgd_margin.Settings(eps=EPS, steps=8, route_grad="frozen")
+    assert not apgd_margin.attack(twin, clip, y, unguided).success.any()
+
+
+def test_route_is_held_while_its_expert_is_attacked() -> None:
+    twin, clip, y = known(reach=0.5 * EPS, need=0.5 * EPS)
+    found = j_tlga_plus.attack(twin, clip, y, settings())
+    assert found.success.all()
+    assert (found.route_after == 1).all()
+
+
+def test_what_lies_beyond_the_ball_is_not_reached() -> None:
+    for reach, need in ((1.5 * EPS, 0.5 * EPS), (0.5 * EPS, 1.5 * EPS)):
+        twin, clip, y = known(reach, need)
+        assert not j_tlga_plus.attack(twin, clip, y, settings()).success.any()
+
+
+def test_steps_are_gradients_of_the_whole_model() -> None:
+    twin, clip, y = known(reach=0.5 * EPS, need=1.5 * EPS)
+    ran = [0, 0]
+
+    def count(which: int) -> None:
+        def backward(_module: nn.Module, _inputs: object, grads: tuple[Tensor, ...]) -> None:
+            ran[which] += len(grads[0])
+
+        twin.experts[which].register_full_backward_hook(backward)
+
+    for which in (0, 1):
+        count(which)
+    found = j_tlga_plus.attack(twin, clip, y, settings(steps=9, router_steps=3))
+    assert sum(ran) == 9 * len(clip)
+    assert ran[1] >= 4 * len(clip)  # those that are guided
+    assert (found.backwards == 9 + 3).all()
