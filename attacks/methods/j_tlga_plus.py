@@ -45,9 +45,12 @@ def attack(
 ) -> AttackResult:
     """Maximise the margin, and the joint margin of another expert; success: the label is wrong.
 
-    The margin of F(x+d); then, towards an expert j that the router can be made to choose,
-    margin(E_j(x+d), y) + hold |margin_0| min(0, s_j(x+d) / |s_j(x+d_0)|), s_j the score of j less
-    the best other score: both in units of what they were at the start, d_0.
+    The margin of F(x+d); then, towards an expert j that the router chose at some x+d_j,
+    margin(E_j(x+d), y) + hold |margin_j| min(0, s_j(x+d) / |s_j(x+d_0)|), s_j the score of j less
+    the best other score, d_0 the start, margin_j that of E_j at x+d_j: a route that is lost as far
+    as it was at the start costs hold times what E_j still has to lose.
+
+    Gradients of the router alone are counted like the others, though they cost a fraction of them.
     """
     guide = _Guide(twin, label, settings)
     return ascend(twin, clip, settings, guide.prepare, indices, climb=guide.climb)
@@ -85,10 +88,13 @@ class _Guide:
         search.begin(self.plain, search.number)
 
     def _ask(self, search: Search, clip: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return, for each clip, whether it can be misrouted, where, to which expert; and units.
+        """Ask the router alone which experts it can be made to choose; judge each where it does.
 
-        Of the experts that the router can be made to choose, the one that is nearest to failing
-        there; a clip that fails there is broken.
+        A clip that fails there is broken. Of the others, the nearest to failing is returned.
+
+        Returns:
+            Whether a clip can be misrouted, bool [B]; where, [B, C, T, H, W]; to which expert, [B];
+            and what its penalty is worth, |margin_j| / |s_j(x+d_0)|, [B].
         """
         twin, how = self.twin, self.settings
         best = torch.full_like(clip[:, 0, 0, 0, 0], -torch.inf)
@@ -109,9 +115,10 @@ class _Guide:
         return best > -torch.inf, at, expert, unit
 
     def _misroute(self, search: Search, clip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Raise the score gap of the objective by the router alone; return where, it, and before.
+        """Raise the objective, s_j, by steps of eps, eps/2, eps/4, eps/4, ... from a start.
 
-        Steps of eps, eps/2, eps/4, eps/4, ... from a start; the best of them.
+        Returns:
+            The best point, its s_j, -inf where a clip stands no more, and s_j at the start.
         """
         how, step = self.settings, self.settings.eps
         best, most, first = clip, torch.full_like(clip[:, 0, 0, 0, 0], -torch.inf), None
@@ -158,7 +165,7 @@ class _Guide:
 
 @contextmanager
 def _only(search: Search, among: Tensor) -> Iterator[bool]:
-    """Attack some of the clips that stand, and say whether there are any."""
+    """Attack, of the clips that stand, some alone; say whether there are any."""
     rest = search.standing & ~among
     search.standing = search.standing & among
     try:
@@ -168,5 +175,6 @@ def _only(search: Search, among: Tensor) -> Iterator[bool]:
 
 
 def _keep(most: Tensor, best: Tensor, loss: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the larger loss and its clip, of each sample."""
     better = loss > most
     return torch.where(better, loss, most), torch.where(ball.spread(better, clip), clip, best)
