@@ -14,29 +14,29 @@ EPS = 8 / 255
 
 
 class Known(nn.Module):
-    """A part that says weight * (brightness of one frame - at), and a constant, to each clip."""
+    """A part that says, to each clip, how bright its frames are, and 0."""
 
-    def __init__(self, frame: int, at: float, weight: float, constant: float = 0.0) -> None:
+    def __init__(self, at: float, first: float = 0.0, second: float = 0.0) -> None:
+        """Take the weights of the first two frames, and what they say of grey 0.5."""
         super().__init__()
-        self.frame, self.at, self.weight, self.constant = frame, at, weight, constant
+        self.at, self.weights = at, torch.tensor([first, second])
 
     def forward(self, clip: Tensor) -> Tensor:
         """Answer [B, 2]."""
-        level = clip[:, :, self.frame].mean(dim=(1, 2, 3))
-        moving = self.weight * (level - self.at)
-        return torch.stack([moving, torch.full_like(moving, self.constant)], dim=1)
+        level = clip[:, :, :2].mean(dim=(1, 3, 4)) - 0.5
+        moving = self.at + level @ self.weights
+        return torch.stack([moving, torch.zeros_like(moving)], dim=1)
 
 
-def known(reach: float, need: float) -> tuple[VideoMoE, Tensor, Tensor]:
+def known(reach: float, need: float, pull: float = 0.0) -> tuple[VideoMoE, Tensor, Tensor]:
     """Return a twin of two experts, a grey clip, and its label, 0.
 
     Expert 0 is never wrong. The router goes to expert 1 where frame 0 is darker by `reach`; expert
-    1 is wrong where frame 1 is darker by `need`.
+    1 is wrong where frame 1 is darker by `need`, and by `pull` times what frame 0 is.
     """
     twin = linear(2, spec=SMALL)
-    twin.router = Known(0, 0.5 - reach, 10.0)
-    always = Known(0, 0.0, 0.0, -1.0)
-    twin.experts = nn.ModuleList([always, Known(1, 0.5 - need, 10.0)])
+    twin.router = Known(10 * reach, first=10.0)
+    twin.experts = nn.ModuleList([Known(1.0), Known(10 * need, first=-10 * pull, second=10.0)])
     clip = torch.full((2, 3, SMALL.frames, SMALL.height, SMALL.width), 0.5)
     return twin.eval(), clip, torch.zeros(2, dtype=torch.int64)
 
@@ -74,10 +74,15 @@ def test_expert_that_fails_is_reached_though_it_has_the_lower_score() -> None:
 
 
 def test_route_is_held_while_its_expert_is_attacked() -> None:
-    twin, clip, y = known(reach=0.5 * EPS, need=0.5 * EPS)
-    found = j_tlga_plus.attack(twin, clip, y, settings())
+    twin, clip, y = known(reach=0.5 * EPS, need=0.05 * EPS, pull=1.0)
+    how = {"steps": 40, "route_grad": "frozen"}  # by which the margin alone leads nowhere
+    found = j_tlga_plus.attack(twin, clip, y, settings(**how))
     assert found.success.all()
     assert (found.route_after == 1).all()
+    loose = j_tlga_plus.attack(twin, clip, y, settings(**how, hold=0.0))
+    assert not loose.success.any()  # the expert is wrong, but nobody asks it
+    with torch.no_grad():
+        assert torch.equal(twin(loose.adversarial).logits.argmax(dim=1), y)
 
 
 def test_what_lies_beyond_the_ball_is_not_reached() -> None:
