@@ -1,8 +1,4 @@
-r"""The online form: what a decision per frame costs, against a window per decision.
-
-    python benchmarks/export_online.py --quick
-    python benchmarks/export_online.py --out benchmarks/results/export_online.json \
-        --out benchmarks/results/export_online.md --overwrite
+"""The online form, for benchmarks/export.py: a decision per frame against a window per decision.
 
 online_window_over_frame_112, online_window_over_frame_64
     Work of one expert of tsm-online on a clip of 16 frames (the window form, --optimize flat)
@@ -26,12 +22,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-import click
-import figures
 import numpy as np
 from figures import Figure
 
-from vmoe import cli
 from vmoe.checkpoint import Checkpoint
 from vmoe.clips import ClipSpec
 from vmoe.export import online, onnx, optimize, pipeline
@@ -39,17 +32,15 @@ from vmoe.export.onnx import Parts
 from vmoe.export.pipeline import ExportSettings, Plan
 from vmoe.models import ModelSettings, VideoMoE, build
 from vmoe.runtime import Engine, load
-from vmoe.runtime.bench import context
 from vmoe.runtime.bench.measuring import Plan as Rounds
 from vmoe.runtime.bench.measuring import Samples, interleave
 from vmoe.runtime.bench.subjects import random_clips
 
 log = logging.getLogger("vmoe")
 
-FRAMES, SIZES = 16, (112, 64)
+FRAMES, WIDTH = 16, 0.5
 REACH = {112: 12.0, 64: 4.5}  # asked at 112; the prototype at 64 (8 frames) came to 4.8
 ERROR = 1e-5  # as a share of the largest logit
-ROUNDS, ROUNDS_QUICK = 300, 40
 LABELS = tuple("abcdefghij")
 
 
@@ -61,11 +52,11 @@ class Forms(NamedTuple):
     tsm: Engine
 
 
-def measure(size: int, width: float, rounds: int, backend: str = "onnxruntime") -> list[Figure]:
-    """Export, load and measure the forms at one size; return its figures."""
+def measure(size: int, rounds: int) -> list[Figure]:
+    """Export, load and measure the forms at one size of frames; return its figures."""
     spec = ClipSpec(frames=FRAMES, height=size, width=size)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        forms = _forms(stack, Path(folder), spec, width, backend)
+        forms = _forms(stack, Path(folder), spec)
         clips = random_clips(spec, 4, seed=0)
         error = online.error(forms.online, clips)
         largest = float(np.abs(forms.online.run_all(clips)).max())
@@ -77,8 +68,6 @@ def measure(size: int, width: float, rounds: int, backend: str = "onnxruntime") 
         "with_router": (cpu["window"] + cpu["router"]) / (cpu["online"] + cpu["router"]),
         "tsm": cpu["tsm"] / cpu["online"],
         **{f"{name}_ms": value for name, value in cpu.items()},
-        "width": width,
-        "backend": backend,
     }
     return [
         Figure(f"online_window_over_frame_{size}", cpu["window"] / cpu["online"], "ratio",
@@ -87,20 +76,20 @@ def measure(size: int, width: float, rounds: int, backend: str = "onnxruntime") 
     ]  # fmt: skip
 
 
-def _forms(stack: ExitStack, folder: Path, spec: ClipSpec, width: float, backend: str) -> Forms:
+def _forms(stack: ExitStack, folder: Path, spec: ClipSpec) -> Forms:
     """Write and load: tsm-online by windows and online, and plain tsm."""
     loaded = []
     for name in Forms._fields:
         arch = "tsm" if name == "tsm" else "tsm-online"
         experts = 2 if name == "window" else 1  # of two there is a router
-        twin = build(ModelSettings(arch, width, experts, len(LABELS)), spec).eval()
+        twin = build(ModelSettings(arch, WIDTH, experts, len(LABELS)), spec).eval()
         settings = ExportSettings(form="online" if name == "online" else "window")
         made = online.from_twin if name == "online" else _by_windows
         plan = Plan(Checkpoint(twin, LABELS), None, name, settings)
         log.info("exporting %s, %d frames of %d", name, spec.frames, spec.height)
         (folder / name).mkdir()
         pipeline.write(plan, made(twin, settings.opset), folder / name)
-        engine = load(folder / name, backend, "cpu", threads=1, all_parts=True)
+        engine = load(folder / name, "onnxruntime", "cpu", threads=1, all_parts=True)
         loaded.append(stack.enter_context(engine))
     return Forms(*loaded)
 
@@ -131,36 +120,3 @@ def _time(forms: Forms, rounds: int) -> list[Samples]:
 
 def _ratio(took: dict[str, Samples], of: Callable[[Samples], float]) -> float:
     return float(of(took["window"]) / of(took["online"]))
-
-
-@cli.command(
-    "export_online.py",
-    "python benchmarks/export_online.py --quick",
-    "python benchmarks/export_online.py --json",
-    "python benchmarks/export_online.py --out benchmarks/results/export_online.json --overwrite",
-)
-@click.option("--quick", is_flag=True, help="Fewer rounds, 112 pixels only.")
-@click.option("--width", default=0.5, show_default=True, help="Of the experts.")
-@click.option("--backend", default="onnxruntime", show_default=True)
-@click.option(
-    "--out", type=click.Path(path_type=Path), multiple=True, help="Results, .json or .md."
-)
-@click.option("--overwrite", is_flag=True, help="Replace results that are there.")
-@cli.json_option
-def main(
-    quick: bool, width: float, backend: str, out: tuple[Path, ...], overwrite: bool, as_json: bool
-) -> None:
-    """Measure the figures of the online form."""
-    figures.check_files(out, overwrite=overwrite)
-    before = context.read()
-    found = [
-        figure
-        for size in SIZES[: 1 if quick else None]
-        for figure in measure(size, width, ROUNDS_QUICK if quick else ROUNDS, backend)
-    ]
-    figures.say(found, as_json=as_json)
-    figures.write(out, "Online form", found, before, {}, {})
-
-
-if __name__ == "__main__":
-    main()
