@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -46,8 +46,9 @@ class AttackResult(NamedTuple):
         forwards: forward passes of each sample through what is attacked, the one of the clean
             clip included, int64 [B]: of the router, an expert, or the whole model. A pass of the
             whole model is the router and one expert; by route_grad `all` and `soft`, the router
-            and every expert. Its clean pass is the router's alone where neither a Lipschitz term
-            nor early stop needs more.
+            and every expert. The router's alone count as much, though they cost less: those by
+            which j-tlga-plus asks it first, and the clean pass where neither a Lipschitz term nor
+            early stop needs more.
         backwards: backward passes of each sample, int64 [B].
         dead: of them, those whose gradient was zero or not finite, int64 [B].
     """
@@ -98,13 +99,22 @@ class Aim(NamedTuple):
 
 @contextmanager
 def as_found(twin: VideoMoE) -> Iterator[None]:
-    """Attack in eval mode, without gradients of parameters; put back what was found, always."""
+    """Attack in eval mode, in float32, without gradients of parameters; put all back, always.
+
+    In float32: not in TF32, whose 10 bits are cuDNN's default for convolutions. An engine has none.
+    """
     modes = {module: module.training for module in twin.modules()}
     wanted = {p: p.requires_grad for p in twin.parameters()}
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    short = [backend.allow_tf32 for backend in backends]
     try:
+        for backend in backends:
+            backend.allow_tf32 = False
         twin.eval().requires_grad_(False)
         yield
     finally:
+        for backend, allowed in zip(backends, short, strict=True):
+            backend.allow_tf32 = allowed
         for module, mode in modes.items():
             module.training = mode
         for parameter, needs in wanted.items():

@@ -169,19 +169,22 @@ def whole(
 
     gamma2 = 0 is TLA-M, gamma1 = 0 is J-TLA. Success is always judged with the hard choice.
     """
-    clean, scores, wrong = look(twin, clip, label, settings, route_grad=route_grad)
-    term = _lipschitz(clip, clean, settings)
-    of_router = _router_loss(clip, scores, settings, gamma1)
+    clean, hard = look(twin, clip, settings, route_grad=route_grad)
+    term = _lipschitz(clip, clean.logits, settings)
+    of_router = _router_loss(clip, clean.scores, settings, gamma1)
 
     def objective(adversarial: Tensor, rows: Tensor) -> Judged:
-        out, hard = answer(twin, adversarial, route_grad)
+        out, now = answer(twin, adversarial, route_grad)
         y = label[rows]
         value = term(loss(out.logits, y), out.logits, adversarial, rows)
         if gamma2:
             value = value + gamma2 * of_router(out.scores, adversarial, rows)
-        return judged(value, hard, y, out)
+        return judged(value, now, y, out)
 
-    return Aim((objective,), scores.argmax(dim=1), wrong, silent(clean, scores))
+    if hard is None:
+        return Aim((objective,), clean.route, None, silent(clean.scores))
+    wrong = hard.argmax(dim=1) != label
+    return Aim((objective,), clean.route, wrong, silent(hard, clean.scores))
 
 
 def targets(
@@ -217,32 +220,34 @@ def targets(
 
     others: Sequence[Tensor] = ranked[:, : min(count, hard.shape[1] - 1)].unbind(dim=1)
     wrong = hard.argmax(dim=1) != label
-    return Aim(tuple(map(towards, others)), out.route, wrong, silent(out.logits, out.scores))
+    return Aim(tuple(map(towards, others)), out.route, wrong, silent(hard, out.scores))
 
 
 def look(
-    twin: VideoMoE, clip: Tensor, label: Tensor, settings: BallSettings, *, route_grad: str
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return F(x), R(x) and whether F(x) is wrong, of the clean clips, in one pass.
+    twin: VideoMoE, clip: Tensor, settings: BallSettings, *, route_grad: str
+) -> tuple[MoEOutput, Tensor | None]:
+    """Return what the twin answers the clean clips, and the logits of the hard choice, in one pass.
 
     Where nobody needs F(x), the pass is the router's alone; then R(x) stands in its place, and
-    whether it is wrong is None.
+    there are no logits of the hard choice.
     """
     with torch.no_grad():
-        if not settings.early_stop and not _lam(settings):
-            scores = twin.scores(clip)
-            return scores, scores, None
-        out, hard = answer(twin, clip, route_grad)
-    return out.logits, out.scores, hard.argmax(dim=1) != label
+        if settings.early_stop or _lam(settings):
+            return answer(twin, clip, route_grad)
+        scores = twin.scores(clip)
+        return MoEOutput(scores, scores, scores.argmax(dim=1)), None
 
 
 def answer(twin: VideoMoE, clip: Tensor, route_grad: str) -> tuple[MoEOutput, Tensor]:
     """Return what the twin answers, and the logits of the hard choice, [B, K], in one pass.
 
-    `soft` is the only route_grad whose logits are not those of the hard choice.
+    `soft` is the only route_grad whose logits are not those of the hard choice; but those of `all`
+    hold the NaN of any expert, and the hard choice, which may not, is then asked again.
     """
     if route_grad != "soft":
         out = twin(clip, route_grad)
+        if route_grad == "all" and silent(out.logits).any():
+            return out, twin.run_routed(clip, out.route).detach()
         return out, out.logits
     scores, every = twin.scores(clip), twin.run_all(clip)
     route = scores.argmax(dim=1)
@@ -252,7 +257,13 @@ def answer(twin: VideoMoE, clip: Tensor, route_grad: str) -> tuple[MoEOutput, Te
 
 
 def judged(loss: Tensor, hard: Tensor, label: Tensor, out: MoEOutput) -> Judged:
-    """Judge the whole model; a NaN among scores or logits, which may not reach the loss, does."""
+    """Judge the whole model; a NaN among scores or logits, which may not reach the loss, does.
+
+    Where only an expert that is not chosen is not finite, `all` and `soft` have nothing to follow:
+    the loss is the least that there is, its gradient dead.
+    """
+    astray = ~out.logits.isfinite().all(dim=1) & hard.isfinite().all(dim=1)
+    loss = loss.masked_fill(astray, torch.finfo(loss.dtype).min)
     loss = loss.masked_fill(silent(hard, out.scores), torch.nan)
     return Judged(loss, hard.argmax(dim=1) != label, out.route)
 

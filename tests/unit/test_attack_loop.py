@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -10,15 +11,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.twins import SMALL, linear, random_clip, small
+from tests.twins import SMALL, linear, random_clip, random_clips, small
 from vmoe.attacks import ball, losses
 from vmoe.attacks.ball import uniform
 from vmoe.attacks.climbs import temporal_step
+from vmoe.attacks.judge import of_twin
 from vmoe.attacks.loop import TemporalSettings
-from vmoe.attacks.methods import j_tla, j_tlga, pgd, pgd_r, tla_e, tla_m, tla_r, tlga_r
+from vmoe.attacks.methods import (
+    apgd_margin,
+    apgd_t,
+    fab,
+    j_tla,
+    j_tlga,
+    j_tlga_plus,
+    pgd,
+    pgd_r,
+    tla_e,
+    tla_m,
+    tla_r,
+    tlga_r,
+)  # fmt: skip
 from vmoe.errors import SettingError
 from vmoe.lipschitz import l_lip
-from vmoe.models import VideoMoE
+from vmoe.models import ROUTE_GRADS, VideoMoE
 
 
 def test_terms_change_what_is_found() -> None:
@@ -223,3 +238,60 @@ def test_loss_that_does_not_hang_on_the_clip_has_a_dead_gradient() -> None:
         result = pgd.attack(twin, clip, y, pgd.Settings(steps=2, early_stop=False))
         assert result.dead.tolist() == [2, 2]
         handle.remove()
+
+
+@pytest.fixture(params=[False, True])
+def tf32(request: pytest.FixtureRequest) -> Iterator[Callable[[], list[bool]]]:
+    """Allow TF32 everywhere, or nowhere; return what says where it is allowed."""
+    switches: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [each.allow_tf32 for each in switches]
+    for each in switches:
+        each.allow_tf32 = request.param
+    yield lambda: [each.allow_tf32 for each in switches]
+    for each, allowed in zip(switches, before, strict=True):
+        each.allow_tf32 = allowed
+
+
+def test_nothing_runs_in_tf32_and_the_switches_are_put_back(
+    tf32: Callable[[], list[bool]],
+) -> None:
+    found, seen = tf32(), []
+    twin, clip = small(), random_clip(2, spec=SMALL)
+    assert twin.router is not None
+    twin.router.register_forward_hook(lambda *_: seen.append(tf32()))
+    pgd.attack(twin, clip, torch.tensor([0, 1]), pgd.Settings(steps=1, early_stop=False))
+    of_twin(twin)(random_clips(2, spec=SMALL))
+    assert seen == 4 * [[False, False]]  # clean, a slope, the last iterate; and the judge
+    assert tf32() == found
+    twin.router.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        of_twin(twin)(random_clips(2, spec=SMALL))
+    assert tf32() == found
+
+
+@pytest.mark.parametrize("worth", [math.nan, math.inf])
+@pytest.mark.parametrize("method", [pgd, j_tlga, apgd_margin, apgd_t, fab, j_tlga_plus])
+def test_an_expert_that_no_clip_reaches_may_answer_nothing(
+    method: ModuleType, worth: float
+) -> None:
+    """What asks every expert has nothing to follow, and says so; the rest is as it was."""
+    clip, y = random_clip(4, spec=SMALL), torch.tensor([0, 1, 2, 3])
+    for way in ROUTE_GRADS:
+        twin = small()
+        assert twin.router is not None
+        with torch.no_grad():
+            twin.router[-1].bias[3] = -1e3  # type: ignore[index, union-attr, operator]
+        how = method.Settings(
+            eps=4 / 255, steps=3, early_stop=False, route_grad=way,
+            **({"router_steps": 0} if method is j_tlga_plus else {}),
+        )  # fmt: skip
+        sound = method.attack(twin, clip, y, how)
+        with torch.no_grad():
+            twin.experts[3][-1].bias.fill_(worth)  # type: ignore[index, union-attr, operator]
+        spoilt = method.attack(twin, clip, y, how)
+        if way in ("all", "soft"):
+            assert torch.equal(spoilt.dead, spoilt.backwards)
+            assert torch.equal(spoilt.success, twin(spoilt.adversarial).logits.argmax(dim=1) != y)
+        else:
+            assert torch.equal(spoilt.adversarial, sound.adversarial)
+            assert not spoilt.dead.any()
