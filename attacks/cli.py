@@ -18,7 +18,7 @@ from vmoe.attacks import flags as given_by
 from vmoe.attacks import parts, plot, presets, ranks, record, sanity, tables
 from vmoe.attacks.chosen import Chosen
 from vmoe.attacks.deployed import Target, open_target
-from vmoe.attacks.evaluate import Evaluation, Row, job, replay
+from vmoe.attacks.evaluate import Evaluation, Row, fitting, job, replay
 from vmoe.attacks.figures import everything, telling
 from vmoe.attacks.flags import RunSettings
 from vmoe.attacks.ranks import Ranks
@@ -29,9 +29,9 @@ from vmoe.report import plain
 log = cli.log
 RUNS = Path("runs/attack")
 FILES = ("report.json", "report.md", "report.csv", *(f"{plot.NAME}.{k}" for k in plot.KINDS))
-SANITY_CLIPS = 32  # enough for the rule by which its checks fail
-KEPT = ("twin", "save_adv", "preset", "curve", "sanity", "seed", "device")  # for --resume
-PATHS = ("twin", "save_adv")
+SANITY_CLIPS = 32  # that are right: enough for the rule by which its checks fail
+KEPT = ("twin", "save_adv", "md", "preset", "curve", "sanity", "seed", "device")  # for --resume
+PATHS = ("twin", "save_adv", "md")
 
 
 @dataclass(frozen=True)
@@ -208,6 +208,8 @@ def _place(asked: Asked, path: Path) -> Path:
     if folder.is_file():
         raise SettingError(f"{folder} is a file; --out is a folder.")
     own = [folder / file for file in FILES]
+    if asked.resume and asked.md and parts.command_of(folder).get("md") == str(asked.md):
+        own.append(asked.md)  # the last run may have written it, and no report.json after it
     for file in [*own, *([asked.md] if asked.md else [])]:
         wanted = asked.overwrite or (asked.resume and file in own)
         if file.exists() and not wanted:
@@ -239,6 +241,11 @@ def _what(asked: Asked, opened: Target, settings: RunSettings, rows: list[Row]) 
     if asked.load_adv is not None:
         saved = clips_of.load(asked.load_adv, opened)
         return What(settings, [row for row, _ in clips_of.rows_of(saved)], saved, "")
+    assert opened.twin is not None  # open_target refuses a bundle without one
+    twin = opened.twin.twin
+    if twin.router is None and asked.flags.get("attack") is None:
+        settings, rows = given_by.usual(settings, rows)
+    rows = fitting(twin, rows)
     given_by.refuse_budgets(rows, opened.spec)
     early = ""
     if asked.flags.get("early_stop") is None and (opened.engine is not None or asked.save_adv):
@@ -301,7 +308,8 @@ def _check(
     """Check the attacks themselves, on some of the clips, where the budget tells most."""
     if not asked.sanity or what.saved is not None or opened.twin is None:
         return None
-    some, eps = slice(0, SANITY_CLIPS), telling(found)
+    right = next(iter(found.clean.values())).said == found.label
+    some, eps = slice(0, int((right.cumsum() <= SANITY_CLIPS).sum())), telling(found)
     made = sanity.check(
         opened.twin.twin, chosen.clean[some], chosen.label[some], chosen.index[some], eps=eps,
         norm=what.settings.norm, seed=asked.seed, batch=what.settings.batch, device=opened.device,

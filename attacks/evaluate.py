@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from vmoe import registry
 from vmoe.attacks import grid
 from vmoe.attacks.judge import (
     Ints,
@@ -34,6 +33,7 @@ from vmoe.attacks.judge import (
     of_twin,
     rule,
 )
+from vmoe.attacks.methods import METHODS, load, settings_of
 from vmoe.attacks.outcomes import (
     CLEAN,
     Arrays,
@@ -54,9 +54,9 @@ from vmoe.errors import SettingError, VmoeError
 from vmoe.models import ROUTE_GRADS, VideoMoE
 from vmoe.runtime.engine import Prediction
 
-__all__ = ["METHODS", "Evaluation", "Job", "Outcome", "Row", "evaluate", "plan", "replay"]
-
-METHODS = "vmoe.attacks.methods"
+__all__ = [
+    "METHODS", "Evaluation", "Job", "Outcome", "Row", "evaluate", "fitting", "plan", "replay",
+]  # fmt: skip
 
 
 def plan(
@@ -81,12 +81,9 @@ def plan(
     for budget in eps:
         for spelt in attacks:
             name = spelt.replace("_", "-")
-            method = registry.load(METHODS, name, "attack")
-            fields = {f.name for f in dataclasses.fields(method.Settings)}
-            given = {k: v for k, v in values.items() if k in fields} | {"eps": budget, "grid": True}
-            ways = [{"route_grad": way} for way in route_grads] if "route_grad" in fields else [{}]
-            settings = tuple(method.Settings(**{**given, **way}) for way in ways)
-            rows.append(Row(name, method.PART, budget, settings))
+            given = {**values, "eps": budget, "grid": True}
+            each = (settings_of(name, {**given, "route_grad": way}) for way in route_grads)
+            rows.append(Row(name, load(name).PART, budget, tuple(dict.fromkeys(each))))
     return rows
 
 
@@ -216,7 +213,7 @@ def job(
     Raises:
         SettingError: an attack on a router or an expert that the twin does not have.
     """
-    _check(twin, rows)
+    rows = fitting(twin, rows)
     numbers = np.arange(len(clips)) if index is None else index
 
     def make(row: Row, at: slice) -> Made:
@@ -300,9 +297,13 @@ def _whole(work: Job) -> Evaluation:
     return work.gather(parts)
 
 
-def _check(twin: VideoMoE, rows: Sequence[Row]) -> None:
-    """Refuse, before any work, rows that attack what the twin does not have."""
-    last = len(twin.experts) - 1
+def fitting(twin: VideoMoE, rows: Sequence[Row]) -> list[Row]:
+    """Return rows as they attack this twin: a dense one, by one route_grad, as all are the same.
+
+    Raises:
+        SettingError: a row attacks a router, an expert or frames that the twin does not have.
+    """
+    last, frames = len(twin.experts) - 1, twin.spec.frames
     for row in rows:
         if row.part == "router" and twin.router is None:
             raise SettingError(
@@ -311,6 +312,12 @@ def _check(twin: VideoMoE, rows: Sequence[Row]) -> None:
         if row.expert is not None and row.expert > last:
             flag = "--expert" if row.part == "expert" else "--to-expert"
             raise SettingError(f"{flag} is {row.expert}; this model has experts 0 to {last}.")
+        touched = getattr(row.settings[0], "touched_frames", 0)
+        if touched > frames:
+            raise SettingError(f"--touched-frames is {touched}; a clip of this model has {frames}.")
+    if twin.router is not None:
+        return list(rows)
+    return [dataclasses.replace(row, settings=row.settings[:1]) for row in rows]
 
 
 def _make(
@@ -321,7 +328,7 @@ def _make(
     With early stop, the next route_grad sees only the clips that still stand after rounding; a
     clip that is wrong as it is costs nothing.
     """
-    method, own = registry.load(METHODS, row.attack, "attack"), of_twin(twin, device)
+    method, own = load(row.attack), of_twin(twin, device)
     start = time.perf_counter()
     clip, target = to_tensor(clean, device), torch.as_tensor(label, device=device)
     number = torch.as_tensor(index)

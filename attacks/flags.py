@@ -11,7 +11,8 @@ from typing import Any
 
 from vmoe import cli, registry
 from vmoe.attacks import ball, presets
-from vmoe.attacks.evaluate import METHODS, Row, plan
+from vmoe.attacks.evaluate import Row, plan
+from vmoe.attacks.methods import METHODS, load
 from vmoe.clips import ClipSpec
 from vmoe.errors import SettingError
 from vmoe.models import ROUTE_GRADS
@@ -57,7 +58,7 @@ def every_method_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Its help and default are those of most attacks that have it; those of the others are listed.
     """
-    classes = {n: registry.load(METHODS, n, "attack").Settings for n in registry.names(METHODS)}
+    classes = {n: load(n).Settings for n in registry.names(METHODS)}
     fields: dict[str, dict[str, dataclasses.Field[Any]]] = defaultdict(dict)
     for attack, cls in classes.items():
         for field in dataclasses.fields(cls):
@@ -111,13 +112,15 @@ def read(
     """
     given = {name for name, value in flags.items() if value is not None}
     settings = cli.resolve(RunSettings, flags, config)
-    methods = [registry.load(METHODS, name, "attack").Settings for name in settings.attack]
+    methods = [load(name).Settings for name in settings.attack]
     names = ", ".join(settings.attack)
     known = fields_of(RunSettings).union(*map(fields_of, methods))
     refuse(given - known, f"none of {names} takes it")
     if "route_grad" in given and not any("route_grad" in fields_of(cls) for cls in methods):
         refuse({"route_grad"}, f"none of {names} takes it")
     held = presets.under(flags, preset)
+    if preset is not None and known.isdisjoint(presets.PRESETS[preset]):
+        refuse({"preset"}, f"none of {names} takes a value of {preset}")
     values = {k: v for k, v in held.items() if v is not None and k not in fields_of(RunSettings)}
     eps = settings.eps or (LADDER if curve else EPS)[settings.norm]
     attacks = tuple(dict.fromkeys(name.replace("_", "-") for name in settings.attack))
@@ -153,6 +156,12 @@ def values_of(spec: ClipSpec) -> int:
     """Return how many values a clip has."""
     t, h, w, c = spec.shape
     return t * h * w * c
+
+
+def usual(settings: RunSettings, rows: Sequence[Row]) -> tuple[RunSettings, list[Row]]:
+    """Return the attacks of a dense model where none were named: those on a router have none."""
+    left = [row for row in rows if row.part != "router"]
+    return dataclasses.replace(settings, attack=tuple({row.attack: 0 for row in left})), left
 
 
 def stopping(rows: Sequence[Row], *, early: bool) -> list[Row]:

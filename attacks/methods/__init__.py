@@ -11,3 +11,34 @@ and no `route_grad`: it asks for no gradient, and no more often than it says in 
 False` says that it does not find the best perturbation of a linear loss: it may change some values
 only, or it goes by chance.
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from vmoe import registry
+
+METHODS = "vmoe.attacks.methods"
+
+
+def load(name: str) -> Any:
+    """Return the file of an attack, its name with hyphens or underscores.
+
+    Raises:
+        UnknownNameError: no such attack; names the nearest.
+    """
+    return registry.load(METHODS, name, "attack")
+
+
+def settings_of(name: str, values: Mapping[str, Any]) -> Any:
+    """Return the settings of an attack, with those of the values that it has.
+
+    Raises:
+        UnknownNameError: no such attack.
+        SettingError: a value out of its range, or that the attack refuses.
+    """
+    cls = load(name).Settings
+    known = {field.name for field in fields(cls)}
+    return cls(**{key: value for key, value in values.items() if key in known})

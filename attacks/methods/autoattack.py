@@ -10,7 +10,6 @@ parameter-free attacks", ICML 2020. The last stage is ours.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,15 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vmoe import registry
 from vmoe.attacks import losses
 from vmoe.attacks.loop import AttackResult, BallSettings, as_found, check_clip
+from vmoe.attacks.methods import load, settings_of
 from vmoe.cli import log
 from vmoe.models import ROUTE_GRADS, VideoMoE
 from vmoe.settings import opt, to_mapping
 
 PART = "model"
-METHODS = "vmoe.attacks.methods"
 STANDARD = ("apgd-ce", "apgd-t", "fab", "square")
 ADAPTIVE = ("j-tlga", "j-tlga-plus")
 
@@ -86,10 +84,7 @@ def stages(settings: Settings, experts: int) -> Iterator[Stage]:
 
 
 def _stage(title: str, name: str, values: dict[str, Any]) -> Stage:
-    method = registry.load(METHODS, name, "attack")
-    fields = {field.name for field in dataclasses.fields(method.Settings)}
-    known = {key: value for key, value in values.items() if key in fields}
-    return Stage(title, method, method.Settings(**known))
+    return Stage(title, load(name), settings_of(name, values))
 
 
 def _compared(twin: VideoMoE, found: AttackResult, label: Tensor) -> AttackResult:

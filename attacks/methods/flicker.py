@@ -17,7 +17,6 @@ from vmoe.models import VideoMoE
 
 PART = "model"
 OPTIMAL = False  # all pixels of a frame change alike
-OPTIMAL = False
 
 
 @dataclass(frozen=True)

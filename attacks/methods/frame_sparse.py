@@ -20,7 +20,6 @@ from vmoe.settings import opt
 
 PART = "model"
 OPTIMAL = False  # some frames alone change
-OPTIMAL = False
 
 
 @dataclass(frozen=True)

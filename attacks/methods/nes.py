@@ -18,7 +18,6 @@ from vmoe.models import VideoMoE
 
 PART = "model"
 OPTIMAL = False  # it goes by chance
-OPTIMAL = False
 MOMENTUM = 0.9  # of the authors' code
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -13,13 +14,13 @@ from vmoe.settings import opt
 
 PART = "model"
 OPTIMAL = False  # it goes by chance
-OPTIMAL = False
 
 
 @dataclass(frozen=True)
 class Settings(BallSettings):
     """The noise's settings."""
 
+    random_start: ClassVar[bool] = True
     restarts: int = opt(10, "draws; the best counts", at_least=1)
 
 
@@ -38,4 +39,4 @@ def attack(
 
 
 def _look(search: Search, clip: Tensor) -> None:
-    search.judge(search.start(random=True))
+    search.judge(clip)

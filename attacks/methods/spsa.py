@@ -18,7 +18,6 @@ from vmoe.models import VideoMoE
 
 PART = "model"
 OPTIMAL = False  # it goes by chance
-OPTIMAL = False
 DECAY = 0.9, 0.999  # of Adam's two means
 
 

@@ -26,7 +26,6 @@ from vmoe.settings import opt
 
 PART = "model"
 OPTIMAL = False  # it goes by chance
-OPTIMAL = False
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries, of 10000
 TILES = 5  # along each axis, of the first perturbation of L2
 

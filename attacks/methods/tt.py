@@ -22,7 +22,6 @@ from vmoe.settings import opt
 
 PART = "model"
 OPTIMAL = False  # it follows the average of several gradients
-OPTIMAL = False
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,16 @@ def test_dry_run_attacks_nothing(twin: Path) -> None:
     assert not Path("runs").exists()
 
 
+def test_a_dense_model_is_attacked_as_one(tmp_path: Path) -> None:
+    dense = tmp_path / "dense.safetensors"
+    checkpoint.save(Checkpoint(lively(experts=1, classes=len(LABELS)), LABELS), dense)
+    report = json.loads(run(dense, *QUICK, "--json", "-q").stdout)
+    assert [row["attack"] for row in report["rows"]] == ["pgd", "j-tlga"]
+    assert [len(row["each"]) for row in report["settings"]] == [1, 1]
+    said = refused(dense, *QUICK, "--attack", "pgd,tlga-r", "--dry-run")
+    assert "tlga-r attacks a router, and this model is dense" in said
+
+
 def test_config_file_and_seed(twin: Path) -> None:
     Path("run.toml").write_text('attack = ["pgd-r"]\neps = "1/255"\nn = 4\nsteps = 1\n')
     result = run(
@@ -179,7 +189,12 @@ def test_config_file_and_seed(twin: Path) -> None:
         (["--temporal", "never"], "--temporal"),
         (["--twin", "other.safetensors"], "is a checkpoint, a twin itself"),
         (["--device", "tpu"], "--device tpu is unknown; give auto, cpu or cuda:N"),
-        (["--attack", "tla-e", "--expert", "4", "--n", "2"], "this model has experts 0 to 3"),
+        (["--attack", "tla-e", "--expert", "4", "--dry-run"], "this model has experts 0 to 3"),
+        (["--attack", "misroute", "--to-expert", "9", "--dry-run"], "--to-expert is 9; this model"),
+        (
+            ["--attack", "frame-sparse", "--touched-frames", "90", "--dry-run"],
+            "--touched-frames is 90; a clip of this model has 4",
+        ),
         (["--eps", "0"], "--eps is 0.0; it must be above 0"),
         (["--eps", "2.0"], "eps '2.0' could mean two things"),
         (["--norm", "l2", "--eps", "8"], "with --norm l2 write a length with its point"),

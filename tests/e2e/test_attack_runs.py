@@ -108,6 +108,20 @@ def test_a_damaged_part_is_made_again(
     assert_same(result_of("cut", "cut-clips"), whole)
 
 
+def test_the_second_report_is_remembered(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("vmoe.attacks.parts.remove", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(tiny_checkpoint, *FLAGS, "--out", "cut", "--md", "second.md")
+    Path("second.md").write_text("of before")
+    Path("mine.md").write_text("of another")
+    assert "mine.md exists" in run("--resume", "--out", "cut", "--md", "mine.md", code=2).stderr
+    run("--resume", "--out", "cut")
+    assert Path("second.md").read_text() == Path("cut/report.md").read_text()
+
+
 def test_another_run_in_the_folder_is_refused(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
     flags = [*FLAGS, "--out", "cut", "--n", "100"]
     command = [sys.executable, "-m", "vmoe.attacks.cli", str(tiny_checkpoint), *flags]

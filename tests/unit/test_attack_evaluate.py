@@ -228,9 +228,11 @@ def test_part_that_the_twin_does_not_have() -> None:
     for name, why in (
         ("pgd-r", "attacks a router, and this model is dense"),
         ("tla-e", "0 to 0"),
+        ("frame-sparse", "--touched-frames is 5; a clip of this model has 4"),
     ):
+        rows = plan([name], [EPS], expert=1, touched_frames=5)
         with pytest.raises(SettingError, match=why):
-            evaluate(dense, CLIPS, np.zeros(N, np.int64), plan([name], [EPS], expert=1), {})
+            evaluate(dense, CLIPS, np.zeros(N, np.int64), rows, {})
     with pytest.raises(SettingError, match="expert 4 does not exist: the twin has 0 to 3"):
         of_twin(lively())(CLIPS[:1], [4])
 
@@ -239,6 +241,8 @@ def test_dense_model_is_evaluated_without_a_route() -> None:
     dense = lively(experts=1)
     judges = {"twin": of_twin(dense)}
     found = evaluate(dense, CLIPS, labels(dense), plan(["j-tlga"], [EPS], steps=2), judges)
+    assert len(found.outcomes[0].row.settings) == 1  # every route_grad is the same attack
+    assert found.outcomes[0].backwards.max() == 2
     row = figures(found, found.outcomes[0], "twin")
     assert (row["flips"]["hits"], row["weakest"]["hits"]) == (0, 0)
     assert (row["gap_clean"], row["l_lip_router"]) == (0, 0)

@@ -83,6 +83,9 @@ def test_a_preset_stands_under_what_is_given() -> None:
 def test_a_flag_without_effect_is_refused() -> None:
     with pytest.raises(SettingError, match="--gamma1 has no effect: none of pgd, fgsm takes it"):
         read(attack=("pgd", "fgsm"), gamma1=1.0)
+    with pytest.raises(SettingError, match="--preset has no effect: none of pgd takes a value of"):
+        read("paper", attack=("pgd",))
+    read("paper", attack=("pgd", "tla-r"))
 
 
 def test_a_budget_that_holds_every_clip() -> None:
