@@ -6,11 +6,17 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 from torch.distributed import TCPStore
 
-from vmoe.attacks import ranks
+from tests.twins import SMALL, random_clips, small
+from vmoe.attacks import parts, ranks
+from vmoe.attacks.evaluate import job, plan
+from vmoe.attacks.judge import of_twin
 from vmoe.attacks.ranks import Meeting, Ranks
+from vmoe.attacks.session import Session
+from vmoe.cli import log
 from vmoe.errors import SettingError, VmoeError
 
 RUN = {"--n": 5, "steps of pgd": 3}
@@ -71,6 +77,23 @@ def test_one_that_failed_ends_the_wait(pair: tuple[Meeting, Meeting]) -> None:
     second.failed("clip 7: the twin answers NaN")
     with pytest.raises(VmoeError, match="rank 1: clip 7: the twin answers NaN"):
         first.wait()
+
+
+def test_rank_0_says_how_to_go_on(
+    pair: tuple[Meeting, Meeting], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("RANK", "0")
+    pair[1].failed("clip 7: the twin answers NaN")
+    twin, clips = small(), random_clips(2, spec=SMALL)
+    rows = plan(["noise"], [4 / 255])
+    work = job(twin, clips, np.array([0, 1]), rows, {"twin": of_twin(twin)}, batch=1)
+    caplog.set_level("WARNING", logger="vmoe")
+    monkeypatch.setattr(log, "propagate", True)
+    with pytest.raises(VmoeError, match="rank 1: clip 7"):
+        Session(work, RUN, {}).together(tmp_path, Ranks(0, 2, 0))
+    assert f"to go on: vmoe-attack --out {tmp_path} --resume" in caplog.text
+    assert len(parts.go_on(tmp_path, RUN)) == 2  # its own batch: clean, and attacked
 
 
 def test_rank_0_that_says_nothing(
