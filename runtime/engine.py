@@ -110,6 +110,7 @@ class Engine:
 
         Raises:
             SettingError: clips of another shape, an expert that does not exist, or a closed engine.
+            CorruptBundleError: an expert is first routed to, and is not the one that was read.
         """
         self._check(clips)
         forced = self._forced(force_route, len(clips))
@@ -178,7 +179,11 @@ class Engine:
         return logits, {p.name: out[online.after(p.name)] for p in online.state_ports(part)}
 
     def load_parts(self, names: Sequence[str] | None = None) -> None:
-        """Load parts now; None is all of them."""
+        """Load parts now; None is all of them.
+
+        Raises:
+            CorruptBundleError: the folder changed since the bundle was read.
+        """
         lowering, experts = self.bundle.lowering, self.bundle.experts
         for name in bundles.part_names(lowering, experts) if names is None else names:
             self._run_of(name)
@@ -186,10 +191,10 @@ class Engine:
     def close(self) -> None:
         """Free the backend; a second call does nothing."""
         with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._runs.clear()
-                self._backend.close()
+            was_open, self._closed = not self._closed, True
+            self._runs.clear()
+        if was_open:  # outside of the lock: it may wait for what a backend still writes
+            self._backend.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -203,9 +208,12 @@ class Engine:
         self.close()
 
     def _check(self, clips: Clips) -> None:
+        self._check_open()
+        check_clips(clips, self.bundle.spec)
+
+    def _check_open(self) -> None:
         if self._closed:
             raise SettingError("this engine is closed; load the bundle again.")
-        check_clips(clips, self.bundle.spec)
 
     def _forced(self, force_route: int | Sequence[int] | None, n: int) -> NDArray[np.int64] | None:
         if force_route is None:
@@ -307,12 +315,19 @@ class Engine:
         return {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
 
     def _run_of(self, name: str) -> Run:
+        """Return a part ready to run; one that is loaded now is proven now.
+
+        An expert may be needed hours after its bundle was read, and a folder may be overwritten.
+        """
         with self._lock:
+            self._check_open()
             run = self._runs.get(name)
             if run is None:
                 if name not in self.bundle.parts:
                     raise UnknownNameError("part", name, self.bundle.parts)
-                run = self._runs[name] = self._backend.load(self.bundle.parts[name])
+                part = self.bundle.parts[name]
+                bundles.check_part(self.bundle.path, part)
+                run = self._runs[name] = self._backend.load(part)
             return run
 
 

@@ -111,7 +111,11 @@ class Bundle:
         return int(self.model["experts"])
 
     def report(self) -> dict[str, Any]:
-        """Return what was measured at export; empty where the report is missing."""
+        """Return what was measured at export; empty where the report is missing.
+
+        Raises:
+            CorruptBundleError: a report that cannot be read, or is none.
+        """
         path = self.path / REPORT
         if not path.is_file():
             return {}
@@ -242,6 +246,21 @@ def _files(bundle: Bundle) -> dict[str, str]:
     return files
 
 
+def check_part(folder: Path, part: Part) -> None:
+    """Prove that a part of a bundle that was read before is still the one that was read.
+
+    Raises:
+        CorruptBundleError: a file of it is gone, or another one.
+    """
+    try:
+        for name, digest in part.hashes.items():
+            _check_file(folder, name, digest)
+    except CorruptBundleError as e:
+        raise CorruptBundleError(
+            f"{folder} changed since it was loaded: {part.file} is not what it was. Load it again."
+        ) from e
+
+
 def _check_file(folder: Path, name: str, digest: str) -> None:
     if Path(name).name != name or name in ("", ".", "..") or "\\" in name:
         raise CorruptBundleError(f"{folder}: file {name!r} leaves the bundle's folder; refused.")
@@ -260,6 +279,8 @@ def _check_file(folder: Path, name: str, digest: str) -> None:
 def _json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise CorruptBundleError(f"{path} cannot be read: {e.strerror}.") from e
     except (ValueError, RecursionError) as e:
         raise CorruptBundleError(f"{path} is not JSON: {e}. Export the bundle again.") from e
     if not isinstance(values, dict):

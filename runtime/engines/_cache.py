@@ -8,7 +8,9 @@ Loading one is 2 to 5 times as fast, and weights stay in the file until they are
 
 An entry is bound to the part's bytes, the version of ONNX Runtime and the CPU, and is used only
 when all of these and its own hashes agree; else it is made again. Nothing here raises: a folder
-that cannot be written means that there is no cache.
+that cannot be written means that there is no cache. What is kept was made from the part's own
+bytes: a bundle's folder may be overwritten while an entry is made, so that they are proven before
+and after.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vmoe.bundle import Part, sha256
+from vmoe.bundle import Part, check_part, sha256
 
 from ._names import make_unique
 
@@ -34,9 +36,11 @@ log = logging.getLogger("vmoe.runtime")
 FORMAT = 1  # of what this file writes
 ENTRY, GRAPH = "entry.json", "graph.onnx"
 DATA = GRAPH + ".data"
+NEW, OLD = ".new-", ".old-"  # folders on their way in and out
 LARGE_BYTES = 48 << 10  # of a graph without its weights: below, loading it takes a few ms
 MAX_ENTRY_BYTES = 64 << 10
 KEEP_S = 30 * 24 * 3600.0  # an entry that was not used for so long is removed
+LEFT_S = 3600.0  # what a process that was killed left half made is removed after so long
 
 Save = Callable[[Path, Path], None]  # (graph, where its optimised form goes, with DATA beside it)
 
@@ -80,12 +84,14 @@ class Cache:
         place = self._place(part)
         try:
             self._root.mkdir(parents=True, exist_ok=True)
-            made = Path(tempfile.mkdtemp(dir=self._root, prefix=".new-"))
+            made = Path(tempfile.mkdtemp(dir=self._root, prefix=NEW))
         except OSError as e:
             log.debug("cache: %s cannot be written: %s", self._root, e)
             return False
         try:
+            check_part(graph.parent, part)
             save(graph, made / GRAPH)
+            check_part(graph.parent, part)
             (made / DATA).touch()  # of a graph without weights
             (made / GRAPH).write_bytes(make_unique((made / GRAPH).read_bytes()))
             hashes = {name: sha256(made / name) for name in (GRAPH, DATA)}
@@ -114,7 +120,7 @@ class Cache:
     def _swap(self, made: Path, place: Path) -> None:
         """Let a new entry take its place; one that was there may still be mapped by a process."""
         if place.exists():
-            old = Path(tempfile.mkdtemp(dir=self._root, prefix=".old-"))
+            old = Path(tempfile.mkdtemp(dir=self._root, prefix=OLD))
             with contextlib.suppress(FileNotFoundError):  # another process was faster
                 place.rename(old / "entry")
             shutil.rmtree(old, ignore_errors=True)
@@ -125,10 +131,12 @@ class Cache:
                 raise
 
     def _remove_unused(self) -> None:
-        for entry in self._root.glob(f"*/{ENTRY}"):
+        for folder in self._root.iterdir():
+            half = folder.name.startswith((NEW, OLD))
+            used, keep_s = (folder, LEFT_S) if half else (folder / ENTRY, KEEP_S)
             with contextlib.suppress(OSError):
-                if time.time() - entry.stat().st_mtime > KEEP_S:
-                    shutil.rmtree(entry.parent, ignore_errors=True)
+                if time.time() - used.stat().st_mtime > keep_s:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def cpu() -> str:

@@ -134,7 +134,10 @@ class OnnxRuntime:
             return None
 
     def _keep(self, part: Part, path: Path) -> None:
-        """Put a part into the cache, beside the runs that follow."""
+        """Put a part into the cache, beside the runs that follow.
+
+        No daemon: a process that ends in the midst of ONNX Runtime's own code may crash.
+        """
         assert self._cache is not None
         thread = threading.Thread(
             target=self._cache.put, args=(part, path, self._save), name=f"cache {part.file}"

@@ -107,6 +107,13 @@ def test_report(folder: Path) -> None:
         bundles.read(folder).report()
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here that fails to read")
+def test_a_report_that_cannot_be_read(folder: Path) -> None:
+    (folder / "report.json").symlink_to("/proc/self/mem")  # root reads whatever modes forbid
+    with pytest.raises(CorruptBundleError, match=r"report\.json cannot be read: "):
+        bundles.read(folder).report()
+
+
 def test_parts_of_each_lowering() -> None:
     assert bundles.part_names("split", 2) == ["router", "expert0", "expert1"]
     assert bundles.part_names("split", 1) == ["expert0"]

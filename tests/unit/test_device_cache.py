@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -179,6 +180,32 @@ def test_a_full_disk_leaves_nothing(written: tuple[Path, Part], tmp_path: Path) 
     assert not entries(tmp_path)
 
 
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_what_another_file_gives_is_not_kept_under_the_old_hash(
+    written: tuple[Path, Part], tmp_path: Path, when: str
+) -> None:
+    folder = shutil.copytree(written[0], tmp_path / "part")
+    graph = folder / written[1].file
+    opened = backend.open(BackendSettings(folder, "cpu", 1))
+
+    def overwrite() -> None:
+        model = onnx.load(graph)
+        model.producer_name = "another export"
+        onnx.save(model, graph)
+
+    def save(graph: Path, place: Path) -> None:
+        if when == "while":
+            overwrite()
+        opened._save(graph, place)
+
+    if when == "before":
+        overwrite()
+    cache = the_cache(tmp_path)
+    assert not cache.put(written[1], graph, save)
+    assert cache.find(written[1]) is None
+    assert not entries(tmp_path)
+
+
 def test_several_at_once_leave_one_whole_entry(written: tuple[Path, Part], tmp_path: Path) -> None:
     def one() -> None:
         answer(written, tmp_path, runs=1)
@@ -209,6 +236,18 @@ def test_what_was_not_used_for_a_month_goes(written: tuple[Path, Part], tmp_path
     answer(written, tmp_path)
     assert not old.exists()
     assert len(entries(tmp_path)) == 1
+
+
+def test_what_a_killed_process_left_goes_and_what_is_being_made_stays(
+    written: tuple[Path, Part], tmp_path: Path
+) -> None:
+    left, making = (tmp_path / "onnxruntime" / f".new-{name}" for name in ("left", "making"))
+    for folder in (left, making):
+        folder.mkdir(parents=True)
+    os.utime(left, (0, 0))
+    answer(written, tmp_path)
+    assert not left.exists()
+    assert making.exists()
 
 
 def test_the_users_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +120,50 @@ def test_split_runs_each_routed_expert_once_and_loads_no_other(
             engine._runs[name] = _counted(name, run, ran)
         engine.infer(bundles.plain_clips(spec, (0, 0, 0), (255, 0, 0), (0, 9, 9)))
     assert ran == [("router", 3), ("expert0", 2), ("expert2", 1)]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_an_expert_that_changed_since_the_bundle_was_loaded_is_not_parsed(
+    lost: bool, tmp_path: Path, spec: ClipSpec
+) -> None:
+    clips = bundles.plain_clips(spec, (0, 0, 0), (255, 0, 0))  # expert 0, expert 2
+    folder = bundles.write(tmp_path / "b", spec)
+    with load(folder) as engine:
+        engine.infer(clips[:1])
+        if lost:
+            (folder / "expert2.onnx").unlink()
+        else:  # as `vmoe-export --overwrite` does: a graph that would run as well
+            shutil.copy(folder / "expert1.onnx", folder / "expert2.onnx")
+        for _ in range(2):
+            with pytest.raises(CorruptBundleError, match=r"b changed since it was loaded: expert2"):
+                engine.infer(clips)
+        assert engine.infer(clips[:1]).route.tolist() == [0], "what was loaded before goes on"
+
+
+def test_closing_waits_for_a_backend_without_holding_up_the_others(
+    tmp_path: Path, spec: ClipSpec
+) -> None:
+    engine = load(bundles.write(tmp_path / "b", spec))
+    backend = engine._backend
+    done = threading.Event()
+
+    class Slow:
+        load, put = backend.load, backend.put
+
+        def close(self) -> None:
+            assert done.wait(10), "nobody else could take the lock"
+            backend.close()
+
+    engine._backend = Slow()
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    while not engine._closed:
+        time.sleep(0.001)
+    with pytest.raises(SettingError, match="this engine is closed"):
+        engine.load_parts(["expert1"])
+    done.set()
+    closing.join(10)
+    assert not closing.is_alive()
 
 
 def _counted(name, run, ran):  # type: ignore[no-untyped-def]
