@@ -28,8 +28,8 @@ def reported(path: Path, backends: Any) -> Path:
     return path
 
 
-def entry(latency_ms: float, ok: bool = True) -> dict[str, Any]:
-    return {"ok": ok, "latency_ms": latency_ms}
+def entry(latency_ms: float, ok: bool = True, device: str = "cpu") -> dict[str, Any]:
+    return {"ok": ok, "device": device, "latency_ms": latency_ms}
 
 
 def auto(path: Path, device: str = "auto") -> str:
@@ -68,11 +68,41 @@ def test_a_device_that_a_backend_does_not_have_leaves_the_others(path: Path) -> 
 @pytest.mark.parametrize(
     "backends",
     [None, [], 3, {}, {"openvino": 1}, {"openvino": {}}, {"openvino": entry("fast")},  # type: ignore[arg-type]
-     {"openvino": {"ok": 1, "latency_ms": 1}}, {"../evil": entry(1)}, {"vmoe": entry(1)}],
+     {"openvino": {"ok": 1, "latency_ms": 1}}, {"openvino": entry(10**400)},
+     {"openvino": entry(float("nan"))}, {"openvino": entry(-1)},
+     {"../evil": entry(1)}, {"vmoe": entry(1)}],
 )  # fmt: skip
 def test_a_report_that_says_nothing_usable_is_none(path: Path, backends: Any) -> None:
     assert verified(reader.read(reported(path, backends))) == []
     assert auto(path) == "onnxruntime"
+
+
+def test_latencies_that_tie_leave_the_order_of_names(path: Path) -> None:
+    reported(path, {"openvino": entry(1), "onnxruntime": entry(1.09)})
+    assert verified(reader.read(path)) == ["onnxruntime", "openvino"]
+    reported(path, {"openvino": entry(1), "onnxruntime": entry(1.11)})
+    assert verified(reader.read(path)) == ["openvino", "onnxruntime"]
+
+
+def test_a_check_on_one_kind_of_device_says_nothing_of_another(path: Path) -> None:
+    backends = {"onnxruntime": entry(1, device="cuda:0"), "openvino": entry(2)}
+    read = reader.read(reported(path, backends))
+    assert verified(read, "cpu") == ["openvino"]
+    assert verified(read, "cuda:1") == ["onnxruntime"]
+    assert verified(read, "auto") == ["onnxruntime", "openvino"]
+    assert verified(reader.read(reported(path, {"onnxruntime": {"ok": True, "latency_ms": 1}})),
+                    "cpu") == []  # fmt: skip
+
+
+def test_one_that_was_found_wrong_is_never_automatic(path: Path) -> None:
+    pytest.importorskip("openvino")
+    assert auto(reported(path, {"onnxruntime": entry(1, ok=False)})) == "openvino"
+    both = reported(path, {name: entry(1, ok=False) for name in ("onnxruntime", "openvino")})
+    why = "b was found wrong at export on backend onnxruntime and openvino; .* name a --backend"
+    with pytest.raises(EngineMismatchError, match=why):
+        auto(both)
+    assert auto(both, "cuda:0") == "onnxruntime"  # of another device nothing is known
+    assert choose("onnxruntime", reader.read(both), "auto") == "onnxruntime"  # who asks, gets it
 
 
 def test_a_broken_report_does_not_matter(path: Path) -> None:
