@@ -304,7 +304,9 @@ class _Unroll:
         pads, strides, dilations = _window(node, given)
         size = given["kernel_shape"][0]
         plane: dict[str, Any] = {"kernel_shape": given["kernel_shape"][1:], "strides": strides[1:],
-                                 "pads": _plane(pads), "dilations": dilations[1:]}  # fmt: skip
+                                 "pads": _plane(pads)}  # fmt: skip
+        if dilations[1:] != [1, 1]:  # an AveragePool has none before opset 19
+            plane["dilations"] = dilations[1:]
         if "count_include_pad" in given:
             plane["count_include_pad"] = given["count_include_pad"]
         over = Convolution(out, "", np.empty((0, 0, size)), None, strides[0], dilations[0],

@@ -144,6 +144,17 @@ def test_pools_over_time_space_and_padding_give_the_same(op: str, count_pad: int
         assert_same(model, unrolled(model, how))
 
 
+@pytest.mark.parametrize("op", ["MaxPool", "AveragePool"])
+def test_pools_of_opset_18_stay_of_opset_18(op: str) -> None:
+    write = Writer(5, 9)
+    x = write.conv(write.pixels(), 3, 4, (1, 1, 1))
+    x = write.node(op, x, kernel_shape=[2, 2, 2], strides=[1, 1, 1])
+    model = write.model(write.frames_apart(x, 4, 4))
+    model.opset_import[0].version = 18
+    for how in PASSES:
+        assert_same(model, unrolled(model, how))
+
+
 def test_layers_that_choose_join_and_scale_frames_give_the_same() -> None:
     write = Writer(8, 4)
     x = write.conv(write.pixels(), 3, 4, (3, 1, 1), pads=[1, 0, 0] * 2)
