@@ -139,9 +139,63 @@ def test_a_tie_within_the_tolerance_is_agreement() -> None:
     scores = np.array([[1.0, 1.0 - 1e-5, 0], [1.0, 0.5, 0], [0, 0, 2.0]], np.float32)
     route = np.array([1, 1, 2])
     free = Prediction(np.zeros((3, 2), np.float32), scores, route)
-    reference = Reference(scores, np.zeros((3, 3, 2), np.float32))
+    reference = Reference(scores, np.zeros((3, 3, 2), np.float32), np.ones((3, 3), bool))
     assert parity._agreement(free, reference, bound=1e-4) == (2, 1)
     assert parity._agreement(free, reference, bound=0.0) == (1, 0)
+
+
+class Flipped:
+    """An engine that routes its first clip to the expert that comes second."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def infer(self, clips: Clips, force_route: Sequence[int] | None = None) -> Prediction:
+        found = self.engine.infer(clips, force_route)
+        if force_route is not None:
+            return found
+        route = found.route.copy()
+        route[0] = np.argsort(found.scores[0])[-2]
+        return self.engine.infer(clips, route.tolist())._replace(scores=found.scores, route=route)
+
+
+@pytest.mark.parametrize(
+    ("settings", "router"), [(GateSettings(), "int8"), (GateSettings(gate_parity=10.0), "fp32")]
+)
+def test_a_loose_bound_of_parity_does_not_make_a_flip_a_tie(
+    engine: Engine, twin: VideoMoE, settings: GateSettings, router: str
+) -> None:
+    flipped: Any = Flipped(engine)
+    found = parity.check(twin, flipped, random_clips(8), settings, "int8", router)
+    assert (found.agreement_pct, found.ties) == (87.5, 0)
+    assert [gate.name for gate in found.gates if not gate.ok] == ["route"]
+
+
+def test_of_fewer_clips_than_experts_every_expert_is_forced_all_the_same(
+    engine: Engine, twin: VideoMoE
+) -> None:
+    clip = random_clips(1)
+    last = (int(engine.infer(clip).route[0]) + 3) % 4
+    with torch.no_grad():
+        twin.experts[last][1].fc.bias += 0.5
+    for clips in (clip, np.concatenate([clip] * 3)):
+        found = parity.check(twin, engine, clips, GateSettings())
+        assert all(off > 0 for off in found.experts)
+        assert found.experts[last] == pytest.approx(0.5, abs=1e-3)
+        assert not found.gates[0].ok
+
+
+def test_what_the_twin_said_once_it_is_not_asked_again(engine: Engine, twin: VideoMoE) -> None:
+    clips = random_clips(8)
+    first = parity.check(twin, engine, clips, GateSettings())
+    flipped: Any = Flipped(engine)
+    again = parity.check(twin, flipped, clips, GateSettings())
+    with torch.no_grad():
+        for parameter in twin.router.parameters():
+            parameter.zero_()
+    said = parity.check(twin, flipped, clips, GateSettings(), known=first.reference)
+    assert said.logits == again.logits < 1e-3, "an expert that only the second run chose"
+    assert said.agreement_pct == again.agreement_pct
 
 
 def test_a_router_in_fp32_keeps_its_own_bound_beside_int8_experts(
