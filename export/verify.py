@@ -20,12 +20,10 @@ from vmoe.clips import Clips
 from vmoe.errors import GateError, VmoeError
 from vmoe.runtime import Engine, load
 from vmoe.runtime.backends import ENGINES, REPORTED
-from vmoe.runtime.bench.measuring import Plan as Rounds
-from vmoe.runtime.bench.measuring import interleave
 from vmoe.runtime.engines import TWIN
 from vmoe.runtime.online import is_online
 
-from . import accuracy, layers, online, parity, sparsity
+from . import accuracy, latency, layers, online, parity, sparsity
 from .accuracy import Sample
 from .gates import Gate, GateSettings
 from .layers import twin_place
@@ -35,7 +33,6 @@ from .precision import PrecisionSettings, Proof, prove
 log = logging.getLogger("vmoe.export")
 
 CLIPS_OTHERS = 16  # that a second backend is checked on
-ROUNDS = 5  # of the backends' latencies
 NAMED = 3  # how many layers a message names
 
 
@@ -106,8 +103,8 @@ def verify(
         own = all(gate.ok for gate in found.gates)
         few = sample.clips[:CLIPS_OTHERS]
         report[REPORTED] = {
-            **_backends(held, engines, few, settings, own, (asked, router)),
-            **{name: {"ok": False, "why": why} for name, why in why_not.items()},
+            **_backends(held, engines, few, settings, own, (asked, router), device),
+            **{name: {"ok": False, "device": device, "why": why} for name, why in why_not.items()},
         }
     if bundle.experts > 1:
         judged, said = sparsity.judge(
@@ -183,11 +180,9 @@ def _backends(
     settings: VerifySettings,
     first_ok: bool,
     precisions: tuple[str, str],
+    device: str,
 ) -> dict[str, dict[str, Any]]:
-    """Check every backend, and measure one clip on each, in turn; the first is checked already.
-
-    Of the latencies the least: what disturbs a machine only adds to it.
-    """
+    """Check every backend, and measure one clip on each; the first is checked already."""
     ok: dict[str, bool] = {}
     for i, (name, engine) in enumerate(engines.items()):
         if not i:
@@ -199,17 +194,9 @@ def _backends(
             why = "; ".join(gate.refusal() for gate in found.gates if not gate.ok)
             log.warning("not verified for backend %s: %s", name, why)
 
-    def call(engine: Engine) -> Callable[[int], object]:
-        if not is_online(engine.bundle):
-            return lambda n: engine.infer(clips[n % len(clips)][None])
-        _, states = engine.follow(0, clips[:1])
-        return lambda n: engine.follow(0, clips[:1, -1:], states)  # what a stream asks of it
-
-    took = interleave([call(engine) for engine in engines.values()], Rounds(ROUNDS))
-    return {
-        name: {"ok": ok[name], "latency_ms": float(times.wall_ms.min())}
-        for name, times in zip(engines, took, strict=True)
-    }
+    bundle = next(iter(engines.values())).bundle
+    took = latency.measure(bundle, engines, device, clips[:1])
+    return {name: {"ok": ok[name], **took[name]} for name in engines}
 
 
 def _of_precision(
