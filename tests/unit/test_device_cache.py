@@ -180,12 +180,13 @@ def test_a_full_disk_leaves_nothing(written: tuple[Path, Part], tmp_path: Path) 
     assert not entries(tmp_path)
 
 
-@pytest.mark.parametrize("when", ["before", "while"])
+@pytest.mark.parametrize("when", ["while", "until it was made"])
 def test_what_another_file_gives_is_not_kept_under_the_old_hash(
     written: tuple[Path, Part], tmp_path: Path, when: str
 ) -> None:
     folder = shutil.copytree(written[0], tmp_path / "part")
     graph = folder / written[1].file
+    held = graph.read_bytes()
     opened = backend.open(BackendSettings(folder, "cpu", 1))
 
     def overwrite() -> None:
@@ -197,8 +198,10 @@ def test_what_another_file_gives_is_not_kept_under_the_old_hash(
         if when == "while":
             overwrite()
         opened._save(graph, place)
+        if when == "until it was made":
+            graph.write_bytes(held)
 
-    if when == "before":
+    if when == "until it was made":
         overwrite()
     cache = the_cache(tmp_path)
     assert not cache.put(written[1], graph, save)
