@@ -5,12 +5,14 @@ Ranges taken from clips of the test split would have seen what the figures are m
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from vmoe import bundle as bundles
 from vmoe.checkpoint import Checkpoint
 from vmoe.clips import Clips
 from vmoe.data import ClipData, DataSettings, open_data
@@ -20,6 +22,8 @@ from vmoe.errors import SettingError
 from vmoe.settings import Settings, opt
 
 from . import adversaries
+
+log = logging.getLogger("vmoe.export")
 
 BUILT_IN = "camera-motion"
 STEPS = 10  # of PGD
@@ -53,7 +57,10 @@ def clips_for(held: Checkpoint, settings: CalibrationSettings, seed: int) -> Cli
     """
     data = settings.calib or trained_on(held)
     _refuse_test_split(data)
-    opened = _open(data, "train", held, settings.calib_clips)
+    try:
+        opened = _open(data, "train", held, settings.calib_clips)
+    except SettingError as e:
+        raise SettingError(f"--calib: {e}") from e
     _refuse_tested(opened, data, held)
     count = min(settings.calib_clips, len(opened))
     taken = [opened[i] for i in range(count)]
@@ -104,35 +111,54 @@ def _open(data: str, split: str, held: Checkpoint, clips: int) -> ClipData:
 
 
 def _refuse_test_split(data: str) -> None:
-    """Refuse a folder that is another split of its own parent: data/test beside data/train."""
+    """Refuse a folder that is called as another split, and holds no splits of its own."""
     path = Path(data.partition(":")[2] or data)
     if not path.is_dir():
         return
     split = SPLIT_FOLDERS.get(path.resolve().name)
-    beside = path.resolve().parent / "train"
-    if split not in (None, "train") and beside.is_dir():
+    if split not in (None, "train") and not (path / "train").is_dir():
         raise SettingError(
             f"--calib {data} is the {split} split: figures are measured on it. Calibrate on the "
-            f"training split: --calib {path.resolve().parent}"
+            f"training split: --calib {path.resolve().parent}, if it has a folder train."
         )
 
 
 def _refuse_tested(opened: ClipData, data: str, held: Checkpoint) -> None:
-    """Refuse files that the twin is tested on, under whatever name they are given."""
+    """Refuse files that the twin is tested on, under whatever name, copies of them included."""
     said = held.recipe.get("data")
     files = _files(opened)
-    if not files or not isinstance(said, str) or said == data:
+    if not files or said == data:
         return
     try:
-        tested = set(_files(_open(said, "test", held, 0)))
-    except SettingError:  # what it was trained on is not on this machine
+        tested = _files(_open(said, "test", held, 0)) if isinstance(said, str) else ()
+    except SettingError as e:  # what it was trained on is not on this machine, or not from here
+        log.warning("--calib %s: whether the twin is tested on these clips is not known: %s",
+                    data, e)  # fmt: skip
         return
-    both = [path for path in files if path in tested]
+    if not isinstance(said, str):
+        log.warning("--calib %s: whether the twin is tested on these clips is not known: its "
+                    "checkpoint does not say what it was trained on", data)  # fmt: skip
+    both = _same(files, tested)
     if both:
         raise SettingError(
             f"--calib {data}: {len(both)} of its {len(files)} clips are of the test split of "
             f"{said}, such as {both[0].name}. Calibrate on the training split: --calib {said}"
         )
+
+
+def _same(files: Sequence[Path], others: Sequence[Path]) -> list[Path]:
+    """Return the files whose bytes are those of another; only equal sizes are read."""
+    sizes = {path.stat().st_size for path in files}
+    hashes: dict[int, set[str]] = {}
+    for path in others:
+        size = path.stat().st_size
+        if size in sizes:
+            hashes.setdefault(size, set()).add(bundles.sha256(path))
+    return [
+        path
+        for path in files
+        if (size := path.stat().st_size) in hashes and bundles.sha256(path) in hashes[size]
+    ]
 
 
 def _files(opened: ClipData) -> Sequence[Path]:

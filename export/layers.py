@@ -6,6 +6,7 @@ of its weights, which are called as in the twin through every pass.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -72,32 +73,47 @@ def _layers(graph: GraphProto, outer: Mapping[str, Source], part: str) -> Iterat
     known |= {output: node for node in graph.node for output in node.output}
     for node in graph.node:
         if node.op_type in WITH_WEIGHTS and node.domain == "":
-            weight, is_int8 = _weight(node.input[1], known)
-            if weight is not None:
-                kind = "int8" if is_int8 else _precision(weight)
-                if is_int8 and not _is_dequantised(node.input[0], known):
+            found = _weight(node.input[1], known)
+            if found is not None:
+                weight, kind = found
+                if kind == "int8" and not _is_dequantised(node.input[0], known):
                     kind = "int8 weights"  # and an input that is not
-                yield Layer(place(weight.name, part), node.name, kind, node.output[0])
+                yield Layer(place(weight, part), node.name, kind, node.output[0])
         for inner in graphs.subgraphs_of(node):
             yield from _layers(inner, known, part)
 
 
-def _weight(name: str, known: Mapping[str, Source]) -> tuple[TensorProto | None, bool]:
-    """Follow a weight to where it is stored; return it, and whether it is dequantised on the way.
+def _weight(name: str, known: Mapping[str, Source]) -> tuple[str, str] | None:
+    """Follow a weight to where it is stored; return its name there, and what it is computed in.
 
-    None where it is computed from the clip.
+    That is int8 where it comes dequantised, what it is cast to last, and else as it is stored; a
+    weight that arithmetic comes behind (a scale folded into none) is named after its largest
+    tensor. None where it is computed from the clip.
     """
-    dequantised = False
+    found = _stored(name, known)
+    return None if found is None else (found[0].name, found[1])
+
+
+def _stored(name: str, known: Mapping[str, Source]) -> tuple[TensorProto, str] | None:
     source = known.get(name)
-    while isinstance(source, NodeProto):
-        if source.op_type == "Constant":
-            return source.attribute[0].t, dequantised
-        if source.op_type in QUANTISED:
-            dequantised = True
-        elif source.op_type not in MOVES:
-            return None, dequantised
-        source = known.get(source.input[0])
-    return source, dequantised
+    if source is None:
+        return None
+    if isinstance(source, TensorProto):
+        return source, _precision(source.data_type)
+    if source.op_type == "Constant":
+        return source.attribute[0].t, _precision(source.attribute[0].t.data_type)
+    moved = source.op_type in (*MOVES, *QUANTISED)
+    inputs = [_stored(each, known) for each in source.input[: 1 if moved else None] if each]
+    found = [each for each in inputs if each is not None]
+    if not found or len(found) < len(inputs):
+        return None
+    tensor, kind = max(found, key=lambda each: math.prod(each[0].dims))
+    if source.op_type in QUANTISED:
+        return tensor, "int8"
+    if source.op_type == "Cast":
+        to = next(attribute.i for attribute in source.attribute if attribute.name == "to")
+        return tensor, _precision(to)
+    return tensor, "int8 weights" if kind == "int8" and not moved else kind
 
 
 def _is_dequantised(name: str, known: Mapping[str, Source]) -> bool:
@@ -107,8 +123,8 @@ def _is_dequantised(name: str, known: Mapping[str, Source]) -> bool:
     return isinstance(source, NodeProto) and source.op_type == "DequantizeLinear"
 
 
-def _precision(tensor: TensorProto) -> str:
-    return PRECISIONS.get(tensor.data_type, f"type {tensor.data_type}")
+def _precision(kind: int) -> str:
+    return PRECISIONS.get(kind, f"type {kind}")
 
 
 def place(weight: str, part: str) -> str:

@@ -62,6 +62,17 @@ def why_not(twin: VideoMoE) -> str | None:
     return None
 
 
+def check(twin: VideoMoE) -> None:
+    """Refuse a twin that has no online form.
+
+    Raises:
+        SettingError: and why.
+    """
+    why = why_not(twin)
+    if why:
+        raise SettingError(f"no online form: {why}. Or leave --form out.")
+
+
 def from_twin(twin: VideoMoE, opset: int) -> Parts:
     """Export a causal twin in its online form.
 
@@ -72,9 +83,7 @@ def from_twin(twin: VideoMoE, opset: int) -> Parts:
     Raises:
         SettingError: it has no online form.
     """
-    why = why_not(twin)
-    if why:
-        raise SettingError(f"no online form: {why}. Or leave --form out.")
+    check(twin)
     shape = twin.spec.shape
     router = None if twin.router is None else trace([twin.router], "scores", shape, opset)[0]
     return Parts(router, _experts(twin, opset))

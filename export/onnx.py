@@ -32,10 +32,6 @@ log = logging.getLogger("vmoe.export")
 OPSETS = (18, 23)  # what torch's exporter writes, and ONNX Runtime reads
 EXTERNAL_BYTES = 1024  # from this size on, weights lie beside the graph, where they are mapped
 ALIGN = 64  # bytes
-PRECISIONS = {
-    TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16",
-    TensorProto.DOUBLE: "fp64", TensorProto.INT8: "int8", TensorProto.UINT8: "int8",
-}  # fmt: skip
 
 
 class Parts(NamedTuple):
@@ -193,7 +189,7 @@ def write_part(model: ModelProto, folder: Path, name: str) -> Part:
         hashes={file.name: bundles.sha256(file) for file in (path, data)},
         inputs=graphs.ports(model.graph.input),
         outputs=graphs.ports(model.graph.output),
-        precision={"asked": "fp32", "found": precision(model)},
+        precision={},  # said by who proves it
     )
 
 
@@ -208,9 +204,3 @@ def _put_outside(tensor: TensorProto, file: BinaryIO, name: str) -> None:
     file.write(tensor.raw_data)
     set_external_data(tensor, name, offset, len(tensor.raw_data))
     tensor.ClearField("raw_data")
-
-
-def precision(model: ModelProto) -> str:
-    """Return the precision that a graph's weights really have, such as fp32 or fp16+fp32."""
-    kinds = {t.data_type for scope in graphs.scopes(model) for t in scope.initializer}
-    return "+".join(sorted(PRECISIONS[kind] for kind in kinds if kind in PRECISIONS))

@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto
 
-from vmoe.errors import SettingError
+from vmoe.errors import MissingDependencyError, SettingError
+from vmoe.runtime.engines.onnxruntime import why_unavailable
 
 from . import graphs
 from .passes import (
@@ -84,6 +85,17 @@ class Choice(NamedTuple):
     def to_report(self) -> dict[str, Any]:
         """Return what stands in report.json."""
         return self._asdict()
+
+
+def check() -> None:
+    """Refuse to begin where ONNX Runtime, which measures, quantises and checks, is missing.
+
+    Raises:
+        MissingDependencyError: and the command that installs it.
+    """
+    why = why_unavailable()
+    if why:
+        raise MissingDependencyError(why)
 
 
 def lower(model: ModelProto, form: str) -> ModelProto | None:

@@ -142,6 +142,7 @@ def run(plan: Plan, out: Path, *, overwrite: bool = False, device: str = "cpu") 
     output.probe(out)
     settings, held = plan.settings, plan.checkpoint
     device = "cpu" if device == "auto" else device
+    optimize.check()
     lowerable.check(held.twin)
     precision.check(held.twin, settings)
     if settings.robust is not None:

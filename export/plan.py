@@ -15,7 +15,7 @@ from vmoe.models import build, dense_counterpart
 from vmoe.runtime.online import ONLINE
 from vmoe.settings import opt, to_mapping
 
-from . import accuracy, calibration, optimize
+from . import accuracy, calibration, online, optimize
 from .calibration import CalibrationSettings
 from .onnx import OPSETS
 from .verify import VerifySettings
@@ -106,6 +106,7 @@ class Plan:
         name: the model's name.
         settings: how.
         seed: of random weights and of the clips of the check.
+        sha256: of the file as the twin was read from it.
     """
 
     checkpoint: Checkpoint
@@ -113,6 +114,7 @@ class Plan:
     name: str
     settings: ExportSettings
     seed: int = 0
+    sha256: str = ""
 
     @property
     def default_out(self) -> Path:
@@ -125,12 +127,16 @@ def plan(path: Path, settings: ExportSettings, seed: int = 0) -> Plan:
 
     Raises:
         VmoeError: the checkpoint (or the bundle around it) is missing, damaged, or a pickle.
-        SettingError: the counterpart of a model that is dense already.
+        SettingError: the counterpart of a model that is dense already, or a twin without the form
+            that is asked.
     """
+    sha256 = _sha256(path)  # before: a file that changes from here on is another one
     held = checkpoint.load(path)
+    if settings.form == ONLINE:
+        online.check(held.twin)
     name = settings.name or _name(path)
     if not settings.counterpart:
-        return Plan(held, path, name, settings, seed)
+        return Plan(held, path, name, settings, seed, sha256)
     wider = dense_counterpart(held.twin.settings)
     twin = build(wider, held.twin.spec, seed).eval()
     data: dict[str, Any] = {
@@ -139,6 +145,14 @@ def plan(path: Path, settings: ExportSettings, seed: int = 0) -> Plan:
     recipe = {**data, "weights": "random", "seed": seed}
     name = settings.name or f"{name}-dense"
     return Plan(Checkpoint(twin, held.labels, recipe), None, name, settings, seed)
+
+
+def _sha256(path: Path) -> str:
+    """Return a file's hash; empty where it cannot be read, which loading it says."""
+    try:
+        return bundles.sha256(path)
+    except OSError:
+        return ""
 
 
 def _name(path: Path) -> str:

@@ -14,6 +14,7 @@ import vmoe
 from vmoe import bundle as bundles
 from vmoe import checkpoint, registry
 from vmoe.bundle import Bundle, Part
+from vmoe.errors import VmoeError
 from vmoe.models import flops
 from vmoe.runtime.online import FORM, ONLINE
 from vmoe.settings import to_mapping
@@ -28,6 +29,9 @@ def write(plan: Plan, parts: Parts, folder: Path) -> Bundle:
     """Lower a twin's graphs as planned, and write them with their manifest into a folder.
 
     The same bytes for the same twin, plan and versions.
+
+    Raises:
+        VmoeError: the twin's file is not the one that was read any more.
     """
     lowering = registry.load(LOWERINGS, plan.settings.lowering, "lowering (--lowering)")
     others = lowering.others(*parts) if hasattr(lowering, "others") else {}
@@ -47,7 +51,7 @@ def _part(plan: Plan, model: ModelProto, folder: Path, name: str) -> Part:
     proof = precision.prove(model, name, plan.settings)
     said = {"asked": precision.text(proof.asked), "found": precision.text(proof.found)}
     return replace(
-        part, precision={key: text or "fp32" for key, text in said.items()},
+        part, precision={key: text or "none" for key, text in said.items()},
         layers=proof.found, tensors=proof.tensors,
     )  # fmt: skip
 
@@ -88,6 +92,11 @@ def _twin(plan: Plan, folder: Path) -> dict[str, str]:
     else:
         inside.write_bytes(plan.file.read_bytes())
     entry = {"sha256": bundles.sha256(inside)}
+    if plan.file is not None and entry["sha256"] != plan.sha256:
+        raise VmoeError(
+            f"{plan.file} has changed since it was read: the bundle would carry another twin than "
+            "the one that was exported. Export again once it is written."
+        )
     if plan.file is not None and plan.settings.twin:
         return entry | {"file": inside.name}
     inside.unlink()

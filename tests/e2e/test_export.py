@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import pickle
@@ -22,7 +23,11 @@ from vmoe import checkpoint, latest
 from vmoe.__main__ import main as vmoe_command
 from vmoe.checkpoint import Checkpoint
 from vmoe.data.camera_motion import LABELS
+from vmoe.errors import VmoeError
 from vmoe.export.cli import main
+from vmoe.export.onnx import from_twin
+from vmoe.export.plan import ExportSettings, plan
+from vmoe.export.written import write
 from vmoe.models import ModelSettings, build
 from vmoe.runtime import load
 
@@ -270,9 +275,10 @@ def said_int8(found: dict[str, dict[str, int]]) -> int:
         (["--keep-fp32", "("], "--keep-fp32 is for --fp16, --bf16 or --int8"),
         (["--int8", "--keep-fp32", "layer9"], "matches none of the twin's"),
         (["--int8"], "does not say what it was trained on: name clips of its training split"),
-        (["--int8", "--calib", "{}/empty"], "has 0 folders of videos"),
+        (["--int8", "--calib", "{}/empty"], "--calib: "),
         (["--calib-clips", "3"], "--calib-clips is for --int8"),
         (["--form", "online"], "no online form"),
+        (["--form", "online", "--dry-run"], "no online form"),
         (["--out", "{}/empty"], "exists. Choose another --out"),
         (["--robust", "{}/empty"], "no adversarial clips"),
     ],
@@ -287,6 +293,34 @@ def test_a_plan_that_cannot_be_is_one_line(
     assert says in last_line(result)
     assert "Traceback" not in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_a_checkpoint_that_changes_while_it_is_exported_is_refused(
+    small: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "last.safetensors"
+    shutil.copy(small, path)
+    planned = plan(path, ExportSettings())
+    twin = build(ModelSettings("r3d18", 0.1, 2, 2), SPEC, seed=9).eval()
+    checkpoint.save(Checkpoint(twin, ("left", "right")), path)
+    (tmp_path / "x").mkdir()
+    parts = from_twin(planned.checkpoint.twin, 20)
+    with pytest.raises(VmoeError, match="has changed since it was read"):
+        write(planned, parts, tmp_path / "x")
+
+
+def test_without_onnx_runtime_it_says_what_to_install_before_any_work(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "onnxruntime" else real(name)
+    )
+    result = run(small, "--out", tmp_path / "x", *FAST)
+    assert result.exit_code == 5
+    assert last_line(result).startswith("vmoe-export: onnxruntime is not installed: pip install")
+    assert "clips" not in result.stderr.replace("--verify-clips", ""), "it began"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_any_work(

@@ -16,7 +16,6 @@ from tests.graphs import Writer, clips_for, optimised, run, session
 from vmoe import registry
 from vmoe.bundle import Port
 from vmoe.export import graphs, optimize
-from vmoe.export import onnx as export_onnx
 from vmoe.export.passes import (
     annotate_batch,
     fold_scaling,
@@ -97,15 +96,6 @@ def test_ports_have_free_sizes_as_none() -> None:
         Port("x", "float32", (None, 3)),
         Port("go", "bool", ()),
     )
-
-
-def test_precision_is_what_the_weights_are() -> None:
-    def model(*kinds: str) -> onnx.ModelProto:
-        weights = [from_array(np.ones(2, kind), f"w{kind}") for kind in kinds]
-        return helper.make_model(helper.make_graph([], "g", [], [], weights))
-
-    assert export_onnx.precision(model("float32", "int64")) == "fp32"
-    assert export_onnx.precision(model("float32", "float16")) == "fp16+fp32"
 
 
 def copy(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -162,6 +162,29 @@ def test_what_is_not_as_asked_is_named() -> None:
 
 
 @pytest.mark.parametrize(
+    ("op", "stored", "found"),
+    [("Cast", np.float16, "fp32"), ("Cast", np.float32, "fp32"), ("Mul", np.float32, "fp32")],
+)
+def test_a_layer_is_what_it_computes_in_wherever_its_weights_come_from(
+    op: str, stored: type, found: str
+) -> None:
+    weights = [numpy_helper.from_array(np.ones((4, 2), stored), "module.fc.weight")]
+    inputs, to = ["module.fc.weight"], {"to": TensorProto.FLOAT}
+    if op == "Mul":
+        weights.append(numpy_helper.from_array(np.ones(1, stored), "scale"))
+        inputs, to = ["scale", *inputs], {}
+    nodes = [
+        onnx.helper.make_node(op, inputs, ["w"], **to),
+        onnx.helper.make_node("MatMul", ["x", "w"], ["y"], name="fc"),
+        onnx.helper.make_node("MatMul", ["x", "x"], ["z"]),  # of the clip alone: no layer
+    ]
+    x = onnx.helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 4])
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [x], [], weights))
+    held = [(layer.place, layer.precision) for layer in layers.of_model(model, "expert0")]
+    assert held == [("experts.0.fc", found)]
+
+
+@pytest.mark.parametrize(
     ("family", "form"),
     [("tsm", "none"), ("small", "none"), ("small", "joined"), ("small", "direct")],
 )
@@ -312,8 +335,25 @@ def test_the_test_split_is_refused_under_any_name(tmp_path: Path) -> None:
     settings = CalibrationSettings(calib=str(elsewhere))
     with pytest.raises(SettingError, match=r"6 of its 6 clips are of the test split of .*data"):
         calibration.clips_for(held(str(data)), settings, 0)
-    shutil.rmtree(data / "train")  # what it was trained on is gone: nothing can be compared
-    assert len(calibration.clips_for(held(str(tmp_path / "gone")), settings, 0)) == 6
+    copied = tmp_path / "copied"
+    shutil.copytree(data / "test", copied / "train")
+    shutil.copytree(data / "val", copied / "val")
+    with pytest.raises(SettingError, match="6 of its 6 clips are of the test split"):
+        calibration.clips_for(held(str(data)), CalibrationSettings(calib=str(copied)), 0)
+    alone = tmp_path / "alone" / "test"
+    shutil.copytree(data / "train", alone)
+    with pytest.raises(SettingError, match="is the test split"):
+        calibration.clips_for(held(None), CalibrationSettings(calib=str(alone)), 0)
+
+
+@pytest.mark.parametrize("said", ["gone", None])
+def test_clips_that_cannot_be_compared_are_warned_of(
+    said: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = str(write_videos(tmp_path / "data"))
+    with caplog.at_level("WARNING", "vmoe.export"):
+        assert len(calibration.clips_for(held(said), CalibrationSettings(calib=data), 0)) == 6
+    assert "whether the twin is tested on these clips is not known" in caplog.text
 
 
 def test_calibration_without_clips_or_without_data_is_refused(tmp_path: Path) -> None:
