@@ -17,6 +17,10 @@ What j-tlga-plus asks of the router alone is no gradient of the whole model; its
 `j-tlga-plus, FLOPs` has so many steps fewer that it costs no more FLOPs than the others at most.
 Early stop is on: `given` is the budget, `spent` what was used of it, on average over all clips.
 
+With --ablations only j-tlga-plus and what it is made of take part, and no costs are measured:
+    python benchmarks/attacks.py --ablations --models at-m=B.safetensors@4/255 \
+        --out benchmarks/results/attacks-ablations.json
+
 Budgets, and every setting of j-tlga-plus, were chosen on validation clips of models of another
 seed (100), not on those of results/: `--train DIR --seed 100 --split val`.
 
@@ -46,7 +50,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,6 +145,7 @@ def read_models(text: str) -> list[Model]:
 @click.option("--n", type=click.IntRange(2), default=100, show_default=True, help="Clips a model.")
 @click.option("--split", type=click.Choice(["val", "test"]), default="test", show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--ablations", is_flag=True, help="Take j-tlga-plus apart; measure no costs.")
 @click.option("--quick", is_flag=True, help="Under a minute; tells the direction.")
 @click.option("--out", multiple=True, type=click.Path(path_type=Path),
               help="Write the results, .json or .md; may be given again.")  # fmt: skip
@@ -149,7 +154,7 @@ def read_models(text: str) -> list[Model]:
 @cli.seed_option
 def main(
     models: str | None, train: Path | None, gradients: int, n: int, split: str, batch: int,
-    quick: bool, out: tuple[Path, ...], overwrite: bool, as_json: bool, seed: int,
+    ablations: bool, quick: bool, out: tuple[Path, ...], overwrite: bool, as_json: bool, seed: int,
 ) -> None:  # fmt: skip
     """Compare attacks at an equal budget on some models, and measure what PGD costs."""
     figures.check_files(out, overwrite=overwrite)
@@ -164,7 +169,10 @@ def main(
     for model in _models(models, train, seed):
         held = checkpoint.load(model.path)
         clips = _clips(held.twin.spec, held.labels, split, n)
-        rows = contestants(gradients, held.twin, ablations=not quick)
+        if ablations:
+            rows = ablated(gradients, held.twin)
+        else:
+            rows = contestants(gradients, held.twin, ablations=not quick)
         say = _sayer(model.name)
         reached = contest.run(
             held.twin, clips, rows, eps=model.eps, seed=seed, batch=batch, done=say
@@ -174,18 +182,24 @@ def main(
         tables[title] = f"clean: {report.percent(int(clean.sum()), n)} %\n\n{table(reached)}"
         measured["models"][model.name] = _record(model, reached, clean)
         found.append(gain(model.name, reached))
-    found += [
-        Figure(f"plus_gain_{name}", None, "share", 0, "higher", why=NOT_GIVEN.format(name))
-        for name in recipes.MODELS
-        if name not in measured["models"]
-    ]
-    effort = QUICK if quick else FULL
-    found += [bare_passes(effort), against_torchattacks(effort), memory()]
+    if not ablations:
+        found += _not_given(measured["models"])
+        effort = QUICK if quick else FULL
+        found += [bare_passes(effort), against_torchattacks(effort), memory()]
     figures.say(found, as_json=as_json)
     if not as_json:
         for title, text in tables.items():
             click.echo(f"\n{title}\n{text}")
-    figures.write(out, "Attacks at an equal budget", found, machine, tables, measured)
+    name = "Ablations of j-tlga-plus" if ablations else "Attacks at an equal budget"
+    figures.write(out, name, found, machine, tables, measured)
+
+
+def _not_given(given: Container[str]) -> list[Figure]:
+    return [
+        Figure(f"plus_gain_{name}", None, "share", 0, "higher", why=NOT_GIVEN.format(name))
+        for name in recipes.MODELS
+        if name not in given
+    ]
 
 
 def _models(given: str | None, train: Path | None, seed: int) -> list[Model]:
@@ -251,20 +265,52 @@ def contestants(gradients: int, twin: VideoMoE, *, ablations: bool) -> list[Cont
                 rows.append(one(f"{name}, {way}, passes", name, few, route_grad=way, given=few))
             rows.append(one(f"{name}, all", name, route_grad="all", extra=True))
     if ablations:
-        rows += [
-            one("plus: nothing asked", PLUS, router_steps=0),
-            one("plus: asked 2 steps", PLUS, router_steps=2),
-            one("plus: asked 10 steps", PLUS, router_steps=10),
-            one("plus: all steps guided", PLUS, guided=1.0),
-            one("plus: 1 step guided", PLUS, guided=1 / gradients),
-            one("plus: route not held", PLUS, hold=0.0),
-        ]
+        rows += _ingredients(gradients)
     team = ("pgd", "apgd-ce", REFERENCE, "j-tlga")
     parts = [one(f"{name}, a quarter", name, quarter, given=quarter) for name in team]
     names = tuple(part.name for part in parts)
     rows += [*parts, Contestant("worst-of these quarters", "", 4 * quarter, team=names)]
     everyone = tuple(row.name for row in rows if not row.team)
     return [*rows, Contestant("worst-of all", "", 0, team=everyone, extra=True)]
+
+
+def ablated(gradients: int, twin: VideoMoE) -> list[Contestant]:
+    """Return j-tlga-plus, what it is made of, and what it is without each ingredient.
+
+    Margin against CE is the plain part's, apgd-ce against apgd-margin. What runs every expert at
+    each gradient comes at as many gradients, outside the budget, and at as many passes.
+    """
+    names = ("apgd-ce", REFERENCE, PLUS)
+    rows = [_one(name, name, gradients) for name in names]
+    rows += [
+        *_ingredients(gradients),
+        _one("plus: to the lowest score", PLUS, gradients, toward="weakest"),
+    ]
+    few = max(1, gradients // len(twin.experts))
+    for name, attack in ((REFERENCE, REFERENCE), ("plus", PLUS)):
+        rows.append(_one(f"{name}: frozen", attack, gradients, route_grad="frozen"))
+        for way in ("all", "soft"):
+            rows += [
+                _one(f"{name}: {way}", attack, gradients, extra=True, route_grad=way),
+                _one(f"{name}: {way}, passes", attack, few, route_grad=way),
+            ]
+    return rows
+
+
+def _ingredients(gradients: int) -> list[Contestant]:
+    return [
+        _one("plus: nothing asked", PLUS, gradients, router_steps=0),
+        _one("plus: asked 2 steps", PLUS, gradients, router_steps=2),
+        _one("plus: asked 10 steps", PLUS, gradients, router_steps=10),
+        _one("plus: all steps guided", PLUS, gradients, guided=1.0),
+        _one("plus: 1 step guided", PLUS, gradients, guided=1 / gradients),
+        _one("plus: route not held", PLUS, gradients, hold=0.0),
+    ]
+
+
+def _one(name: str, attack: str, steps: int, *, extra: bool = False, **values: Any) -> Contestant:
+    held = {"steps": steps, **values}
+    return Contestant(name, attack.replace("-", "_"), steps, held, extra=extra)
 
 
 def asking(twin: VideoMoE) -> int:

@@ -37,6 +37,11 @@ class Settings(apgd.ApgdSettings):
     guided: float = opt(
         0.5, "share of the steps that are guided, of clips that can be", above=0, at_most=1
     )
+    toward: str = opt(
+        "failing",
+        "of the experts that can be chosen, the one that is nearest to failing, or of lowest score",
+        choices=("failing", "weakest"),
+    )
     hold: float = opt(2.0, "weight of the penalty that keeps the route", at_least=0)
 
 
@@ -90,7 +95,8 @@ class _Guide:
     def _ask(self, search: Search, clip: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Ask the router alone which experts it can be made to choose; judge each where it does.
 
-        A clip that fails there is broken. Of the others, the nearest to failing is returned.
+        A clip that fails there is broken. Of the others, the nearest to failing is returned, or
+        that of the lowest score at the start.
 
         Returns:
             Whether a clip can be misrouted, bool [B]; where, [B, C, T, H, W]; to which expert, [B];
@@ -107,10 +113,12 @@ class _Guide:
             with _only(search, score > 0) as some:
                 if not some:
                     continue
-                value = torch.where(search.standing, search.judge(moved), -torch.inf)
-            better = value > best
-            best, expert = torch.where(better, value, best), torch.where(better, j, expert)
-            unit = torch.where(better, best.abs() / first.abs().clamp(min=1e-6), unit)
+                value = search.judge(moved)  # first: a clip that fails there stands no more
+                lost = ~search.standing
+            rank = (value if how.toward == "failing" else -first).masked_fill(lost, -torch.inf)
+            better = rank > best
+            best, expert = torch.where(better, rank, best), torch.where(better, j, expert)
+            unit = torch.where(better, value.abs() / first.abs().clamp(min=1e-6), unit)
             at = torch.where(ball.spread(better, clip), moved, at)
         return best > -torch.inf, at, expert, unit
 

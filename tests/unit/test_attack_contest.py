@@ -64,9 +64,12 @@ def test_a_team_is_the_worst_of_its_members() -> None:
     assert team.spent.gradients == a.spent.gradients + b.spent.gradients
 
 
-def test_who_takes_part_spends_the_same_unless_it_says_so() -> None:
+@pytest.mark.parametrize("ablations", [False, True])
+def test_who_takes_part_spends_the_same_unless_it_says_so(ablations: bool) -> None:
     twin = small()
     rows = benchmark.contestants(20, twin, ablations=True)
+    if ablations:
+        rows = benchmark.ablated(20, twin)
     names = [row.name for row in rows]
     assert len(set(names)) == len(names)
     assert all(set(row.team) <= set(names) for row in rows)

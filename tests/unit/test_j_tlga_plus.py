@@ -73,6 +73,46 @@ def test_expert_that_fails_is_reached_though_it_has_the_lower_score() -> None:
     assert not apgd_margin.attack(twin, clip, y, unguided).success.any()
 
 
+class Three(nn.Module):
+    """A router whose expert 0 leads; frame 0 darker leads to both others, of which 2 has less."""
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """Answer [B, 3]."""
+        dark = 0.5 - clip[:, :, 0].mean(dim=(1, 2, 3))
+        light = clip[:, :, 2].mean(dim=(1, 2, 3)) - 0.5
+        zero = torch.zeros_like(dark)
+        return torch.stack([zero, dark - 0.4 * EPS, light - 0.5 * EPS], dim=1)
+
+
+@pytest.mark.parametrize(("toward", "reached"), [("failing", 1), ("weakest", 2)])
+def test_it_is_guided_to_what_is_nearest_to_failing_or_of_lowest_score(
+    toward: str, reached: int
+) -> None:
+    twin = linear(3, spec=SMALL)
+    twin.router = Three()
+    # 1 is wrong where frame 1 is darker by half of eps; 2, of the lower score, never is
+    twin.experts = nn.ModuleList([Known(1.0), Known(5 * EPS, second=10.0), Known(1.0)])
+    twin.eval()
+    clip = torch.full((2, 3, SMALL.frames, SMALL.height, SMALL.width), 0.5)
+    y = torch.zeros(2, dtype=torch.int64)
+    how = settings(toward=toward, route_grad="frozen")
+    found = j_tlga_plus.attack(twin, clip, y, how)
+    assert found.success.all() == (toward == "failing")
+    ran = [0, 0, 0]
+
+    def count(which: int) -> None:
+        def backward(_module: nn.Module, _inputs: object, grads: tuple[Tensor, ...]) -> None:
+            ran[which] += len(grads[0])
+
+        twin.experts[which].register_full_backward_hook(backward)
+
+    for which in range(3):
+        count(which)
+    j_tlga_plus.attack(twin, clip, y, how)
+    assert ran[reached] >= 2
+    assert ran[3 - reached] == 0
+
+
 def test_route_is_held_while_its_expert_is_attacked() -> None:
     twin, clip, y = known(reach=0.5 * EPS, need=0.05 * EPS, pull=1.0)
     how = {"steps": 40, "route_grad": "frozen"}  # by which the margin alone leads nowhere
