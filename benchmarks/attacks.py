@@ -178,7 +178,7 @@ def main(
             held.twin, clips, rows, eps=model.eps, seed=seed, batch=batch, done=say
         )
         clean = _clean(held.twin, clips)
-        title = f"{model.name}, eps {format_eps(model.eps)}, {n} {split} clips: {model.path}"
+        title = f"{model.name}, eps {format_eps(model.eps)}, {n} {split} clips: {_seen(model.path)}"
         tables[title] = f"clean: {report.percent(int(clean.sum()), n)} %\n\n{table(reached)}"
         measured["models"][model.name] = _record(model, reached, clean)
         found.append(gain(model.name, reached))
@@ -364,6 +364,12 @@ def _named(found: Sequence[Found], name: str) -> Found:
     return next(one for one in found if one.contestant.name == name)
 
 
+def _seen(path: Path) -> str:
+    """Return a path as seen from the repository, where it lies in it."""
+    inside = path.is_absolute() and path.is_relative_to(figures.ROOT)
+    return str(path.relative_to(figures.ROOT) if inside else path)
+
+
 def _record(model: Model, found: Sequence[Found], clean: contest.Bools) -> dict[str, Any]:
     rows = [
         {
@@ -375,7 +381,7 @@ def _record(model: Model, found: Sequence[Found], clean: contest.Bools) -> dict[
         }
         for one in found
     ]  # fmt: skip
-    return {"path": str(model.path), "eps": model.eps, "clean": float(clean.mean()), "rows": rows}
+    return {"path": _seen(model.path), "eps": model.eps, "clean": float(clean.mean()), "rows": rows}
 
 
 # ---- what an attack costs

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vmoe import registry
 from vmoe.attacks import ball
+from vmoe.attacks.methods import autoattack
 from vmoe.clips import ClipSpec
 from vmoe.models import ModelSettings, VideoMoE, build
 from vmoe.models.moe import Normalise
@@ -179,3 +180,25 @@ def test_rates_are_those_of_public_attacks(
         print(", ".join(f"{name} {a:.1f} {b:.1f}" for name, (a, b) in rates.items()))
     apart = {name: pair for name, pair in rates.items() if abs(pair[0] - pair[1]) > POINTS}
     assert not apart
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ball.NORMS)
+@pytest.mark.filterwarnings("ignore")  # theirs
+def test_ensemble_is_as_strong_as_the_public_one(
+    pictures: Pictures, norm: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twin, clip, y = pictures
+    parts = public("torchattacks", pictures, norm, 0)
+    torch.manual_seed(0)
+    together = importlib.import_module("torchattacks").MultiAttack(
+        [parts[name] for name in autoattack.STANDARD]
+    )
+    theirs = broken(pictures, together(clip[:, :, 0], y)[:, :, None].detach(), norm)
+    how = autoattack.Settings(
+        eps=EPS[norm], norm=norm, steps=STEPS, queries=QUERIES, targets=twin.settings.classes - 1
+    )
+    ours = broken(pictures, autoattack.attack(twin, clip, y, how).adversarial, norm)
+    with capsys.disabled():
+        print(f"\nautoattack {norm}, robust %, ours {100 - ours:.1f}, theirs {100 - theirs:.1f}")
+    assert abs(ours - theirs) <= POINTS
