@@ -72,7 +72,7 @@ def threat_model(rows: Sequence[Row], spec: ClipSpec) -> str:
     for norm in norms:
         budgets = dict.fromkeys(row.eps for row in rows if row.norm == norm)
         if norm == "linf":
-            each = [f"{format_eps(eps)}, {radius(eps)} grey levels" for eps in budgets]
+            each = [f"{format_eps(eps)}, {_levels(radius(eps))}" for eps in budgets]
             said.append(f"L-infinity, eps {'; '.join(each)}")
         else:
             count = values_of(spec)
@@ -82,6 +82,10 @@ def threat_model(rows: Sequence[Row], spec: ClipSpec) -> str:
             ]
             said.append(f"L2 over the {count} values of a clip, eps {'; '.join(each)}")
     return f"threat model: {'; '.join(said)}; judged on uint8 clips"
+
+
+def _levels(most: int) -> str:
+    return f"{most} grey levels" if most else "0 grey levels: uint8 clips cannot be changed"
 
 
 def context(device: torch.device) -> dict[str, Any]:

@@ -5,9 +5,10 @@
         print(each.number, each.verdict, each.line)
     print(sanity.verdict())
 
-Where a share of clips decides, one rule holds (`trials.beyond`): a check fails when more than 5 %
-of the clips go against it, with a one-sided confidence of 95 %, so that one unlucky clip of a few
-does not fail it. What can be checked exactly is.
+Where a share of clips decides, one rule holds (`trials.few`): a check fails when more than 5 % of
+the clips go against it, with a one-sided confidence of 95 %, so that one unlucky clip of a few does
+not fail it. Of fewer than 20 clips that are right it can fail, but not pass: it is undecided, as is
+one that could not be run. What can be checked exactly is.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import torch
 from vmoe.attacks.checks import CHECKS, Case
 from vmoe.attacks.judge import Ints, Judge
 from vmoe.attacks.outcomes import Evaluation
-from vmoe.attacks.trials import Trials
+from vmoe.attacks.trials import ENOUGH, Trials
 from vmoe.cli import progress
 from vmoe.clips import Clips
 from vmoe.models import VideoMoE
 
-OK, FAILED, NOT_RUN = "ok", "FAILED", "not run"
+OK, FAILED, UNDECIDED = "ok", "FAILED", "undecided"
 MASKING = frozenset({1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 13})  # the checks that bear on it
 
 
@@ -36,9 +37,9 @@ class Check:
     Attributes:
         number: 1 to 14.
         name: in a few words.
-        verdict: `ok`, `FAILED` or `not run`.
+        verdict: `ok`, `FAILED` or `undecided`.
         measured: figures by name: counts of clips, sizes, shares.
-        line: one sentence with the figures, or why it was not run.
+        line: one sentence with the figures, or why there are none.
     """
 
     number: int
@@ -50,25 +51,38 @@ class Check:
 
 @dataclass(frozen=True)
 class Sanity:
-    """All checks, and what may be said after them."""
+    """All checks, and what may be said after them.
+
+    Attributes:
+        checks: the fourteen, in their order.
+        right: how many of the clips the twin labels rightly when clean.
+    """
 
     checks: tuple[Check, ...]
+    right: int
 
     def verdict(self) -> str:
-        """Return one sentence; "no sign of gradient masking" only where all that bears on it ran.
+        """Return one sentence; "no sign of gradient masking" where all that bears on it passed.
 
-        Every check that did not run is named.
+        Every check that is undecided is named.
         """
         failed = self._named(FAILED)
-        silent = self._named(NOT_RUN)
-        bears = {each.number: each.verdict for each in self.checks if each.number in MASKING}
-        if failed:
-            said = f"FAILED: {failed}: figures of attacks on this model cannot be trusted"
-        elif set(bears) == MASKING and all(verdict == OK for verdict in bears.values()):
+        undecided = self._named(UNDECIDED)
+        bears = {each.verdict for each in self.checks if each.number in MASKING}
+        if FAILED in bears:
+            said = f"FAILED: {failed}: robust figures may be too high"
+        elif failed:
+            said = f"FAILED: {failed}: look there before the figures are used"
+        elif bears == {OK}:
             said = "no sign of gradient masking"
+        elif self.right < ENOUGH:
+            said = (
+                f"no check failed, but of {self.right} clips that are right not all can tell: "
+                f"{ENOUGH} are needed (--n)"
+            )
         else:
-            said = "no check failed, but not all that would show gradient masking ran"
-        return f"{said} (not run: {silent})." if silent else f"{said}."
+            said = "no check failed, but not all that would show gradient masking could tell"
+        return f"{said} (undecided: {undecided})." if undecided else f"{said}."
 
     def _named(self, verdict: str) -> str:
         return ", ".join(f"{c.number} {c.name}" for c in self.checks if c.verdict == verdict)
@@ -101,7 +115,7 @@ def check(
         seed: of all attacks.
         batch: clips attacked at once.
         device: where the twin is.
-        found: the evaluation whose figures are reported.
+        found: the evaluation whose figures are reported: of these clips first, of the twin first.
         judges: models that judge beside the twin, by name, such as engines.
         other: a second model of the same task, for transfer; left out, the experts of the twin
             stand in for it.
@@ -116,6 +130,6 @@ def check(
     made: list[Check] = []
     for name, see in progress(CHECKS, "sanity checks", len(CHECKS)):
         seen = see(case)
-        verdict = NOT_RUN if seen.ok is None else OK if seen.ok else FAILED
+        verdict = UNDECIDED if seen.ok is None else OK if seen.ok else FAILED
         made.append(Check(len(made) + 1, name, verdict, seen.measured, seen.line))
-    return Sanity(tuple(made))
+    return Sanity(tuple(made), case.n)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vmoe.report import percent, table
@@ -21,7 +21,8 @@ LEGEND = (
     "largest change found in the final uint8 clips, in grey levels, and of a whole clip on pixels "
     "in [0, 1]. passes: forward + backward, mean of a clip, over all route_grads: of the router "
     "(attacks on it), of an expert (tla-e), else of router and routed expert; by route_grad all "
-    "and soft, of router and every expert; judging is not counted. s: of making the clips. "
+    "and soft, of router and every expert; judging is not counted. s: of making the clips, "
+    "looking at them included. "
     "worst-of: broken by at least one attack of the table."
 )
 
@@ -35,8 +36,30 @@ def attacks(report: Mapping[str, Any]) -> str:
         norm, levels = rows[0]["norm"], rows[0]["radius"]
         limit = f"at most {levels} of 255 grey levels" if norm == "linf" else "L2 of a whole clip"
         title = f"eps {format_eps(eps, norm)}: {limit}, on uint8 clips"
-        parts.append(title + "\n\n" + table([_row(row) for row in rows], COLUMNS))
+        shown = [title, table([_row(row) for row in rows], COLUMNS), _left(rows)]
+        parts.append("\n\n".join(part for part in shown if part))
     return "\n\n".join(parts)
+
+
+def _left(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a line on attacks that used less than half of the budget; empty where there are none.
+
+    One that has succeeded on every clip may have stopped early: it needed no more.
+    """
+    norm, budget = rows[0]["norm"], rows[0]["eps"]
+    unit, name = {"linf": (255, " grey levels"), "l2": (1, "")}[norm]
+    short = {
+        row["attack"]: f"{row['attack']} ({row[norm]:.2g})"
+        for row in rows
+        if row["attack"] != "worst-of" and row["success"]["hits"] < row["success"]["n"]
+        if row[norm] < unit * budget / 2
+    }
+    if not short:
+        return ""
+    return (
+        f"More than half of a budget of {unit * budget:.3g}{name} was left unused, after rounding "
+        f"to uint8, by {', '.join(short.values())}: figures are of what was used."
+    )
 
 
 def agreement(report: Mapping[str, Any]) -> str:
@@ -63,7 +86,8 @@ def sanity(report: Mapping[str, Any]) -> str:
     if not found:
         return ""
     rows = [[c["number"], c["name"], c["verdict"], c["line"]] for c in found["checks"]]
-    title = f"sanity of the attacks, on {found['n']} clips"
+    budget = format_eps(found["eps"], report["threat_model"]["norm"])
+    title = f"sanity of the attacks, on {found['n']} clips, eps {budget}"
     shown = table(rows, ("no", "check", "verdict", "measured"))
     return f"{title}\n\n{shown}\n\n{found['verdict']}"
 

@@ -7,29 +7,39 @@ ball, so that an attack that leaves it is seen, and every success is judged on w
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from vmoe import registry
+from vmoe.attacks import methods
 from vmoe.attacks.judge import Bools, Floats, Ints, Judge, of_twin
 from vmoe.attacks.loop import AttackResult
 from vmoe.batches import to_tensor
 from vmoe.clips import Clips
 from vmoe.models import VideoMoE
 
-METHODS = "vmoe.attacks.methods"
 ALLOWED = 0.05  # the share of clips that chance, or an unlucky start, may explain
 CONFIDENCE = 0.95
+ENOUGH = 20  # clips; of fewer, more than a fifth could go against a rule unseen
+
+
+def few(*against: tuple[int, int]) -> bool | None:
+    """Return whether no count (of how many) is `beyond`; None where one is of too few to tell."""
+    if any(beyond(count, of) for count, of in against):
+        return False
+    return True if all(of >= ENOUGH for _, of in against) else None
 
 
 def beyond(count: int, of: int) -> bool:
     """Return whether a count is above the share ALLOWED, with CONFIDENCE: one-sided, exact.
 
-    P(X >= count) < 1 - CONFIDENCE for X binomial of `of` and ALLOWED: 5 of 32, 3 of 8.
+    P(X >= count) < 1 - CONFIDENCE for X binomial of `of` and ALLOWED: 5 of 32, 4 of 20, 3 of 8. Of
+    a single clip, which chance alone could explain, that one.
     """
+    if of == 1:
+        return count == 1
     below = sum(
         math.comb(of, k) * ALLOWED**k * (1 - ALLOWED) ** (of - k) for k in range(min(count, of + 1))
     )
@@ -107,10 +117,9 @@ class Trials:
     def _on(
         self, twin: VideoMoE, attack: str, eps: float, rows: Ints, values: dict[str, Any]
     ) -> Trial:
-        method = registry.load(METHODS, attack, "attack")
-        known = {each.name for each in fields(method.Settings)}
+        method = methods.load(attack)
         given = {"eps": eps, "norm": self.norm, "seed": self.seed, "grid": True, **values}
-        settings = method.Settings(**{k: v for k, v in given.items() if k in known})
+        settings = methods.settings_of(attack, given)
         found: list[AttackResult] = []
         for part in self._batches(len(rows)):
             at = rows[part]
