@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.twins import SMALL, random_clips, small
-from vmoe.attacks import checks, loop, sanity, trials
+from vmoe.attacks import checks, loop, sanity, tables, trials
 from vmoe.attacks.evaluate import evaluate, plan, replay
+from vmoe.attacks.figures import everything
 from vmoe.attacks.judge import of_twin
 from vmoe.attacks.loop import AttackResult
 from vmoe.attacks.methods import pgd
@@ -249,6 +250,21 @@ def test_noise_of_which_the_grid_leaves_nothing_is_no_evidence() -> None:
     noise = checked(healthy(), 0.05, norm="l2").checks[3]
     assert noise.verdict == sanity.UNDECIDED
     assert "leaves nothing" in noise.line
+
+
+@pytest.mark.parametrize(
+    ("norm", "eps", "said"),
+    [("l2", 0.05, "0.05"), ("linf", 0.003, "0.765 grey levels"), ("linf", EPS, ""), ("l2", 2, "")],
+)
+def test_budget_of_which_the_grid_leaves_nothing_is_named(norm: str, eps: float, said: str) -> None:
+    clips, label = tinted(N, 2)
+    twin, rows = healthy(), plan(["noise", "pgd"], [eps], norm=norm, steps=2)
+    found = evaluate(twin, clips, label, rows, {"twin": of_twin(twin)})
+    text = tables.attacks(everything(found, list(range(N))))
+    if said:
+        assert f"a budget of {said} was left unused, after rounding to uint8, by noise (0)" in text
+    else:
+        assert "left unused" not in text
 
 
 def test_engine_that_says_something_else_is_caught() -> None:
