@@ -46,7 +46,12 @@ def rounded(moved: Tensor, clip: Tensor, eps: float, norm: str = "linf") -> Tens
     delta = 255 * moved - clean
     change = (delta.abs() + 1e-4).floor() * delta.sign()  # 1e-4: of float32
     far = ball.size(change, "l2") > 255 * eps * (1 + 1e-6)
-    levels = clean + torch.where(ball.spread(far, change), delta.trunc(), change)
+    if far.any():  # then without it, but for what lies on the grid already
+        near = delta.round()
+        held = ((clean + near) / 255).float() == moved.float()
+        least = torch.where(held, near, delta.trunc())
+        change = torch.where(ball.spread(far, change), least, change)
+    levels = clean + change
     return levels.clamp_(0, 255).div_(255)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from tests.twins import random_clips
-from vmoe.attacks.grid import linf, radius, to_grid
+from vmoe.attacks.grid import l2, linf, radius, to_grid
 from vmoe.batches import to_tensor
 from vmoe.clips import Clips
 from vmoe.errors import SettingError
@@ -61,6 +61,19 @@ def test_clip_has_the_twin_s_layout() -> None:
     clip = to_tensor(clips)
     assert clip.shape == (2, 3, 4, 32, 32)
     assert float(clip[1, 2, 3, 5, 7]) == pytest.approx(clips[1, 3, 5, 7, 2] / 255)
+
+
+@pytest.mark.parametrize("clean_level", [0, 255])
+def test_l2_ball_full_of_grey_levels_keeps_them_all(clean_level: int) -> None:
+    """In float32, k / 255 is above it: what got darker seems to have moved less than it did."""
+    steps = (np.arange(384) % 8).reshape(1, 2, 8, 8, 3)
+    levels = np.abs(clean_level - steps).astype(np.uint8)
+    clean = np.full_like(levels, clean_level)
+    moved = to_tensor(levels)
+    moved[0, 0, 0, 0, 0] += (0.99995 if clean_level == 0 else -0.99995) / 255
+    eps = l2(levels, clean)  # in which that value cannot move by a whole level, too
+    found = to_grid(moved, clean, eps, "l2")
+    assert (found == levels).all()
 
 
 def test_what_is_not_a_number_cannot_be_rounded() -> None:
