@@ -460,6 +460,19 @@ def test_sanity_stands_in_every_report(twin: Path) -> None:
         assert report["sanity"]["verdict"] in text
 
 
+def test_sanity_takes_clips_until_enough_are_right(
+    twin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmoe.attacks.cli.SANITY_CLIPS", 1)
+    flags = ["--attack", "fgsm", "--n", "40", "--eps", "1", "--device", "cpu", "--json"]
+    report = json.loads(run(twin, *flags).stdout)
+    clips = report["clips"]
+    said = zip(clips["clean"]["twin"]["said"], clips["label"], strict=True)
+    right = [number for number, (a, b) in enumerate(said, 1) if a == b]
+    assert len(right) > 1, "the twin must have clips to lose"
+    assert right[0] <= report["sanity"]["n"] < right[1]
+
+
 def test_budget_below_one_grey_level_is_named(twin: Path) -> None:
     said = run(twin, *NOISE, "--eps", "0.003").stdout
     assert "L-infinity, eps 0.765/255 (0.0030), 0 grey levels: uint8 clips cannot be chan" in said
