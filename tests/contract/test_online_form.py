@@ -60,7 +60,8 @@ def path(twin: VideoMoE, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("twin") / "twin.safetensors"
     held = Checkpoint(twin, LABELS)
     checkpoint.save(held, file)
-    plan = Plan(held, file, "causal", ExportSettings(form="online"))
+    made = ExportSettings(form="online")
+    plan = Plan(held, file, "causal", made, sha256=bundles.sha256(file))
     write(plan, online.from_twin(twin, 20), folder)
     return folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from types import ModuleType
@@ -64,7 +65,7 @@ def test_settings_have_defaults_and_help(folder: str, name: str) -> None:
     cls = load(folder, name).Settings
     assert issubclass(cls, Settings)
     made = cls()
-    for field in cls.__dataclass_fields__.values():
+    for field in dataclasses.fields(cls):
         assert field.metadata["help"]
     with pytest.raises(AttributeError):
         made.anything = 1
