@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vmoe import adversarial, cli, registry
+from vmoe import adversarial, cli
 from vmoe.adversarial import AdversarialClips, Attacked
 from vmoe.attacks.deployed import Target, same_clips
-from vmoe.attacks.evaluate import METHODS, Evaluation, Row
+from vmoe.attacks.evaluate import Evaluation, Row
 from vmoe.attacks.flags import RunSettings
 from vmoe.attacks.grid import l2, linf, radius
+from vmoe.attacks.methods import load as load_method
 from vmoe.clips import Clips, ClipSpec
 from vmoe.data import DataSettings, open_data
 from vmoe.errors import SettingError
@@ -120,7 +121,7 @@ def rows_of(saved: AdversarialClips) -> list[tuple[Row, Clips]]:
     """
     rows = []
     for attacked in saved.attacked:
-        method = registry.load(METHODS, attacked.attack, "attack")
+        method = load_method(attacked.attack)
         how = [from_mapping(method.Settings, each, "saved clips") for each in attacked.settings]
         row = Row(attacked.attack, method.PART, attacked.eps, tuple(how))
         rows.append((row, attacked.clips))

@@ -33,7 +33,8 @@ from vmoe.attacks.judge import (
     of_twin,
     rule,
 )
-from vmoe.attacks.methods import METHODS, load, settings_of
+from vmoe.attacks.loop import improves
+from vmoe.attacks.methods import load, settings_of
 from vmoe.attacks.outcomes import (
     CLEAN,
     Arrays,
@@ -55,7 +56,7 @@ from vmoe.models import ROUTE_GRADS, VideoMoE
 from vmoe.runtime.engine import Prediction
 
 __all__ = [
-    "METHODS", "Evaluation", "Job", "Outcome", "Row", "evaluate", "fitting", "plan", "replay",
+    "Evaluation", "Job", "Outcome", "Row", "evaluate", "fitting", "plan", "replay",
 ]  # fmt: skip
 
 
@@ -348,8 +349,7 @@ def _make(
         found = method.attack(twin, clip[at], target[at], settings, number[at])
         rounded = grid.to_grid(found.adversarial, clean[at], row.eps, row.norm)
         verdict = judged(rounded, at)
-        same = verdict.success == success[at]
-        better = (verdict.success & ~success[at]) | (same & (verdict.loss > loss[at]))
+        better = improves(verdict.success, verdict.loss, success[at], loss[at])
         best[at[better]], loss[at[better]] = rounded[better], verdict.loss[better]
         success[at] |= verdict.success
         passes = found.forwards, found.backwards, found.dead

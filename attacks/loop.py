@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vmoe.attacks import ball, grid
@@ -27,7 +28,7 @@ from vmoe.models import VideoMoE
 
 __all__ = [
     "Aim", "AttackResult", "BallSettings", "Climb", "IterativeSettings", "Judged", "LoopSettings",
-    "Objective", "Search", "TemporalSettings", "as_found", "ascend", "route_grad_option",
+    "Objective", "Search", "TemporalSettings", "as_found", "ascend", "improves", "route_grad_option",
 ]  # fmt: skip
 
 
@@ -95,6 +96,22 @@ class Aim(NamedTuple):
     route_before: Tensor
     success: Tensor | None
     silent: Tensor
+
+
+T = TypeVar("T", Tensor, NDArray[Any])
+
+
+def improves(success: T, loss: T, held: T, least: T) -> T:
+    """Return where a find is better than what is held: by success, then by loss, bool [b].
+
+    Args:
+        success: of the find, bool [b].
+        loss: of the find, [b].
+        held: success of what is held.
+        least: loss of what is held.
+    """
+    better: T = (success & ~held) | ((success == held) & (loss > least))
+    return better
 
 
 @contextmanager
@@ -292,7 +309,7 @@ class Search:
         if self.settings.bf16 and success.any():
             success, route = self._confirm(clip, rows, judged)
         held, least = self.success[rows], self.loss[rows]
-        better = (success & ~held) | ((success == held) & (loss > least))
+        better = improves(success, loss, held, least)
         at = rows[better]
         self.best[at], self.loss[at], self.route[at] = clip[better], loss[better], route[better]
         self.success[rows] = held | success

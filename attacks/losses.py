@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from vmoe.attacks.loop import Aim, BallSettings, Judged, Objective, TemporalSettings
+from vmoe.attacks.loop import (
+    Aim,
+    AttackResult,
+    BallSettings,
+    Climb,
+    Judged,
+    Objective,
+    TemporalSettings,
+    ascend,
+)
 from vmoe.errors import SettingError
 from vmoe.lipschitz import l_lip
 from vmoe.models import MoEOutput, VideoMoE
@@ -185,6 +194,24 @@ def whole(
         return Aim((objective,), clean.route, None, silent(clean.scores))
     wrong = hard.argmax(dim=1) != label
     return Aim((objective,), clean.route, wrong, silent(hard, clean.scores))
+
+
+def maximise(
+    twin: VideoMoE, clip: Tensor, label: Tensor, settings: BallSettings, indices: Tensor | None,
+    climb: Climb, *, gamma1: float = 0.0, gamma2: float = 0.0, loss: Loss = ce,
+) -> AttackResult:  # fmt: skip
+    """Attack the whole model: climb `whole`'s objective, as `ascend` does.
+
+    The route_grad is that of the settings; an attack that asks for no gradient has none.
+    """
+    way = getattr(settings, "route_grad", "frozen")
+
+    def prepare(clean: Tensor) -> Aim:
+        return whole(
+            twin, clean, label, settings, route_grad=way, gamma1=gamma1, gamma2=gamma2, loss=loss
+        )
+
+    return ascend(twin, clip, settings, prepare, indices, climb=climb)
 
 
 def targets(

@@ -46,14 +46,11 @@ from __future__ import annotations
 
 import logging
 import math
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import attack_costs
 import click
 import contest
 import figures
@@ -62,19 +59,16 @@ import recipes
 import torch
 from contest import Clips, Contestant, Found
 from figures import Figure
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from vmoe import bundle as bundles
 from vmoe import checkpoint, cli, latest, report
-from vmoe.attacks.loop import as_found
-from vmoe.attacks.methods import j_tlga_plus, pgd
+from vmoe.attacks.methods import j_tlga_plus
 from vmoe.attacks.presets import PRESETS
 from vmoe.batches import to_tensor
 from vmoe.clips import ClipSpec
 from vmoe.data import open_data
 from vmoe.errors import SettingError
-from vmoe.models import ModelSettings, VideoMoE, build, flops
+from vmoe.models import VideoMoE, flops
 from vmoe.runtime.bench import context
 from vmoe.settings import format_eps, parse_eps
 
@@ -84,25 +78,9 @@ EPS = 4 / 255
 EPS_OF = {"standard": 1 / 255, "fragile": 2 / 255}  # chosen on models of another seed
 CLIPS_SEED = 0  # which clips are taken, as vmoe-attack takes them
 REFERENCE, PLUS, PLUS_FLOPS = "apgd-margin", "j-tlga-plus", "j-tlga-plus, FLOPs"
-BARE, SPEED, MEMORY = 1.1, 1.0, 1.02  # what is to be reached
 NOT_GIVEN = "no such model was given: --models {}=PATH, or --train FOLDER"
 
 
-class Effort(NamedTuple):
-    """How much is measured.
-
-    Attributes:
-        rounds: of each form, interleaved.
-        steps: of PGD, where time is measured.
-        batch: clips at once, where time is measured.
-    """
-
-    rounds: int
-    steps: int
-    batch: int
-
-
-QUICK, FULL = Effort(rounds=3, steps=10, batch=4), Effort(rounds=15, steps=20, batch=8)
 QUICK_CLIPS, QUICK_GRADIENTS = 8, 8
 
 
@@ -184,8 +162,7 @@ def main(
         found.append(gain(model.name, reached))
     if not ablations:
         found += _not_given(measured["models"])
-        effort = QUICK if quick else FULL
-        found += [bare_passes(effort), against_torchattacks(effort), memory()]
+        found += attack_costs.measure(attack_costs.QUICK if quick else attack_costs.FULL)
     figures.say(found, as_json=as_json)
     if not as_json:
         for title, text in tables.items():
@@ -382,117 +359,6 @@ def _record(model: Model, found: Sequence[Found], clean: contest.Bools) -> dict[
         for one in found
     ]  # fmt: skip
     return {"path": _seen(model.path), "eps": model.eps, "clean": float(clean.mean()), "rows": rows}
-
-
-# ---- what an attack costs
-
-
-def bare_passes(effort: Effort) -> Figure:
-    """Measure PGD-k against k bare forward and backward passes."""
-    twin = build(ModelSettings("tsm", 0.125), ClipSpec()).eval()
-    clip, label = _noise(twin.spec, effort.batch)
-    how = pgd.Settings(steps=effort.steps, early_stop=False)
-
-    def bare() -> None:
-        with as_found(twin):
-            at = clip.clone()
-            for _ in range(effort.steps):
-                at.requires_grad_()
-                loss = cross_entropy(twin(at).logits, label, reduction="sum")
-                torch.autograd.grad(loss, at)
-                at = at.detach()
-
-    forms = [lambda: pgd.attack(twin, clip, label, how), bare]
-    return _ratio("pgd_vs_bare_passes", BARE, forms, effort)
-
-
-def against_torchattacks(effort: Effort) -> Figure:
-    """Measure PGD-k against torchattacks', on single frames."""
-    name = "pgd_vs_torchattacks_4d"
-    try:
-        import torchattacks
-    except ImportError as e:
-        why = f"{e.name} is not installed: pip install --no-deps torchattacks"
-        return Figure(name, None, "ratio", SPEED, why=why)
-    twin = build(ModelSettings("tsm", 0.125), ClipSpec(frames=1)).eval()
-    clip, label = _noise(twin.spec, effort.batch)
-    how = pgd.Settings(steps=effort.steps, early_stop=False)
-    theirs = torchattacks.PGD(_Images(twin).eval(), how.eps, how.step * how.eps, how.steps)
-    images = clip[:, :, 0]
-
-    def judged() -> None:
-        found = theirs(images, label)
-        with torch.no_grad():
-            twin(found[:, :, None])
-
-    forms = [
-        lambda: pgd.attack(twin, clip, label, how), lambda: theirs(images, label), judged,
-    ]  # fmt: skip
-    return _ratio(name, SPEED, forms, effort, "judged")
-
-
-class _Images(nn.Module):
-    """A twin of single frames, as an image classifier: [B, 3, H, W] to logits."""
-
-    def __init__(self, twin: VideoMoE) -> None:
-        super().__init__()
-        self.twin = twin
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Answer images."""
-        logits: Tensor = self.twin(images[:, :, None]).logits
-        return logits
-
-
-def _noise(spec: ClipSpec, batch: int) -> tuple[Tensor, Tensor]:
-    t, h, w, c = spec.shape
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand((batch, c, t, h, w), generator=generator), torch.arange(batch) % 10
-
-
-def _ratio(
-    name: str, reach: float, forms: Sequence[Callable[[], object]], effort: Effort, third: str = ""
-) -> Figure:
-    """Return the CPU time of the first form over that of the second, and over that of the third."""
-    times: list[list[float]] = [[] for _ in forms]
-    for number in range(effort.rounds + 1):
-        for form, held in zip(forms, times, strict=True):
-            begin = time.process_time()
-            form()
-            if number:  # the first round warms up
-                held.append(time.process_time() - begin)
-    ours, theirs = times[0], times[1]
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    more = {"minima": min(ours) / min(theirs), "k": effort.steps}
-    if third:
-        more[third] = statistics.median(ours) / statistics.median(times[2])
-    value = statistics.median(ours) / statistics.median(theirs)
-    half = (max(ratios) - min(ratios)) / 2
-    return Figure(name, value, "ratio", reach, n=effort.rounds, spread=half, more=more)
-
-
-PEAKS = """
-import resource, torch
-from vmoe.attacks.methods import pgd
-from vmoe.clips import ClipSpec
-from vmoe.models import ModelSettings, build
-
-twin, clip = build(ModelSettings("tsm", 0.125), ClipSpec()).eval(), torch.rand(4, 3, 8, 64, 64)
-for steps in (10, 10, 100):
-    how = pgd.Settings(steps=steps, early_stop=False)
-    pgd.attack(twin, clip, torch.arange(4), how)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-
-
-def memory() -> Figure:
-    """Measure the peak of a fresh process after PGD-10, twice, and then after PGD-100."""
-    name = "memory_100_vs_10_steps"
-    if sys.platform == "win32":
-        return Figure(name, None, "ratio", MEMORY, why="Windows does not tell a process its peak")
-    done = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True)
-    _, few, many = map(int, done.stdout.split())
-    return Figure(name, many / few, "ratio", MEMORY, more={"peak_kib": many})
 
 
 if __name__ == "__main__":

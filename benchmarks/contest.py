@@ -19,8 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vmoe import registry
-from vmoe.attacks.evaluate import METHODS
+from vmoe.attacks.methods import load
 from vmoe.models import VideoMoE, flops
 
 Bools = NDArray[np.bool_]
@@ -134,7 +133,7 @@ def _attack(
     twin: VideoMoE, clips: Clips, one: Contestant, *, eps: float, seed: int, n: int
 ) -> tuple[Bools, Bools, Spent]:
     """Attack one batch; what is spent is shared among all n clips."""
-    method = registry.load(METHODS, one.attack, "attack")
+    method = load(one.attack)
     settings = method.Settings(eps=eps, seed=seed, grid=True, **one.values)
     cost = flops.count(twin)
     with counted(twin) as passes:

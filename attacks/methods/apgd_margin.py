@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vmoe.attacks import losses
 from vmoe.attacks.apgd import ApgdSettings, climb
-from vmoe.attacks.loop import AttackResult, ascend
+from vmoe.attacks.loop import AttackResult
 from vmoe.models import VideoMoE
 
 PART = "model"
@@ -26,13 +26,4 @@ def attack(
     twin: VideoMoE, clip: Tensor, label: Tensor, settings: Settings, indices: Tensor | None = None
 ) -> AttackResult:
     """Maximise max_{i != y} F_i(x+d) - F_y(x+d); success: the label is wrong."""
-    return ascend(
-        twin,
-        clip,
-        settings,
-        lambda x: losses.whole(
-            twin, x, label, settings, route_grad=settings.route_grad, loss=losses.margin
-        ),
-        indices,
-        climb=climb,
-    )
+    return losses.maximise(twin, clip, label, settings, indices, climb, loss=losses.margin)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vmoe.attacks import losses
-from vmoe.attacks.loop import AttackResult, BallSettings, as_found, check_clip
+from vmoe.attacks.loop import AttackResult, BallSettings, as_found, check_clip, improves
 from vmoe.attacks.methods import load, settings_of
 from vmoe.cli import log
 from vmoe.models import ROUTE_GRADS, VideoMoE
@@ -110,8 +110,7 @@ def _worst(held: AttackResult, found: AttackResult, at: Tensor) -> AttackResult:
         found: of some.
         at: which, int64.
     """
-    same = found.success == held.success[at]
-    better = (found.success & ~held.success[at]) | (same & (found.loss > held.loss[at]))
+    better = improves(found.success, found.loss, held.success[at], held.loss[at])
     rows = at[better]
     whole = AttackResult(*(each.clone() for each in held))
     for name in ("adversarial", "success", "loss", "route_after"):

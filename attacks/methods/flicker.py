@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vmoe.attacks import ball, losses
-from vmoe.attacks.loop import AttackResult, LoopSettings, Search, ascend, route_grad_option
+from vmoe.attacks.loop import AttackResult, LoopSettings, Search, route_grad_option
 from vmoe.models import VideoMoE
 
 PART = "model"
@@ -33,16 +33,7 @@ def attack(
 
     Success: the label is wrong.
     """
-    return ascend(
-        twin,
-        clip,
-        settings,
-        lambda x: losses.whole(
-            twin, x, label, settings, route_grad=settings.route_grad, loss=losses.margin
-        ),
-        indices,
-        climb=_climb,
-    )
+    return losses.maximise(twin, clip, label, settings, indices, _climb, loss=losses.margin)
 
 
 def _climb(search: Search, clip: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vmoe.attacks import losses
 from vmoe.attacks.climbs import shaped
-from vmoe.attacks.loop import AttackResult, LoopSettings, Search, ascend, route_grad_option
+from vmoe.attacks.loop import AttackResult, LoopSettings, Search, route_grad_option
 from vmoe.errors import SettingError
 from vmoe.models import VideoMoE
 from vmoe.settings import opt
@@ -46,16 +46,7 @@ def attack(
         raise SettingError(
             f"--touched-frames is {settings.touched_frames}; a clip of this model has {frames}."
         )
-    return ascend(
-        twin,
-        clip,
-        settings,
-        lambda x: losses.whole(
-            twin, x, label, settings, route_grad=settings.route_grad, loss=losses.margin
-        ),
-        indices,
-        climb=_climb,
-    )
+    return losses.maximise(twin, clip, label, settings, indices, _climb, loss=losses.margin)
 
 
 def _climb(search: Search, clip: Tensor) -> None:

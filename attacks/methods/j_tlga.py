@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vmoe.attacks import losses
 from vmoe.attacks.climbs import fixed
-from vmoe.attacks.loop import AttackResult, TemporalSettings, ascend, route_grad_option
+from vmoe.attacks.loop import AttackResult, TemporalSettings, route_grad_option
 from vmoe.models import VideoMoE
 from vmoe.settings import opt
 
@@ -28,19 +28,6 @@ def attack(
     twin: VideoMoE, clip: Tensor, label: Tensor, settings: Settings, indices: Tensor | None = None
 ) -> AttackResult:
     """Maximise TLA-M's loss + gamma2 TLGA-R's loss; success: the label is wrong."""
-    return ascend(
-        twin,
-        clip,
-        settings,
-        lambda x: losses.whole(
-            twin,
-            x,
-            label,
-            settings,
-            route_grad=settings.route_grad,
-            gamma1=settings.gamma1,
-            gamma2=settings.gamma2,
-        ),
-        indices,
-        climb=fixed,
+    return losses.maximise(
+        twin, clip, label, settings, indices, fixed, gamma1=settings.gamma1, gamma2=settings.gamma2
     )

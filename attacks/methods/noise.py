@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vmoe.attacks import losses
-from vmoe.attacks.loop import AttackResult, BallSettings, Search, ascend
+from vmoe.attacks.loop import AttackResult, BallSettings, Search
 from vmoe.models import VideoMoE
 from vmoe.settings import opt
 
@@ -28,14 +28,7 @@ def attack(
     twin: VideoMoE, clip: Tensor, label: Tensor, settings: Settings, indices: Tensor | None = None
 ) -> AttackResult:
     """Look at random points of the ball (of L2, of its surface); success: the label is wrong."""
-    return ascend(
-        twin,
-        clip,
-        settings,
-        lambda x: losses.whole(twin, x, label, settings, route_grad="frozen", loss=losses.margin),
-        indices,
-        climb=_look,
-    )
+    return losses.maximise(twin, clip, label, settings, indices, _look, loss=losses.margin)
 
 
 def _look(search: Search, clip: Tensor) -> None:

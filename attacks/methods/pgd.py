@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vmoe.attacks import losses
 from vmoe.attacks.climbs import fixed
-from vmoe.attacks.loop import AttackResult, LoopSettings, ascend, route_grad_option
+from vmoe.attacks.loop import AttackResult, LoopSettings, route_grad_option
 from vmoe.models import VideoMoE
 
 PART = "model"
@@ -25,11 +25,4 @@ def attack(
     twin: VideoMoE, clip: Tensor, label: Tensor, settings: Settings, indices: Tensor | None = None
 ) -> AttackResult:
     """Maximise CE(F(x+d), y); success: the label is wrong."""
-    return ascend(
-        twin,
-        clip,
-        settings,
-        lambda x: losses.whole(twin, x, label, settings, route_grad=settings.route_grad),
-        indices,
-        climb=fixed,
-    )
+    return losses.maximise(twin, clip, label, settings, indices, fixed)

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from vmoe.attacks import losses
 from vmoe.attacks.estimate import EstimateSettings, Estimator
-from vmoe.attacks.loop import AttackResult, Search, ascend
+from vmoe.attacks.loop import AttackResult, Search
 from vmoe.models import VideoMoE
 
 PART = "model"
@@ -30,14 +30,7 @@ def attack(
     twin: VideoMoE, clip: Tensor, label: Tensor, settings: Settings, indices: Tensor | None = None
 ) -> AttackResult:
     """Maximise max_{i != y} F_i(x+d) - F_y(x+d); success: the label is wrong."""
-    return ascend(
-        twin,
-        clip,
-        settings,
-        lambda x: losses.whole(twin, x, label, settings, route_grad="frozen", loss=losses.margin),
-        indices,
-        climb=_climb,
-    )
+    return losses.maximise(twin, clip, label, settings, indices, _climb, loss=losses.margin)
 
 
 def signs(shape: torch.Size, own: Generator) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Generator, Tensor
 
 from vmoe.attacks import ball, losses
-from vmoe.attacks.loop import AttackResult, BallSettings, Search, ascend
+from vmoe.attacks.loop import AttackResult, BallSettings, Search
 from vmoe.models import VideoMoE
 from vmoe.settings import opt
 
@@ -47,14 +47,7 @@ def attack(
     twin: VideoMoE, clip: Tensor, label: Tensor, settings: Settings, indices: Tensor | None = None
 ) -> AttackResult:
     """Maximise max_{i != y} F_i(x+d) - F_y(x+d); success: the label is wrong."""
-    return ascend(
-        twin,
-        clip,
-        settings,
-        lambda x: losses.whole(twin, x, label, settings, route_grad="frozen", loss=losses.margin),
-        indices,
-        climb=_climb,
-    )
+    return losses.maximise(twin, clip, label, settings, indices, _climb, loss=losses.margin)
 
 
 def _climb(search: Search, clip: Tensor) -> None:

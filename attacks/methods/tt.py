@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vmoe.attacks import losses
 from vmoe.attacks.climbs import shaped
-from vmoe.attacks.loop import AttackResult, LoopSettings, Search, ascend, route_grad_option
+from vmoe.attacks.loop import AttackResult, LoopSettings, Search, route_grad_option
 from vmoe.models import VideoMoE
 from vmoe.settings import opt
 
@@ -42,14 +42,7 @@ def attack(
 
     The clip itself, shift 0, is the only copy that is a candidate.
     """
-    return ascend(
-        twin,
-        clip,
-        settings,
-        lambda x: losses.whole(twin, x, label, settings, route_grad=settings.route_grad),
-        indices,
-        climb=shaped(_average),
-    )
+    return losses.maximise(twin, clip, label, settings, indices, shaped(_average))
 
 
 def weights(settings: Settings, frames: int) -> dict[int, float]:

@@ -13,7 +13,8 @@ from tests.twins import SPEC
 from vmoe import registry
 from vmoe.attacks import flags
 from vmoe.attacks.cli import main
-from vmoe.attacks.evaluate import METHODS, plan
+from vmoe.attacks.evaluate import plan
+from vmoe.attacks.methods import METHODS
 from vmoe.errors import SettingError
 
 

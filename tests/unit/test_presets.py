@@ -8,8 +8,7 @@ import pytest
 
 from vmoe import registry
 from vmoe.attacks import presets
-from vmoe.attacks.evaluate import METHODS
-from vmoe.attacks.methods import j_tlga
+from vmoe.attacks.methods import METHODS, j_tlga
 from vmoe.errors import UnknownNameError
 
 
