@@ -28,7 +28,8 @@ from vmoe.models import VideoMoE
 
 __all__ = [
     "Aim", "AttackResult", "BallSettings", "Climb", "IterativeSettings", "Judged", "LoopSettings",
-    "Objective", "Search", "TemporalSettings", "as_found", "ascend", "improves", "route_grad_option",
+    "Objective", "Search", "TemporalSettings", "as_found", "ascend", "improves",
+    "route_grad_option",
 ]  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,65 +11,17 @@ import click
 import torch
 
 from vmoe import checkpoint, cli, output, registry
-from vmoe.clips import ClipSpec
+from vmoe.attacks import ranks
+from vmoe.attacks.ranks import Ranks
 from vmoe.data import ClipData, DataSettings, open_data
-from vmoe.errors import SettingError
+from vmoe.errors import SettingError, VmoeError
 from vmoe.models import ModelSettings, build, flops
-from vmoe.settings import Settings, opt, to_mapping
-from vmoe.train import initial, loop, report
-from vmoe.train.passes import Pass, RecipeSettings
+from vmoe.settings import Settings
+from vmoe.train import initial, loop, report, together
+from vmoe.train import state as states
+from vmoe.train.planned import RECIPES, Plan, RunSettings
 
-RECIPES = "vmoe.train.recipes"
 log = cli.log
-
-
-@dataclass(frozen=True)
-class RunSettings(Settings):
-    """What the command itself takes."""
-
-    method: str = opt("j-tlat", "recipe: at-m, j-tlat or standard")
-    frames: int = opt(8, "frames of a clip", at_least=1)
-    spacing: float = opt(0.1, "time between two frames of a clip, in seconds", above=0)
-    size: int = opt(64, "height and width of a clip, in pixels", at_least=16)
-    val_clips: int = opt(200, "clips of the validation; 0 is all", at_least=0)
-    test_clips: int = opt(400, "clips of the report at the end; 0 is all", at_least=0)
-    report_steps: int = opt(20, "gradient steps of the report's attacks", at_least=1)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that a run is made of; its mapping is the recipe in the checkpoint."""
-
-    data: str
-    run: RunSettings
-    model: ModelSettings
-    loop: loop.LoopSettings
-    clips: DataSettings
-    recipe: RecipeSettings
-    init_from: str
-
-    def mapping(self) -> dict[str, Any]:
-        """Return the recipe as JSON holds it, to be shown, kept and compared."""
-        parts = {"run": self.run, "model": self.model, "loop": self.loop, "clips": self.clips}
-        held = {name: to_mapping(part) for name, part in parts.items()}
-        mapped = {"data": self.data, "init_from": self.init_from, **held}
-        return mapped | {"method": to_mapping(self.recipe)}
-
-    def passes(self) -> list[Pass]:
-        """Return the recipe's passes."""
-        module = registry.load(RECIPES, self.run.method, "recipe (--method)")
-        made: list[Pass] = module.passes(self.recipe)
-        if self.model.experts == 1 and any(walk.part == "router" for walk in made):
-            raise SettingError(
-                f"--method {self.run.method} trains a router, and --experts 1 has none: "
-                "give --experts 2 or more, or --method at-m."
-            )
-        return made
-
-    def open(self, split: str, clips: int, spec: ClipSpec, epoch: int = 0) -> ClipData:
-        """Open one split of the data."""
-        settings = DataSettings(clips, self.clips.group, self.clips.seed, epoch)
-        return open_data(self.data, split, spec, settings)
 
 
 def _every_recipe_option(function: Any) -> Any:
@@ -95,7 +46,7 @@ def _fields(cls: type[Settings]) -> set[str]:
 )
 @click.argument("data", required=False)
 @cli.options(RunSettings)
-@cli.options(ModelSettings, skip=["classes"])
+@cli.options(ModelSettings, skip=["classes", "denoise"])
 @cli.options(loop.LoopSettings, skip=["seed"])
 @cli.options(DataSettings, skip=["seed", "epoch"])
 @_every_recipe_option
@@ -118,34 +69,38 @@ def main(
 
     A run that was interrupted goes on with --resume and its --out; it knows its own recipe.
     """
+    here = ranks.here()
+    if not here.first:
+        log.setLevel("ERROR")
     if resume:
         if out is None:
             raise SettingError("--resume goes on with the run in a folder; name it with --out.")
-        data, init_from, seed, flags = _as_before(loop.recipe_of(out), data, flags)
-    plan, spec = _plan(data or "camera-motion", init_from, seed, config, flags)
-    where = checkpoint.device(device)
+        data, init_from, seed, flags = _as_before(states.recipe_of(out), data, flags)
+    plan = _plan(data or "camera-motion", init_from, seed, config, flags)
+    where = checkpoint.device(here.device(device))
     folder = out or Path("runs/train") / f"{plan.run.method}-{plan.model.arch}"
-    plan.passes()  # refuses what does not fit, before any work
-    twin = build(plan.model, spec, seed)
-    cost = flops.count(twin)
+    twin = build(plan.trained, plan.run.spec, seed)  # refuses what does not fit, before any work
     log.info("data: %s  recipe: %s  out: %s", plan.data, plan.run.method, folder)
-    log.info("%s", _describe(plan.model, cost))
+    log.info("%s", _describe(plan.trained, flops.count(twin)))
     if dry_run:
         cli.print_json(plan.mapping()) if as_json else click.echo(_lines(plan.mapping()))
         return
-    if not resume and folder.exists():
+    if not resume and here.first and folder.exists():
         raise SettingError(f"{folder} exists. Choose another --out, or go on with --resume.")
     if init_from is not None and not resume:
         log.info("weights: %s", initial.take_weights(twin, init_from))
     twin.to(where)
-    state = loop.start(twin, plan.loop)
-    if resume:
-        state = loop.load(state, plan.mapping(), folder)
-        log.info("resumed after epoch %d of %d", state.epoch, plan.loop.epochs)
-    labels = plan.open("train", plan.clips.clips, spec).labels
-    test = plan.open("test", plan.run.test_clips, spec) if reported else None
-    output.probe(folder)  # all that can be refused is refused before the first epoch
-    _train(state, plan, spec, labels, folder)
+    with together.joined(here, where):
+        state = loop.start(twin, plan.loop)
+        if resume:
+            state = states.load(state, plan.mapping(), folder)
+            log.info("resumed after epoch %d", state.epoch)
+        labels = plan.open("train", plan.clips.clips).labels
+        test = plan.open("test", plan.run.test_clips) if reported else None
+        output.probe(folder)  # all that can be refused is refused before the first epoch
+        _train(state, plan, labels, folder, here)
+    if not here.first:
+        return
     found = {"validation": state.rows[-1], "recipe": plan.mapping()}
     if test is not None:
         found = _report(plan, test, folder, where)
@@ -183,17 +138,16 @@ def _as_before(
 
 def _plan(
     data: str, init_from: Path | None, seed: int, config: Path | None, flags: dict[str, Any]
-) -> tuple[Plan, ClipSpec]:
+) -> Plan:
     run = cli.resolve(RunSettings, flags, config)
-    recipe = registry.load(RECIPES, run.method, "recipe (--method)").Settings
+    recipe = run.recipe.Settings
     _refuse_strangers(run.method, recipe, flags)
-    spec = ClipSpec(run.frames, run.spacing, run.size, run.size)
     clips = cli.resolve(DataSettings, flags, config, seed=seed)
-    labels = open_data(data, "train", spec, clips).labels
+    labels = open_data(data, "train", run.spec, clips).labels
     model = cli.resolve(ModelSettings, flags, config, classes=len(labels))
     looped = cli.resolve(loop.LoopSettings, flags, config, seed=seed)
     chosen = cli.resolve(recipe, flags, config)
-    return Plan(data, run, model, looped, clips, chosen, str(init_from or "")), spec
+    return Plan(data, run, model, looped, clips, chosen, str(init_from or ""))
 
 
 def _refuse_strangers(method: str, recipe: type[Settings], flags: dict[str, Any]) -> None:
@@ -207,27 +161,46 @@ def _refuse_strangers(method: str, recipe: type[Settings], flags: dict[str, Any]
 
 
 def _train(
-    state: loop.State, plan: Plan, spec: ClipSpec, labels: tuple[str, ...], folder: Path
+    state: states.State, plan: Plan, labels: tuple[str, ...], folder: Path, here: Ranks
+) -> None:
+    """Train; keep every epoch's weights, the best one's, and the state to go on from.
+
+    Raises:
+        VmoeError: as of `loop.run`, with where the last good weights are.
+    """
+    best = state.best
+    recipe = loop.Recipe(plan.walks, plan.recipe.bf16)
+    epochs = loop.run(
+        state, recipe, lambda epoch: plan.open("train", plan.clips.clips, epoch),
+        plan.open("val", plan.run.val_clips), plan.loop, here,
+    )  # fmt: skip
+    try:
+        for now in epochs:
+            if here.first:
+                _keep(now, plan, labels, folder, now.best > best)
+            best = now.best
+    except VmoeError as e:
+        last = folder / "last.safetensors"
+        kept = f" The last good weights: {last}." if last.exists() else ""
+        raise type(e)(f"{e}{kept}") from e
+
+
+def _keep(
+    now: states.State, plan: Plan, labels: tuple[str, ...], folder: Path, better: bool
 ) -> None:
     recipe = plan.mapping()
-    best = state.best
-    val = plan.open("val", plan.run.val_clips, spec)
-    for now in loop.run(
-        state, plan.passes(), lambda epoch: plan.open("train", plan.clips.clips, spec, epoch),
-        val, plan.loop,
-    ):  # fmt: skip
-        held = checkpoint.Checkpoint(now.twin, labels, recipe, {"validation": now.rows[-1]})
-        if now.best > best or not (folder / "best.safetensors").exists():
-            checkpoint.save(held, folder / "best.safetensors")
-        best = now.best
-        checkpoint.save(held, folder / "last.safetensors")
-        output.write_text(folder / "results.csv", _csv(now.rows))
-        loop.save(now, recipe, folder)
+    held = checkpoint.Checkpoint(now.kept, labels, recipe, {"validation": now.rows[-1]})
+    if better or not (folder / "best.safetensors").exists():
+        checkpoint.save(held, folder / "best.safetensors")
+    checkpoint.save(held, folder / "last.safetensors")
+    output.write_text(folder / "results.csv", _csv(now.rows))
+    states.save(now, recipe, folder)
 
 
-def _csv(rows: list[loop.Row]) -> str:
+def _csv(rows: list[states.Row]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    columns = list(dict.fromkeys(key for row in rows for key in row))  # walks may change
+    writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows([{k: f"{v:.6g}" for k, v in row.items()} for row in rows])
     return text.getvalue()

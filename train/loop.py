@@ -1,253 +1,282 @@
-"""The training loop: epochs of passes, a cosine schedule, validation, a state that resumes."""
+"""The training loop: epochs of walks, a schedule, a budget, validation."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vmoe import checkpoint
+from vmoe.attacks.ranks import Ranks
 from vmoe.batches import Batch, Held, batches, shuffled
 from vmoe.cli import log, progress
 from vmoe.data import ClipData
-from vmoe.errors import VmoeError
+from vmoe.errors import SettingError, VmoeError
 from vmoe.models import VideoMoE, flops
 from vmoe.settings import Settings, opt
-from vmoe.train.passes import Pass, Update, training
-from vmoe.train.validate import Validation, validate
+from vmoe.train import averaging, together
+from vmoe.train.passes import Pass, Walk, training
+from vmoe.train.schedule import Course, rate
+from vmoe.train.state import Row, State
+from vmoe.train.validate import Validation, crowded, validate
 
-STATE = "state.safetensors"
-LARGEST_GRADIENT = 5.0  # norm over a pass's parameters
 GIVEN_UP = 1e30  # a loss beyond this, or that is no number, ends the training
-
-Row: TypeAlias = "dict[str, float]"
+PATIENCE = 2  # epochs in a row after which a collapsed routing ends the training
 
 
 @dataclass(frozen=True)
 class LoopSettings(Settings):
     """What the loop itself takes."""
 
-    epochs: int = opt(10, "walks over the training data", at_least=1)
-    batch: int = opt(32, "clips of a batch", at_least=2)
+    epochs: int = opt(10, "walks over the training data; a --budget stands in its place",
+                      at_least=1)  # fmt: skip
+    budget: float = opt(
+        0.0, "TFLOPs to spend on all passes of the training, attacks included; 0: by --epochs",
+        at_least=0,
+    )  # fmt: skip
+    batch: int = opt(32, "clips of a batch, over all processes", at_least=2)
     lr: float = opt(3e-3, "highest learning rate of AdamW", above=0)
     weight_decay: float = opt(1e-3, "AdamW's weight decay", at_least=0)
+    schedule: str = opt("cosine", "how the rate falls", choices=("cosine", "constant"))
     warmup: float = opt(0.05, "share of the training over which the rate rises", at_least=0)
+    clip_norm: float = opt(5.0, "largest norm of an update's gradient; 0: any", at_least=0)
+    ema: float = opt(
+        0.0, "decay per update of an average of the weights, which is what is validated and kept; "
+        "0: none", at_least=0, at_most=1,
+    )  # fmt: skip
+    bn: str = opt(
+        "batch", "what BatchNorm normalises an update by: the batch, or its running statistics, "
+        "which then stay as they are", choices=("batch", "running"),
+    )  # fmt: skip
     val_steps: int = opt(
         10, "PGD steps of the validation; 0 validates clean clips alone", at_least=0
     )
     val_eps: float = opt(8 / 255, "budget of the validation's attack", at_least=0, at_most=1)
+    on_collapse: str = opt(
+        "stop", "what a router does to the training that sends all clips to one expert",
+        choices=("stop", "warn"),
+    )  # fmt: skip
     seed: int = opt(0, "random seed of weights, order and attacks")
 
 
-@dataclass
-class State:
-    """Where a training stands: what `--resume` needs, beside the recipe.
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained by, from the settings of a method.
 
     Attributes:
-        epoch: epochs that are done.
-        rows: one for each of them, as in results.csv.
-        best: the validation's figure of the best epoch so far.
+        walks: from the share of the training that is done, when an epoch begins, to its walks.
+        bf16: whether passes run in bfloat16.
     """
 
-    twin: VideoMoE
-    optimiser: torch.optim.Optimizer
-    epoch: int
-    rows: list[Row]
-    best: float
+    walks: Callable[[float], list[Walk]]
+    bf16: bool = False
 
 
 class Walked(NamedTuple):
     """One walk over the data.
 
     Attributes:
-        loss: its mean.
+        losses: the mean of each pass's.
         gradients: clips that a gradient was taken of through experts, those of updates included.
-        flops: floating-point operations of one clip.
     """
 
-    loss: float
+    losses: dict[str, float]
     gradients: int
-    flops: float
 
 
 def start(twin: VideoMoE, settings: LoopSettings) -> State:
-    """Return the state before the first epoch."""
+    """Return the state before the first epoch; every process of torchrun takes its part in it."""
+    together.share(twin)
     optimiser = torch.optim.AdamW(
         twin.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
     )
-    return State(twin, optimiser, 0, [], -1.0)
+    average = averaging.Average(twin, settings.ema) if settings.ema else None
+    return State(twin, optimiser, average)
 
 
 def run(
     state: State,
-    passes: list[Pass],
+    recipe: Recipe,
     train_data: Callable[[int], ClipData],
     val_data: ClipData,
     settings: LoopSettings,
+    ranks: Ranks | None = None,
 ) -> Iterator[State]:
     """Train; yield the state after every epoch.
 
     Args:
-        state: where to begin: from `start`, or from `load`.
-        passes: the recipe.
+        state: where to begin: from `start`, or as `state.load` read it.
+        recipe: the walks of each epoch.
         train_data: from an epoch's number to its clips.
         val_data: the validation's clips.
         settings: epochs, batch, rates, seed; everything drawn comes from (seed, epoch, pass), so
             that a training that was interrupted and resumed is the same, bit for bit.
+        ranks: this process among those that share each batch.
 
     Raises:
-        VmoeError: the loss is no number any more.
+        VmoeError: the loss is no number any more, or routing has collapsed.
+        SettingError: a batch that cannot be shared by so many processes.
     """
-    device = next(state.twin.parameters()).device
+    ranks = ranks or Ranks()
     held_val = Held(val_data)
-    while state.epoch < settings.epochs:
+    if settings.batch < 2 * ranks.world:
+        raise SettingError(
+            f"--batch is {settings.batch}, over {ranks.world} processes: give at least "
+            f"{2 * ranks.world}."
+        )
+    course = Course(settings.epochs, settings.budget, state)
+    while not course.over:
         begin = time.monotonic()
         data = Held(train_data(state.epoch))
+        walks = recipe.walks(course.done)
+        course.begin(len(data), [name_of(walk) for walk in walks])
         row: Row = {"epoch": state.epoch + 1}
-        gradients, spent = 0, 0.0
-        for number, walk in enumerate(passes):
-            walked = _walk(state, walk, number, len(passes), data, settings, device)
-            row[f"loss_{walk.name.replace(' ', '_')}"] = walked.loss
+        gradients = 0
+        for number, walk in enumerate(walks):
+            walked = _Walker(state, walk, number, data, settings, ranks, recipe.bf16, course).go()
+            row |= {f"loss_{name.replace(' ', '_')}": loss for name, loss in walked.losses.items()}
             gradients += walked.gradients
-            spent += walked.flops
-        found = _validate(state.twin, held_val, settings)
-        row |= found.row()
-        row |= {"gradients_per_clip": gradients / len(data), "gflops_per_clip": spent / 1e9}
+        course.end()
+        found = validate(
+            state.kept, held_val, settings.val_steps, settings.val_eps, settings.batch, ranks
+        )
+        row |= found.row() | {"gradients": gradients, "tflops": state.tflops}
         row["epoch_s"] = time.monotonic() - begin
         state.epoch += 1
         state.rows.append(row)
         state.best = max(state.best, found.figure)
         _report(row, found, settings)
         yield state
+        _refuse_collapse(state.rows, settings)
 
 
-def _walk(
-    state: State, walk: Pass, number: int, of: int, data: Held,
-    settings: LoopSettings, device: torch.device,
-) -> Walked:  # fmt: skip
-    """Walk over the data once.
+def name_of(walk: Walk) -> str:
+    """Return the name of a walk: those of its passes."""
+    return ", ".join(each.name for each in walk)
 
-    The FLOPs of everything that it runs, attack, update and terms, are counted on its first batch
-    by torch's own counter: clips cost alike, so that the rest is the same per clip.
-    """
-    seed = (settings.seed, state.epoch, number)
-    order = shuffled(len(data), *seed)
-    attack_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    total, gradients, spent, steps = 0.0, 0, 0.0, math.ceil(len(data) / settings.batch)
-    label = f"epoch {state.epoch + 1}/{settings.epochs} {walk.name}"
-    for step, batch in enumerate(
-        progress(batches(data, settings.batch, device, order), label, steps)
-    ):
-        done = (state.epoch + (number + step / steps) / of) / settings.epochs
-        for group in state.optimiser.param_groups:
-            group["lr"] = settings.lr * rate(done, settings.warmup)
-        counter = flops.Counter()
-        with contextlib.nullcontext() if step else counter:
-            clip, taken = walk.prepare(state.twin, batch, attack_seed)
-            update = _step(state, walk, batch, clip)
-        if not step:
-            spent = counter.total / len(batch.label)
-        loss = float(update.loss.detach())
+
+class _Walker:
+    """One walk over the data, a batch after the other."""
+
+    def __init__(
+        self, state: State, walk: Walk, number: int, data: ClipData, settings: LoopSettings,
+        ranks: Ranks, bf16: bool, course: Course,
+    ) -> None:  # fmt: skip
+        """Draw the order and the attacks' seed from (seed, epoch, number of the walk)."""
+        self._state, self._walk, self._settings, self._course = state, walk, settings, course
+        self._ranks, self._bf16, self._data = ranks, bf16, data
+        self._device = next(state.twin.parameters()).device
+        seed = (settings.seed, state.epoch, number)
+        self._rows = shuffled(len(data), *seed)[: course.clips]
+        self._attack_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        self._name = name_of(walk)
+
+    def go(self) -> Walked:
+        """Walk.
+
+        The FLOPs of everything that it runs, attack, update and terms, are counted on its first
+        batch by torch's own counter: clips cost alike, so that the rest is the same per clip.
+        """
+        losses = dict.fromkeys([each.name for each in self._walk], 0.0)
+        gradients, spent, seen = 0, 0.0, 0
+        cut = cut_batches(self._rows, self._settings.batch)
+        label = f"epoch {self._state.epoch + 1} {self._name}"
+        for step, rows in enumerate(progress(cut, label, len(cut))):
+            if self._course.stops(self._name):
+                break
+            self._set_rate()
+            batch = self._batch(rows)
+            counter = flops.Counter()
+            with contextlib.nullcontext() if step else counter:
+                for each in self._walk:
+                    loss, taken = self._pass(each, batch, len(rows), step)
+                    losses[each.name] += loss * len(rows)
+                    gradients += taken
+            if not step:
+                spent = together.total_float(counter.total) / len(rows)
+            seen += len(rows)
+            self._course.spend(self._name, spent, len(rows))
+        for twin in {self._state.twin, self._state.kept}:
+            for each in self._walk:
+                if each.after is not None:
+                    each.after(twin)
+        means = {name: loss / max(seen, 1) for name, loss in losses.items()}
+        return Walked(means, int(together.total_float(gradients)))
+
+    def _set_rate(self) -> None:
+        how = self._settings
+        share = rate(self._course.done, how.warmup, how.schedule)
+        for group in self._state.optimiser.param_groups:
+            group["lr"] = how.lr * share
+
+    def _batch(self, rows: Sequence[int]) -> Batch:
+        """Return this process's share of a batch."""
+        mine = rows[self._ranks.rank :: self._ranks.world]
+        return next(batches(self._data, len(mine), self._device, mine))
+
+    def _pass(self, each: Pass, batch: Batch, count: int, step: int) -> tuple[float, int]:
+        """Attack and update on one batch of so many clips; return the loss and the gradients."""
+        state, how = self._state, self._settings
+        clip, taken = each.prepare(state.twin, batch, self._attack_seed)
+        autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16)
+        with training(state.twin, each.part, statistics=how.bn == "batch") as parameters:
+            with autocast:
+                update = each.update(state.twin, batch, clip)
+            loss = update.loss * (len(batch.label) / count)  # of the mean over all processes
+            value = together.total_float(float(loss.detach()))
+            self._refuse(value, each.name, step)
+            self._descend(loss, parameters)
+        if state.average is not None:
+            state.average.update(state.twin)
+        return value, taken + update.gradients
+
+    def _descend(self, loss: Tensor, parameters: list[nn.Parameter]) -> None:
+        self._state.optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        together.sum_gradients(parameters)
+        if self._settings.clip_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, self._settings.clip_norm)
+        self._state.optimiser.step()
+
+    def _refuse(self, loss: float, name: str, step: int) -> None:
         if not abs(loss) < GIVEN_UP:
             raise VmoeError(
-                f"the loss of pass {walk.name!r} is {loss} in epoch {state.epoch + 1}: "
-                f"training diverged. Give a smaller --lr than {settings.lr:g}."
+                f"the loss of pass {name!r} is {loss} in epoch {self._state.epoch + 1}, batch "
+                f"{step + 1}: training diverged. Give a smaller --lr than {self._settings.lr:g}."
             )
-        total += loss * len(batch.label)
-        gradients += taken + update.gradients
-    return Walked(total / len(data), gradients, spent)
 
 
-def _step(state: State, walk: Pass, batch: Batch, clip: Tensor) -> Update:
-    """Update the pass's part of the twin on one batch."""
-    with training(state.twin, walk.part) as parameters:
-        update = walk.update(state.twin, batch, clip)
-        state.optimiser.zero_grad(set_to_none=True)
-        update.loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
-        state.optimiser.step()
-    return update
+def cut_batches(rows: Sequence[int], size: int) -> list[list[int]]:
+    """Cut rows into batches; a rest of less than half a batch joins the batch before it.
 
-
-def _validate(twin: VideoMoE, data: ClipData, settings: LoopSettings) -> Validation:
-    return validate(twin, data, settings.val_steps, settings.val_eps, settings.batch)
-
-
-def rate(done: float, warmup: float) -> float:
-    """Return the learning rate as a share of its highest: a linear rise, then half a cosine.
-
-    Args:
-        done: share of the training that is done, in [0, 1].
-        warmup: share over which the rate rises.
+    So no batch is too small for BatchNorm, or to be shared by several processes.
     """
-    if done < warmup:
-        return 0.02 + 0.98 * done / warmup
-    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1 - warmup, 1e-9)))
+    whole, rest = divmod(len(rows), size)
+    count = max(1, whole + (2 * rest >= size))
+    ends = [size * i for i in range(1, count)]
+    return [list(rows[a:b]) for a, b in zip([0, *ends], [*ends, len(rows)], strict=True)]
 
 
 def _report(row: Row, found: Validation, settings: LoopSettings) -> None:
     shown = "  ".join(f"{key} {value:.4g}" for key, value in row.items() if key != "epoch")
-    log.info("epoch %d/%d  %s", row["epoch"], settings.epochs, shown)
+    of = "" if settings.budget else f"/{settings.epochs}"
+    log.info("epoch %d%s  %s", row["epoch"], of, shown)
     warning = found.collapse()
     if warning:
         log.warning("%s", warning)
 
 
-def save(state: State, recipe: dict[str, Any], folder: Path) -> None:
-    """Write the whole state as one file, so that a kill at any moment leaves a whole one."""
-    tensors = {f"twin.{name}": t for name, t in state.twin.state_dict().items()}
-    for index, values in state.optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{index}.{key}": torch.as_tensor(v) for key, v in values.items()}
-    header = {"recipe": recipe, "epoch": state.epoch, "rows": state.rows, "best": state.best}
-    checkpoint.write_tensors(tensors, header, folder / STATE)
-
-
-def recipe_of(folder: Path) -> dict[str, Any]:
-    """Return the recipe of the run in a folder.
-
-    Raises:
-        VmoeError: no state there.
-    """
-    recipe: dict[str, Any] = checkpoint.read_tensors(folder / STATE)[1]["recipe"]
-    return recipe
-
-
-def load(state: State, recipe: dict[str, Any], folder: Path) -> State:
-    """Return the state that `save` wrote, in the twin and the optimiser of a fresh one.
-
-    Raises:
-        VmoeError: no state there, or one of another recipe.
-    """
-    tensors, header = checkpoint.read_tensors(folder / STATE)
-    if header.get("recipe") != recipe:
-        changed = _changed(header.get("recipe", {}), recipe)
-        raise VmoeError(f"{folder} was trained otherwise ({changed}): resume with its own flags.")
-    state.twin.load_state_dict(_under(tensors, "twin."))
-    states: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in _under(tensors, "optimiser.").items():
-        index, key = name.split(".")
-        states.setdefault(int(index), {})[key] = tensor
-    plan = state.optimiser.state_dict()
-    state.optimiser.load_state_dict({"state": states, "param_groups": plan["param_groups"]})
-    state.epoch, state.rows, state.best = header["epoch"], header["rows"], header["best"]
-    return state
-
-
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-
-def _changed(old: Any, new: Any, name: str = "") -> str:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted({*old, *new})
-        parts = (_changed(old.get(k), new.get(k), k) for k in keys if old.get(k) != new.get(k))
-        return ", ".join(parts)
-    return f"{name} {old} then, {new} now"
+def _refuse_collapse(rows: Sequence[Row], settings: LoopSettings) -> None:
+    """End a training whose router has sent nearly all clips to one expert for some epochs."""
+    last = [crowded(row) for row in rows[-PATIENCE:]]
+    if settings.on_collapse == "stop" and len(last) == PATIENCE and all(last):
+        raise VmoeError(
+            f"routing has collapsed: for {PATIENCE} epochs, up to epoch {len(rows)}, one expert "
+            "has received nearly all clips. Train anew with a higher --balance, another "
+            "--balance-loss or fewer --experts; --on-collapse warn lets it go on."
+        )

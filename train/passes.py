@@ -1,29 +1,34 @@
-"""What a recipe is made of: passes over the data, each updating a part of the twin."""
+"""What a recipe is made of: walks over the data, and passes that update a part of the twin."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy
 
+from vmoe.attacks.methods import pgd
 from vmoe.batches import Batch
 from vmoe.lipschitz import l_lip
 from vmoe.models import VideoMoE
 from vmoe.settings import Settings, opt
+from vmoe.train.balance import BALANCES, balance_loss
 
-PARTS = ("whole", "router", "experts")
+PARTS = ("whole", "router", "experts", "expert0")
 
 
 @dataclass(frozen=True)
 class RecipeSettings(Settings):
     """What every recipe takes."""
 
-    balance: float = opt(0.5, "weight of the router's load balance (Switch)", at_least=0)
+    balance: float = opt(0.5, "weight of the router's load balance", at_least=0)
+    balance_loss: str = opt("switch", "form of the load balance", choices=BALANCES)
+    smoothing: float = opt(0.0, "label smoothing", at_least=0, at_most=1)
+    bf16: bool = opt(False, "passes in bfloat16; weights and losses in float32")
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,32 @@ class RobustSettings(RecipeSettings):
     eps: float = opt(8 / 255, "L-infinity budget, on pixels in [0, 1]", at_least=0, at_most=1)
     steps: int = opt(3, "gradient steps of the attack inside of training", at_least=1)
     step: float = opt(0.75, "its step size, as a share of eps", above=0)
+
+    def attack(self, seed: int, **more: Any) -> dict[str, Any]:
+        """Return the settings of an attack inside of training.
+
+        Without early stop: the strongest clip is wanted, not the first that succeeds.
+        """
+        return {
+            "eps": self.eps, "steps": self.steps, "step": self.step, "seed": seed,
+            "bf16": self.bf16, "early_stop": False, **more,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LipschitzSettings(RobustSettings):
+    """What the paper's recipes take beside: Lipschitz terms, and a temporal step in the attack."""
+
+    lam: float = opt(1e-4, "weight of the Lipschitz terms", at_least=0)
+    beta: float = opt(0.9, "decay of the temporal step's V", at_least=0, at_most=1)
+    temporal: str = opt(
+        "iterations", "temporal step of the attack", choices=("iterations", "frames", "off")
+    )
+
+    def temporal_attack(self, seed: int, **more: Any) -> dict[str, Any]:
+        """Return the settings of a temporal Lipschitz attack inside of training."""
+        how = {"beta": self.beta, "temporal": self.temporal, "lam": self.lam}
+        return self.attack(seed, **how, **more)
 
 
 class Update(NamedTuple):
@@ -44,21 +75,27 @@ class Update(NamedTuple):
 
 @dataclass(frozen=True)
 class Pass:
-    """One walk over the data.
+    """One update of one part.
 
     Attributes:
         name: for the log.
         part: what it updates, of PARTS; the rest keeps its weights and its statistics.
         update: from a twin (the part being in train mode), a batch and its adversarial clips to
-            an Update.
+            an Update, whose loss is a mean over the batch.
         prepare: from a twin in eval mode, a batch and a seed to the adversarial clips, and of how
             many clips it took a gradient through experts.
+        after: what is done to the twin when the walk is over, if anything.
     """
 
     name: str
     part: str
     update: Callable[[VideoMoE, Batch, Tensor], Update]
     prepare: Callable[[VideoMoE, Batch, int], tuple[Tensor, int]]
+    after: Callable[[VideoMoE], None] | None = None
+
+
+# One walk over the data: each batch goes through its passes in turn.
+Walk: TypeAlias = "tuple[Pass, ...]"
 
 
 def clean_clips(twin: VideoMoE, batch: Batch, seed: int) -> tuple[Tensor, int]:
@@ -66,20 +103,36 @@ def clean_clips(twin: VideoMoE, batch: Batch, seed: int) -> tuple[Tensor, int]:
     return batch.clip, 0
 
 
+def pgd_clips(settings: RobustSettings) -> Callable[[VideoMoE, Batch, int], tuple[Tensor, int]]:
+    """Return what prepares clips by PGD on the whole model."""
+
+    def prepare(twin: VideoMoE, batch: Batch, seed: int) -> tuple[Tensor, int]:
+        how = pgd.Settings(**settings.attack(seed))
+        found = pgd.attack(twin, batch.clip, batch.label, how, batch.index)
+        return found.adversarial, int(found.backwards.sum())
+
+    return prepare
+
+
 @contextmanager
-def training(twin: VideoMoE, part: str) -> Iterator[list[nn.Parameter]]:
+def training(twin: VideoMoE, part: str, *, statistics: bool = True) -> Iterator[list[nn.Parameter]]:
     """Put one part in train mode, the rest in eval mode without gradients; yield its parameters.
 
     At its end the whole twin is in eval mode, and every parameter takes gradients again.
+
+    Args:
+        twin: the model.
+        part: of PARTS.
+        statistics: normalise by the batch, and keep its statistics; else by those that are kept.
     """
     parts: dict[str, nn.Module | None] = {
-        "whole": twin, "router": twin.router, "experts": twin.experts,
+        "whole": twin, "router": twin.router, "experts": twin.experts, "expert0": twin.experts[0],
     }  # fmt: skip
     module = parts[part]
     try:
         twin.eval().requires_grad_(False)
         if module is not None:  # a dense model has no router
-            module.train().requires_grad_(True)
+            module.train(statistics).requires_grad_(True)
         yield [p for p in twin.parameters() if p.requires_grad]
     finally:
         twin.eval().requires_grad_(True)
@@ -104,31 +157,30 @@ def constant(twin: VideoMoE, answer: Callable[[], Tensor]) -> Tensor:
             norm.momentum = momentum
 
 
-def load_balance(scores: Tensor) -> Tensor:
-    """Return Switch's load-balance loss, 1 where all experts share alike: M sum_i f_i P_i.
+def label_loss(logits: Tensor, label: Tensor, settings: RecipeSettings) -> Tensor:
+    """Return the cross-entropy of each clip, with label smoothing, [B]."""
+    return cross_entropy(
+        logits.float(), label, reduction="none", label_smoothing=settings.smoothing
+    )
 
-    Args:
-        scores: [B, M]; f_i is the share of clips routed to i, P_i the mean weight of i.
 
-    Source: Fedus et al., "Switch Transformers", JMLR 2022, equation 4.
-    """
-    experts = scores.shape[1]
-    share = one_hot(scores.argmax(dim=1), experts).to(scores).mean(dim=0)
-    return experts * (share * scores.softmax(dim=1).mean(dim=0)).sum()
+def balance_term(twin: VideoMoE, scores: Tensor, settings: RecipeSettings) -> Tensor | float:
+    """Return the weighted load balance of a batch; 0 where there is none."""
+    if twin.router is None or not settings.balance or settings.balance_loss == "none":
+        return 0.0
+    return settings.balance * balance_loss(scores.float(), settings.balance_loss)
 
 
 def whole_update(
-    twin: VideoMoE, batch: Batch, clip: Tensor, *, balance: float, lam: float = 0.0
+    twin: VideoMoE, batch: Batch, clip: Tensor, settings: RecipeSettings, lam: float = 0.0
 ) -> Update:
-    """Return CE(F(clip), y) + lam L_Lip(F) + balance load_balance over a batch, by its mean.
+    """Return CE(F(clip), y) + lam L_Lip(F) + balance over a batch, by its mean.
 
     Both sides of L_Lip(F) are routed freely, as F is: a flip counts as a change of F.
     """
     clean = constant(twin, lambda: twin(batch.clip, "frozen").logits) if lam else None
     out = twin(clip)
-    loss = cross_entropy(out.logits, batch.label)
+    loss = label_loss(out.logits, batch.label, settings)
     if clean is not None:
-        loss = loss + lam * l_lip(clean, out.logits, batch.clip, clip).mean()
-    if balance and twin.router is not None:
-        loss = loss + balance * load_balance(out.scores)
-    return Update(loss, len(clip))
+        loss = loss + lam * l_lip(clean.float(), out.logits.float(), batch.clip, clip)
+    return Update(loss.mean() + balance_term(twin, out.scores, settings), len(clip))

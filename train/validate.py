@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vmoe.attacks.methods import pgd
+from vmoe.attacks.ranks import Ranks
 from vmoe.batches import batches
 from vmoe.data import ClipData
 from vmoe.models import VideoMoE
 from vmoe.models.moe import expert_shares
+from vmoe.train import together
 
 UNUSED = 0.01  # an expert below this share of the clips is lost
 CROWDED = 0.9  # an expert above it has taken over
@@ -25,7 +30,9 @@ class Validation:
         clean: clean accuracy.
         robust: accuracy under PGD; None where it was not measured.
         shares: share of the clips that each expert receives.
-        entropy: of the mean route, 1 where all experts share alike; 0 for a dense model.
+        load_entropy: of these shares, 1 where all experts share alike; 0 for a dense model.
+        route_entropy: mean over the clips of the entropy of their weights, 1 where the router is
+            undecided; 0 for a dense model.
         margin: mean gap between the two highest scores; 0 for a dense model.
         flips: share of the clips whose route changes under PGD.
     """
@@ -33,7 +40,8 @@ class Validation:
     clean: float
     robust: float | None
     shares: list[float]
-    entropy: float
+    load_entropy: float
+    route_entropy: float
     margin: float
     flips: float
 
@@ -48,7 +56,8 @@ class Validation:
         if self.robust is not None:
             row |= {"robust": self.robust, "flips": self.flips}
         if len(self.shares) > 1:
-            row |= {"entropy": self.entropy, "margin": self.margin}
+            row |= {"load_entropy": self.load_entropy, "route_entropy": self.route_entropy}
+            row |= {"margin": self.margin}
             row |= {f"share{i}": share for i, share in enumerate(self.shares)}
         return row
 
@@ -66,7 +75,25 @@ class Validation:
         )
 
 
-def validate(twin: VideoMoE, data: ClipData, steps: int, eps: float, batch: int) -> Validation:
+def crowded(row: Mapping[str, float]) -> bool:
+    """Return whether one expert has taken over, by a row of results.csv."""
+    return (
+        max((value for key, value in row.items() if key.startswith("share")), default=0) > CROWDED
+    )
+
+
+class _Seen(NamedTuple):
+    """What one process saw: how many clips were right, stood, kept their route; and all scores."""
+
+    right: int
+    stood: int
+    kept: int
+    scores: Tensor
+
+
+def validate(
+    twin: VideoMoE, data: ClipData, steps: int, eps: float, batch: int, ranks: Ranks | None = None
+) -> Validation:
     """Measure a twin on validation clips.
 
     Args:
@@ -75,11 +102,31 @@ def validate(twin: VideoMoE, data: ClipData, steps: int, eps: float, batch: int)
         steps: of PGD; 0 measures clean clips alone.
         eps: its budget, on pixels in [0, 1].
         batch: clips of a batch.
+        ranks: this process among those that share the clips.
     """
+    ranks = ranks or Ranks()
+    mine = list(range(ranks.rank, len(data), ranks.world))
+    seen = together.gathered(_look(twin, data, mine, steps, eps, batch))
+    every, count = torch.cat([each.scores for each in seen]), len(data)
+    shares = expert_shares(every.argmax(dim=1), every.shape[1])
+    return Validation(
+        clean=sum(each.right for each in seen) / count,
+        robust=sum(each.stood for each in seen) / count if steps else None,
+        shares=shares,
+        load_entropy=entropy(torch.tensor(shares, dtype=torch.float64)),
+        route_entropy=entropy(every.double().softmax(dim=1)),
+        margin=_margin(every),
+        flips=1 - sum(each.kept for each in seen) / count if steps else 0.0,
+    )
+
+
+def _look(
+    twin: VideoMoE, data: ClipData, rows: list[int], steps: int, eps: float, batch: int
+) -> _Seen:
     device = next(twin.parameters()).device
     right, kept, stood = 0, 0, 0
     scores: list[Tensor] = []
-    for part in batches(data, batch, device):
+    for part in batches(data, batch, device, rows) if rows else ():
         with torch.no_grad():
             out = twin(part.clip, "frozen")
         is_right = out.logits.argmax(dim=1) == part.label
@@ -90,25 +137,16 @@ def validate(twin: VideoMoE, data: ClipData, steps: int, eps: float, batch: int)
             found = pgd.attack(twin, part.clip, part.label, how, part.index)
             stood += int((is_right & ~found.success).sum())  # zero lies in the ball, too
             kept += int((found.route_before == found.route_after).sum())
-    every, count = torch.cat(scores), len(data)
-    shares = expert_shares(every.argmax(dim=1), every.shape[1])
-    return Validation(
-        clean=right / count,
-        robust=stood / count if steps else None,
-        shares=shares,
-        entropy=_entropy(shares),
-        margin=_margin(every),
-        flips=1 - kept / count if steps else 0.0,
-    )
+    none = torch.zeros(0, len(twin.experts))
+    return _Seen(right, stood, kept, torch.cat([none, *scores]))
 
 
-def _entropy(shares: list[float]) -> float:
-    """Return the entropy of the shares in units of its highest value, log M."""
-    p = torch.tensor(shares, dtype=torch.float64)
-    if len(p) == 1:
+def entropy(shares: Tensor) -> float:
+    """Return the mean entropy of shares, [..., M], in units of its highest value, log M."""
+    if shares.shape[-1] == 1:
         return 0.0
-    entropy = -(p * p.clamp(min=1e-12).log()).sum() / torch.tensor(float(len(p))).log()
-    return max(0.0, float(entropy))
+    nats = -(shares * shares.clamp(min=1e-12).log()).sum(dim=-1).mean()
+    return max(0.0, float(nats) / math.log(shares.shape[-1]))
 
 
 def _margin(scores: Tensor) -> float:

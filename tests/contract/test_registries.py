@@ -18,7 +18,7 @@ FUNCTIONS = {
     "vmoe.models.experts": {"build": ["width", "classes"]},
     "vmoe.data": {"open_clips": ["where", "split", "spec", "settings"]},
     "vmoe.attacks.methods": {"attack": ["twin", "clip", "label", "settings", "indices"]},
-    "vmoe.train.recipes": {"passes": ["settings"]},
+    "vmoe.train.recipes": {"walks": ["settings", "done"]},
     "vmoe.export.passes": {"apply": ["graph"]},
     "vmoe.export.lowerings": {"lower": ["router", "experts"]},
     "vmoe.runtime.engines": {"why_unavailable": [], "open": ["settings"]},

@@ -35,7 +35,7 @@ def test_a_convolution_in_closed_form() -> None:
         total += 2 * outer * (t * side * side) * 27 * (inner + 3 * outer)
         inner = outer
     total += 2 * 256 * 7
-    assert flops.count(twin) == (0, total, None)
+    assert flops.count(twin) == (0, total, None, 0)
 
 
 def test_a_dense_model_has_no_counterpart() -> None:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vmoe.attacks.methods import pgd
 from vmoe.batches import Batch
 from vmoe.models import VideoMoE
-from vmoe.train.passes import Pass, RobustSettings, Update, whole_update
+from vmoe.train.passes import Pass, RobustSettings, Update, Walk, pgd_clips, whole_update
 
 
 @dataclass(frozen=True)
@@ -17,17 +16,10 @@ class Settings(RobustSettings):
     """What at-m takes."""
 
 
-def passes(settings: Settings) -> list[Pass]:
+def walks(settings: Settings, done: float) -> list[Walk]:
     """Minimise CE(F(x'), y) + balance, x' from PGD on F."""
 
-    def prepare(twin: VideoMoE, batch: Batch, seed: int) -> tuple[Tensor, int]:
-        how = pgd.Settings(
-            eps=settings.eps, steps=settings.steps, step=settings.step, seed=seed, early_stop=False
-        )
-        found = pgd.attack(twin, batch.clip, batch.label, how, batch.index)
-        return found.adversarial, int(found.backwards.sum())
-
     def update(twin: VideoMoE, batch: Batch, clip: Tensor) -> Update:
-        return whole_update(twin, batch, clip, balance=settings.balance)
+        return whole_update(twin, batch, clip, settings)
 
-    return [Pass("whole", "whole", update, prepare)]
+    return [(Pass("whole", "whole", update, pgd_clips(settings)),)]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vmoe.batches import Batch
 from vmoe.models import VideoMoE
-from vmoe.train.passes import Pass, RecipeSettings, Update, clean_clips, whole_update
+from vmoe.train.passes import Pass, RecipeSettings, Update, Walk, clean_clips, whole_update
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,10 @@ class Settings(RecipeSettings):
     """What standard training takes."""
 
 
-def passes(settings: Settings) -> list[Pass]:
+def walks(settings: Settings, done: float) -> list[Walk]:
     """Minimise CE(F(x), y) + balance."""
 
     def update(twin: VideoMoE, batch: Batch, clip: Tensor) -> Update:
-        return whole_update(twin, batch, clip, balance=settings.balance)
+        return whole_update(twin, batch, clip, settings)
 
-    return [Pass("whole", "whole", update, clean_clips)]
+    return [(Pass("whole", "whole", update, clean_clips),)]

@@ -19,16 +19,18 @@ class Flops(NamedTuple):
         router: of the router.
         expert: of one expert.
         dense: of the dense counterpart; None for a model that is dense itself.
+        denoiser: of what stands in front of both, where there is one.
     """
 
     router: int
     expert: int
     dense: int | None
+    denoiser: int = 0
 
     @property
     def moe(self) -> int:
-        """Router and one expert: what a clip costs."""
-        return self.router + self.expert
+        """Router and one expert, and the denoiser: what a clip costs."""
+        return self.denoiser + self.router + self.expert
 
     @property
     def saved(self) -> float | None:
@@ -62,9 +64,9 @@ def count(twin: VideoMoE) -> Flops:
     """Count the FLOPs of one clip, on shapes alone."""
     router = 0 if twin.router is None else _forward(twin.router, twin)
     expert = _forward(twin.experts[0], twin)
-    if twin.router is None:
-        return Flops(router, expert, None)
-    return Flops(router, expert, count_dense(twin.settings, twin))
+    denoiser = 0 if twin.denoiser is None else _forward(twin.denoiser, twin)
+    dense = None if twin.router is None else count_dense(twin.settings, twin)
+    return Flops(router, expert, dense, denoiser)
 
 
 def count_dense(settings: ModelSettings, twin: VideoMoE) -> int:

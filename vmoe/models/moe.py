@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vmoe import registry
 from vmoe.clips import ClipSpec
 from vmoe.errors import SettingError, UnknownNameError
+from vmoe.models.denoiser import Denoiser
 from vmoe.models.router import Router
 from vmoe.settings import Settings, opt
 
@@ -29,6 +30,7 @@ class ModelSettings(Settings):
     width: float = opt(0.5, "channels of an expert, as a share of the family's own", above=0)
     experts: int = opt(4, "how many experts; 1 is a dense model, without a router", at_least=1)
     classes: int = opt(10, "how many labels (K)", at_least=2)
+    denoise: bool = opt(False, "restore the clip in front of router and experts (oud-m)")
 
     def __post_init__(self) -> None:
         """Check every value; a dense model may be as wide as the widest counterpart."""
@@ -73,7 +75,12 @@ class Normalise(nn.Module):
 class VideoMoE(nn.Module):
     """A sparse mixture of video experts: F(x) = E_top1(x)(x), top1(x) = argmax_i R(x).
 
-    A mixture of one expert is a dense model: it has no router, its scores are zeros [B, 1].
+    A mixture of one expert is a dense model: it has no router, its scores are zeros [B, 1]. Where
+    there is a denoiser, router and experts see what it makes of the clip.
+
+    Attributes:
+        total: from how many clips a part in training receives here to how many it receives in all
+            processes that share the batch (`vmoe.train.together` sets it); by itself, the same.
 
     Source: arXiv 2602.01369, section 3; how a gradient passes the hard choice is ours.
     """
@@ -92,6 +99,8 @@ class VideoMoE(nn.Module):
         family = registry.load(FAMILIES, settings.arch, "expert family (--arch)")
         self.settings = settings
         self.spec = spec
+        self.total: Callable[[int], int] = _alone
+        self.denoiser: nn.Module | None = Denoiser() if settings.denoise else None
         self.router: nn.Module | None = None
         if settings.experts > 1:
             self.router = nn.Sequential(Normalise(spec), Router(settings.experts))
@@ -105,9 +114,7 @@ class VideoMoE(nn.Module):
 
         In training, a router that receives fewer than two clips uses its running statistics.
         """
-        if self.router is None:
-            return clip.new_zeros(len(clip), 1)
-        return _run(self.router, clip, len(self.experts))
+        return self._scores(self._restored(clip))
 
     def forward(self, clip: Tensor, route_grad: str = "straight-through") -> MoEOutput:
         """Answer clips; in a batch, an expert runs once, on the clips that are routed to it.
@@ -126,17 +133,18 @@ class VideoMoE(nn.Module):
         Raises:
             UnknownNameError: no such route_grad.
         """
-        scores = self.scores(clip)
+        clip = self._restored(clip)
+        scores = self._scores(clip)
         route = scores.argmax(dim=1)
         if route_grad == "frozen":
-            return MoEOutput(self.run_routed(clip, route), scores, route)
+            return MoEOutput(self._routed(clip, route), scores, route)
         weights = scores.softmax(dim=1)
         if route_grad == "straight-through":
             p = weights.gather(1, route[:, None])
-            return MoEOutput(self.run_routed(clip, route) * (1 + (p - p.detach())), scores, route)
+            return MoEOutput(self._routed(clip, route) * (1 + (p - p.detach())), scores, route)
         if route_grad not in ROUTE_GRADS:
             raise UnknownNameError("route_grad", route_grad, ROUTE_GRADS)
-        every = self.run_all(clip)
+        every = self._every(clip)
         if route_grad == "all":
             hard = nn.functional.one_hot(route, weights.shape[1]).to(weights)
             weights = hard + (weights - weights.detach())
@@ -148,42 +156,67 @@ class VideoMoE(nn.Module):
         Raises:
             SettingError: a route to an expert that does not exist.
         """
-        experts = len(self.experts)
-        order = [torch.nonzero(route == i).flatten() for i in range(experts)]
-        if sum(map(len, order)) < len(route):
-            strange = int(route[(route < 0) | (route >= experts)][0])
-            raise SettingError(f"expert {strange} does not exist: the twin has 0 to {experts - 1}.")
-        if not len(clip):
-            return self.run_expert(0, clip)
-        parts = [self.run_expert(i, clip[at]) for i, at in enumerate(order) if len(at)]
-        return torch.cat(parts)[torch.argsort(torch.cat(order))]
+        strange = route[(route < 0) | (route >= len(self.experts))]
+        if len(strange):
+            last = len(self.experts) - 1
+            raise SettingError(
+                f"expert {int(strange[0])} does not exist: the twin has 0 to {last}."
+            )
+        return self._routed(self._restored(clip), route)
 
     def run_all(self, clip: Tensor) -> Tensor:
         """Run every expert on every clip; return the logits, [B, M, K]."""
-        return torch.stack([self.run_expert(i, clip) for i in range(len(self.experts))], dim=1)
+        return self._every(self._restored(clip))
 
     def run_expert(self, index: int, clip: Tensor) -> Tensor:
         """Run one expert; return its logits, [B, K].
 
         In training, an expert that receives fewer than two clips uses its running statistics.
         """
-        return _run(self.experts[index], clip, self.settings.classes)
+        return self._run(self.experts[index], self._restored(clip), self.settings.classes)
 
+    def _restored(self, clip: Tensor) -> Tensor:
+        return clip if self.denoiser is None else self.denoiser(clip)
 
-def _run(part: nn.Module, clip: Tensor, outputs: int) -> Tensor:
-    """Run a router or an expert; in training, fewer than two clips use its running statistics."""
-    if not len(clip):
-        return clip.new_zeros(0, outputs)
-    if not part.training or len(clip) > 1:
-        out: Tensor = part(clip)
+    def _scores(self, clip: Tensor) -> Tensor:
+        if self.router is None:
+            return clip.new_zeros(len(clip), 1)
+        return self._run(self.router, clip, len(self.experts))
+
+    def _routed(self, clip: Tensor, route: Tensor) -> Tensor:
+        order = [torch.nonzero(route == i).flatten() for i in range(len(self.experts))]
+        parts = [
+            self._run(expert, clip[at], self.settings.classes)
+            for expert, at in zip(self.experts, order, strict=True)
+        ]
+        return torch.cat(parts)[torch.argsort(torch.cat(order))]
+
+    def _every(self, clip: Tensor) -> Tensor:
+        classes = self.settings.classes
+        return torch.stack([self._run(expert, clip, classes) for expert in self.experts], dim=1)
+
+    def _run(self, part: nn.Module, clip: Tensor, outputs: int) -> Tensor:
+        """Run a router or an expert; one that receives no clip does not run.
+
+        In training, fewer than two clips of the whole batch use its running statistics.
+        """
+        count = self.total(len(clip)) if part.training else len(clip)
+        if not count:
+            return clip.new_zeros(0, outputs)
+        if not part.training or count > 1:
+            out: Tensor = part(clip)
+            return out
+        modes = {module: module.training for module in part.modules()}
+        try:
+            out = part.eval()(clip)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
         return out
-    modes = {module: module.training for module in part.modules()}
-    try:
-        out = part.eval()(clip)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    return out
+
+
+def _alone(count: int) -> int:
+    return count
 
 
 def build(settings: ModelSettings, spec: ClipSpec, seed: int = 0) -> VideoMoE:
@@ -197,7 +230,7 @@ def dense_counterpart(settings: ModelSettings) -> ModelSettings:
     """Return the dense counterpart: the same family, one network, twice the expert's width."""
     if settings.experts == 1:
         raise SettingError("this model is dense already (1 expert); it has no dense counterpart.")
-    return dataclasses.replace(settings, experts=1, width=2 * settings.width)
+    return dataclasses.replace(settings, experts=1, width=2 * settings.width, denoise=False)
 
 
 def expert_shares(route: Sequence[int] | Tensor, experts: int) -> list[float]:
