@@ -136,7 +136,9 @@ def _nearest(
     right = np.minimum(right, len(times) - 1)
     index = np.where(wanted - times[left] <= times[right] - wanted, left, right)
     far = np.abs(times[index] - wanted) > spec.spacing_s / 2 + 1e-6
-    return index, ~(far.any(axis=1) | (np.diff(index, axis=1) < 1).any(axis=1))
+    taken_twice = np.diff(index, axis=1) < 1
+    honoured: NDArray[np.bool_] = ~(far.any(axis=1) | taken_twice.any(axis=1))
+    return index, honoured
 
 
 def too_slow(frame_s: float, spec: ClipSpec) -> bool:

@@ -33,7 +33,9 @@ def opened(data: str, spec: ClipSpec) -> dict[str, DataSet]:
 
 
 def same(one: DataSet, other: DataSet) -> bool:
-    both = zip((one[i] for i in range(len(one))), (other[i] for i in range(len(other))), strict=True)
+    both = zip(
+        (one[i] for i in range(len(one))), (other[i] for i in range(len(other))), strict=True
+    )
     return all(np.array_equal(a[0], b[0]) and a[1] == b[1] for a, b in both)
 
 
@@ -84,9 +86,7 @@ def test_splits_share_no_file(data: str, spec: ClipSpec) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_not_there_is_said_in_one_line(
-    name: str, spec: ClipSpec, tmp_path: Path
-) -> None:
+def test_what_is_not_there_is_said_in_one_line(name: str, spec: ClipSpec, tmp_path: Path) -> None:
     for data in (f"{name}:{tmp_path / 'none'}", f"{name}:{tmp_path}", name):
         if data == "camera-motion":
             continue  # needs no folder

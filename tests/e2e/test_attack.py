@@ -24,8 +24,8 @@ from vmoe.bundle import sha256
 from vmoe.checkpoint import Checkpoint
 from vmoe.clips import ClipSpec
 from vmoe.data import DataSettings, open_data
-from vmoe.data.camera_motion import LABELS
 from vmoe.data._videos import VideoClips
+from vmoe.data.camera_motion import LABELS
 
 QUICK = ["--n", "6", "--steps", "2", "--device", "cpu", "--no-sanity"]
 NOISE = ["--attack", "noise", "--n", "6", "--device", "cpu", "--no-sanity"]

@@ -167,7 +167,7 @@ def test_a_video_is_looked_at_once_ever_and_decoded_once_in_a_process(
         return [data[i][0] for i in range(4)]
 
     first = epoch(0)
-    assert sorted(opened) == sorted([p for p in set(opened)] * 2)  # timestamps, then pixels
+    assert sorted(opened) == sorted([*set(opened), *set(opened)])  # timestamps, pixels
     assert len(opened) == 8
     epoch(1)
     assert len(opened) == 8

@@ -121,7 +121,9 @@ def test_hmdb51_validates_on_films_of_train(tmp_path: Path) -> None:
     lists = tmp_path / "testTrainMulti_7030_splits"
     refused(data, "has no lists <class>_test_split2.txt", fold=2)
     (lists / "sit_test_split1.txt").write_text("a_sit_0.avi 3\n")
-    refused(data, r"sit_test_split1.txt, line 1 is 'a_sit_0.avi 3': it must be <name>.avi 0, 1 or 2")
+    refused(
+        data, r"sit_test_split1.txt, line 1 is 'a_sit_0.avi 3': it must be <name>.avi 0, 1 or 2"
+    )
 
 
 def test_kinetics_by_its_column_of_splits(tmp_path: Path) -> None:
@@ -150,8 +152,14 @@ def test_bad_lists_of_kinetics(tmp_path: Path) -> None:
     data = layouts.kinetics(tmp_path)
     more = tmp_path / "more.csv"
     for row, message in (
-        (("tai chi", "x", "7", "17", "holdout"), "more.csv, line 2: split is 'holdout'; it must be"),
-        (("tai chi", "x", "soon", "17", "train"), "line 2: time_start and time_end must be seconds"),
+        (
+            ("tai chi", "x", "7", "17", "holdout"),
+            "more.csv, line 2: split is 'holdout'; it must be",
+        ),
+        (
+            ("tai chi", "x", "soon", "17", "train"),
+            "line 2: time_start and time_end must be seconds",
+        ),
         (("", "x", "7", "17", "train"), "line 2 has no label"),
         (("tai chi", "x", "7"), "line 2 has no time_end"),
     ):

@@ -92,9 +92,9 @@ def decode(path: Path, numbers: NDArray[np.int64], spec: ClipSpec) -> Frame:
     with _capture(path) as capture:
         last = -1
         for at, number in enumerate(numbers.tolist()):
-            found = all(capture.grab() for _ in range(number - last))
-            ok, bgr = capture.retrieve() if found else (False, None)
-            if not ok:
+            there = all(capture.grab() for _ in range(number - last))
+            there, bgr = capture.retrieve() if there else (False, frames[at])
+            if not there:
                 raise SettingError(
                     f"{path} has changed while it was in use: its frame {number} is gone."
                 )

@@ -108,7 +108,7 @@ def _in_folder(
 def _mapped(file: Path, shape: tuple[int, ...]) -> Frame | None:
     """Return kept frames without reading them; None where there are none, or they are damaged."""
     try:
-        frames: Frame = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
-    except (OSError, ValueError, EOFError):
+        frames: Frame = np.asarray(np.lib.format.open_memmap(file, mode="r"))
+    except (OSError, ValueError):
         return None
     return frames if frames.shape == shape and frames.dtype == np.uint8 else None

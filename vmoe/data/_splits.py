@@ -14,7 +14,7 @@ HELD_OUT = 0.15  # of an official train list, for validation
 
 def share_of(name: str) -> float:
     """Return a number in [0, 1) that depends on the name alone."""
-    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32
+    return int(hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8], 16) / 2**32
 
 
 def split_of(group: str) -> str:
