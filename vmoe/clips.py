@@ -137,8 +137,7 @@ def _nearest(
     index = np.where(wanted - times[left] <= times[right] - wanted, left, right)
     far = np.abs(times[index] - wanted) > spec.spacing_s / 2 + 1e-6
     taken_twice = np.diff(index, axis=1) < 1
-    honoured: NDArray[np.bool_] = ~(far.any(axis=1) | taken_twice.any(axis=1))
-    return index, honoured
+    return index, np.asarray(~(far.any(axis=1) | taken_twice.any(axis=1)), np.bool_)
 
 
 def too_slow(frame_s: float, spec: ClipSpec) -> bool:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -127,8 +126,9 @@ def open_videos(found: Found, split: str, spec: ClipSpec, settings: DataSettings
     return VideoClips(spec, split, settings, labels, files, augment)
 
 
-class _Survey(NamedTuple):
-    """What looking at the videos of a split found.
+@dataclass
+class _Survey:
+    """What looking at the videos of a split has found.
 
     Attributes:
         usable: label and file of every video that gives a clip.
@@ -140,40 +140,39 @@ class _Survey(NamedTuple):
     usable: list[tuple[str, Path]]
     skipped: dict[str, list[str]]
     damaged: list[str]
-    tried: int
+    tried: int = 0
+
+    def note(self, label: str, path: Path, clips: int, fault: str) -> None:
+        """Add one video."""
+        self.tried += 1
+        if clips:
+            self.usable.append((label, path))
+        if fault:
+            (self.damaged if clips else self.skipped[label]).append(f"{path.name} {fault}")
 
 
 def _look_at(found: Found, split: str, spec: ClipSpec, settings: DataSettings) -> _Survey:
     """Look at videos, every class in turn, until `clips` of them give a clip; 0 is all."""
-    index, most = _index.at(settings.cache), settings.clips
-    queue, tried = list(_in_turn(found.files)), 0
-    usable: list[tuple[str, Path]] = []
-    skipped: dict[str, list[str]] = {label: [] for label in found.files}
-    damaged: list[str] = []
+    index, queue = _index.at(settings.cache), list(_in_turn(found.files))
+    most = settings.clips or len(queue)
+    survey = _Survey([], {label: [] for label in found.files}, [])
 
     def one_by_one() -> Iterator[None]:
-        nonlocal tried
-        while tried < len(queue) and not (most and len(usable) == most):
+        while survey.tried < len(queue) and len(survey.usable) < most:
             # Never more than are still wanted: what is looked at does not depend on the cores.
-            part = queue[tried:][: min(ROUND, most - len(usable) if most else ROUND)]
+            part = queue[survey.tried :][: min(ROUND, most - len(survey.usable))]
             every = index.look_at([path for _, path in part])
             for (label, path), times in zip(part, every, strict=True):
                 clips, fault = cut(times, spec)
-                if len(clips):
-                    usable.append((label, path))
-                if fault:
-                    line = f"{path.name} {fault}"
-                    (damaged if len(clips) else skipped[label]).append(line)
-                tried += 1
+                survey.note(label, path, len(clips), fault)
                 yield
 
-    wanted = queue[: most or None]
-    rounds = one_by_one()
-    if len(wanted) > MANY and index.unknown([path for _, path in wanted]) > MANY:
-        rounds = cli.progress(rounds, f"{found.where} ({split}): looking at videos", len(wanted))
-    for _ in rounds:
+    wanted, looked = [path for _, path in queue[:most]], one_by_one()
+    if len(wanted) > MANY and index.unknown(wanted) > MANY:
+        looked = cli.progress(looked, f"{found.where} ({split}): videos looked at", len(wanted))
+    for _ in looked:
         pass
-    return _Survey(usable, skipped, damaged, tried)
+    return survey
 
 
 def _refuse_missing(found: Found, split: str) -> None:
