@@ -55,7 +55,7 @@ def choose(settings: RunSettings, spec: ClipSpec, labels: tuple[str, ...]) -> Ch
     Raises:
         SettingError: fewer clips than wanted, or a label that the model does not know.
     """
-    how = DataSettings(group=settings.group or "")
+    how = DataSettings(group=settings.group or "", fold=settings.fold or 1, augment=("none",))
     data = open_data(settings.data, settings.split, spec, how)
     name = f"{settings.data} {settings.split}"
     if settings.n > len(data):

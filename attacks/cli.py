@@ -235,9 +235,11 @@ def _free(folder: Path) -> Path:
 
 
 def _what(asked: Asked, opened: Target, settings: RunSettings, rows: list[Row]) -> What:
-    """Settle what depends on the target: groups, saved clips, early stop."""
+    """Settle what depends on the target: groups, fold, saved clips, early stop."""
     if settings.group is None:
         settings = dataclasses.replace(settings, group=opened.group)
+    if settings.fold is None:
+        settings = dataclasses.replace(settings, fold=opened.fold)
     if asked.load_adv is not None:
         saved = clips_of.load(asked.load_adv, opened)
         return What(settings, [row for row, _ in clips_of.rows_of(saved)], saved, "")

@@ -61,6 +61,11 @@ class Target:
         return "" if self.twin is None else self.twin.group
 
     @property
+    def fold(self) -> int:
+        """The official split that the twin was trained on, where its data set has several."""
+        return 1 if self.twin is None else self.twin.fold
+
+    @property
     def _any(self) -> Bundle | Checkpoint:
         if self.engine is not None:
             return self.engine.bundle

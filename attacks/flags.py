@@ -32,6 +32,10 @@ class RunSettings(Settings):
     group: str | None = opt(
         None, "regular expression that splits a folder; default: as the twin was trained"
     )
+    fold: int | None = opt(
+        None, "official split of ucf101 and hmdb51, 1 to 3; default: as the twin was trained",
+        at_least=1, at_most=3,
+    )  # fmt: skip
     n: int = opt(200, "how many clips", at_least=1)
     attack: tuple[str, ...] = opt(
         ("pgd", "tlga-r", "j-tlga"), f"attacks, with commas: {', '.join(registry.names(METHODS))}"

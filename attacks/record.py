@@ -59,6 +59,8 @@ def header(
     data = f"{settings.data} {settings.split}, {settings.n} clips"
     if settings.group:
         data += f", groups {settings.group!r}"
+    if settings.fold not in (None, 1):
+        data += f", fold {settings.fold}"
     if saved is not None:
         data = f"{len(saved.label)} clips of {saved.origin.get('data')}, as saved"
     lines += [f"data: {data}", threat_model(rows, spec), *([early] if early else [])]

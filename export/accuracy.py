@@ -97,6 +97,7 @@ def sample(
     seed: int,
     group: str = "",
     clips: int = CLIPS,
+    fold: int = 1,
 ) -> Sample:
     """Return the clips of a check, of the split `val`.
 
@@ -108,12 +109,13 @@ def sample(
         seed: of what is drawn.
         group: regular expression that splits a folder, as the twin was trained.
         clips: how many.
+        fold: official split of a data set that has several, as the twin was trained.
 
     Raises:
         SettingError: no such data.
     """
     noise = min(NOISE, clips // 4) if data is None else 0
-    how = DataSettings(clips=clips - noise, group=group, seed=seed)
+    how = DataSettings(clips=clips - noise, group=group, seed=seed, fold=fold)
     opened = open_data(data or "camera-motion", "val", spec, how)
     taken = [opened[i] for i in range(min(clips - noise, len(opened)))]
     label = np.array([label for _, label in taken], np.int64)

@@ -106,7 +106,9 @@ def trained_eps(held: Checkpoint) -> float:
 def _open(data: str, split: str, held: Checkpoint, clips: int) -> ClipData:
     clip_settings = held.recipe.get("clips")
     seed = clip_settings.get("seed", 0) if isinstance(clip_settings, dict) else 0
-    how = DataSettings(clips=clips, group=held.group, seed=int(seed))
+    how = DataSettings(
+        clips=clips, group=held.group, seed=int(seed), fold=held.fold, augment=("none",)
+    )
     return open_data(data, split, held.twin.spec, how)
 
 

@@ -182,6 +182,7 @@ def _sample(plan: Plan) -> Sample:
         plan.seed,
         held.group if settings.group is None else settings.group,
         settings.verify_clips or default,
+        held.fold,
     )
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from vmoe.clips import Clips, Frame
 from vmoe.data import ClipData
 
+KEPT_BYTES = 4 << 30  # of uint8 clips
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -33,14 +35,31 @@ def to_tensor(clips: Clips, device: torch.device | str = "cpu") -> Tensor:
     return torch.from_numpy(clips).to(device).permute(0, 4, 1, 2, 3).float() / 255
 
 
+class Kept:
+    """Clips and labels by their numbers, as many as there is room for."""
+
+    def __init__(self, limit_bytes: int = KEPT_BYTES) -> None:
+        """Keep up to so many bytes; what comes later is not kept."""
+        self._room = limit_bytes
+        self._items: dict[int, tuple[Frame, int]] = {}
+
+    def get(self, index: int) -> tuple[Frame, int] | None:
+        """Return clip uint8 [T, H, W, 3] and label, where they are kept."""
+        return self._items.get(index)
+
+    def add(self, index: int, item: tuple[Frame, int]) -> None:
+        """Keep a clip while there is room."""
+        if index not in self._items and self._room >= item[0].nbytes:
+            self._room -= item[0].nbytes
+            self._items[index] = item
+
+
 class Held:
     """A data set whose clips are kept once they were read, up to a number of bytes."""
 
-    def __init__(self, data: ClipData, limit_bytes: int = 4 << 30) -> None:
+    def __init__(self, data: ClipData, limit_bytes: int = KEPT_BYTES) -> None:
         """Wrap a data set; clips beyond the limit are read again each time."""
-        self._data = data
-        self._room = limit_bytes
-        self._kept: dict[int, tuple[Frame, int]] = {}
+        self._data, self._kept = data, Kept(limit_bytes)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -53,12 +72,10 @@ class Held:
 
     def __getitem__(self, index: int) -> tuple[Frame, int]:
         """Return clip uint8 [T, H, W, 3] and label, from memory where it is held."""
-        if index in self._kept:
-            return self._kept[index]
-        item = self._data[index]
-        if self._room >= item[0].nbytes:
-            self._room -= item[0].nbytes
-            self._kept[index] = item
+        item = self._kept.get(index)
+        if item is None:
+            item = self._data[index]
+            self._kept.add(index, item)
         return item
 
 
@@ -76,16 +93,25 @@ def batches(
         device: where the tensors go.
         order: indices in the order wanted; default: as they stand.
     """  # fmt: skip
-    indices = list(range(len(data)) if order is None else order)
-    starts = list(range(0, len(indices), size))
-    if len(starts) > 1 and len(indices) - starts[-1] == 1:  # BatchNorm cannot train on one clip
-        starts.pop()
-    for start, end in zip(starts, [*starts[1:], len(indices)], strict=True):
-        rows = indices[start:end]
-        items = [data[i] for i in rows]
-        clip = to_tensor(np.stack([clip for clip, _ in items]), device)
-        label = torch.tensor([label for _, label in items], device=device)
-        yield Batch(clip, label, torch.tensor(rows))
+    for row in rows_of(range(len(data)) if order is None else order, size):
+        yield to_batch([data[i] for i in row], row, device)
+
+
+def rows_of(order: Sequence[int], size: int) -> list[list[int]]:
+    """Return the indices of each batch; a last one of a single clip joins the batch before it."""
+    rows = [list(order[start : start + size]) for start in range(0, len(order), size)]
+    if len(rows) > 1 and len(rows[-1]) == 1:  # BatchNorm cannot train on one clip
+        rows[-2:] = [rows[-2] + rows[-1]]
+    return rows
+
+
+def to_batch(
+    items: Sequence[tuple[Frame, int]], row: Sequence[int], device: torch.device | str
+) -> Batch:
+    """Return clips uint8 [T, H, W, 3] with their labels and indices as a batch on a device."""
+    clip = to_tensor(np.stack([clip for clip, _ in items]), device)
+    label = torch.tensor([label for _, label in items], device=device)
+    return Batch(clip, label, torch.tensor(row))
 
 
 def shuffled(count: int, *seed: int) -> list[int]:

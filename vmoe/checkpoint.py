@@ -45,8 +45,21 @@ class Checkpoint:
 
         Another group is another split, whose test clips may have been trained on.
         """
+        return str(self._clips.get("group", ""))
+
+    @property
+    def fold(self) -> int:
+        """The official split that it was trained on, where its data set has several; else 1.
+
+        The test clips of another were trained on.
+        """
+        return int(self._clips.get("fold", 1))
+
+    @property
+    def _clips(self) -> dict[str, Any]:
+        """How its data was opened; empty where the recipe does not say."""
         clips = self.recipe.get("clips")
-        return str(clips.get("group", "")) if isinstance(clips, dict) else ""
+        return clips if isinstance(clips, dict) else {}
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:

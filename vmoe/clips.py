@@ -105,17 +105,39 @@ def choose(
     """
     if not len(times_s):
         return None
+    index, honoured = _nearest(times_s, np.array([end_s]), spec)
+    return [int(i) for i in index[0]] if nearest or honoured[0] else None
+
+
+def every_clip(times_s: NDArray[np.float64], spec: ClipSpec) -> NDArray[np.int64]:
+    """Return all clips that `choose` finds in a video, one for each frame that can be its last.
+
+    Args:
+        times_s: timestamps of the video's frames, rising, in seconds, [F].
+        spec: frames and spacing.
+
+    Returns:
+        Indices into `times_s`, [N, T].
+    """
+    if not len(times_s):
+        return np.empty((0, spec.frames), np.int64)
+    index, honoured = _nearest(times_s, times_s, spec)
+    return index[honoured]
+
+
+def _nearest(
+    times_s: Sequence[float] | NDArray[np.float64], ends_s: NDArray[np.float64], spec: ClipSpec
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return the nearest frames of clips with these ends, [N, T], and which honour the times."""
     times = np.asarray(times_s, dtype=np.float64)
-    wanted = end_s - spec.spacing_s * np.arange(spec.frames - 1, -1, -1)
+    wanted = ends_s[:, None] - spec.spacing_s * np.arange(spec.frames - 1, -1, -1)
     right = np.clip(np.searchsorted(times, wanted), 1, max(len(times) - 1, 1))
     left = right - 1
     right = np.minimum(right, len(times) - 1)
     index = np.where(wanted - times[left] <= times[right] - wanted, left, right)
-    if not nearest:
-        far = np.abs(times[index] - wanted) > spec.spacing_s / 2 + 1e-6
-        if far.any() or (np.diff(index) < 1).any():
-            return None
-    return [int(i) for i in index]
+    far = np.abs(times[index] - wanted) > spec.spacing_s / 2 + 1e-6
+    taken_twice = np.diff(index, axis=1) < 1
+    return index, np.asarray(~(far.any(axis=1) | taken_twice.any(axis=1)), np.bool_)
 
 
 def too_slow(frame_s: float, spec: ClipSpec) -> bool:

@@ -31,10 +31,12 @@ MAY_IMPORT = {
 ROOMS = sorted(set(MAY_IMPORT) - {"vmoe"})
 MAIN = "vmoe/__main__.py"  # may import everything, inside of its functions
 TORCH_FILES = (
-    "vmoe/models/", "vmoe/data/", "vmoe/batches.py", "vmoe/checkpoint.py", "vmoe/lipschitz.py",
+    "vmoe/models/", "vmoe/batches.py", "vmoe/loading.py", "vmoe/checkpoint.py", "vmoe/lipschitz.py",
     "runtime/engines/torch.py", "attacks/", "train/", "export/",
 )  # fmt: skip
-TORCH_BASE = ("vmoe.models", "vmoe.batches", "vmoe.checkpoint", "vmoe.lipschitz")
+TORCH_BASE = (
+    "vmoe.models", "vmoe.batches", "vmoe.loading", "vmoe.checkpoint", "vmoe.lipschitz",
+)  # fmt: skip
 WHERE = {
     "torch": TORCH_FILES,
     "safetensors": TORCH_FILES,

@@ -24,8 +24,8 @@ from vmoe.bundle import sha256
 from vmoe.checkpoint import Checkpoint
 from vmoe.clips import ClipSpec
 from vmoe.data import DataSettings, open_data
+from vmoe.data._videos import VideoClips
 from vmoe.data.camera_motion import LABELS
-from vmoe.data.folder import FolderClips
 
 QUICK = ["--n", "6", "--steps", "2", "--device", "cpu", "--no-sanity"]
 NOISE = ["--attack", "noise", "--n", "6", "--device", "cpu", "--no-sanity"]
@@ -307,9 +307,9 @@ def test_a_folder_is_split_as_the_twin_was_trained(tmp_path: Path) -> None:
         index = json.loads(Path("two/report.json").read_text())["clips"]["index"]
         return {tested.files[i][0].name for i in index}
 
-    def opened(split: str, group: str) -> FolderClips:
+    def opened(split: str, group: str) -> VideoClips:
         data = open_data(str(where), split, SPEC, DataSettings(group=group))
-        assert isinstance(data, FolderClips)
+        assert isinstance(data, VideoClips)
         return data
 
     def sequences(names: Iterable[str]) -> set[str]:

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from vmoe.clips import ClipSpec, prepare
-from vmoe.data import SPLITS, ClipData, DataSettings, folder, open_data
+from vmoe.data import SPLITS, ClipData, DataSettings, _decode, _index, _kept, folder, open_data
+from vmoe.data._decode import Times, cut, decode, timestamps
 from vmoe.data._splits import split_of
+from vmoe.data._videos import VideoClips
 from vmoe.errors import SettingError
 
 SPEC = ClipSpec(frames=4, spacing_s=0.1, height=32, width=32)
@@ -75,7 +77,7 @@ def test_groups_are_split_and_stay_together(drawn: Path) -> None:
 
 
 def groups(data: ClipData) -> set[str]:
-    assert isinstance(data, folder.FolderClips)
+    assert isinstance(data, VideoClips)
     return {re.findall(SEQUENCE, path.name)[0] for path, _ in data.files}
 
 
@@ -121,7 +123,7 @@ def test_the_middle_clip_by_true_times(drawn: Path) -> None:
 def test_training_draws_the_start_from_seed_epoch_and_index(drawn: Path) -> None:
     starts = {}
     for epoch in range(20):
-        settings = DataSettings(group=SEQUENCE, epoch=epoch, seed=1)
+        settings = DataSettings(group=SEQUENCE, epoch=epoch, seed=1, augment=("none",))
         data = open_data(str(drawn), "train", SPEC, settings)
         clips = [data[i][0] for i in range(4)]
         for clip in clips:
@@ -133,7 +135,7 @@ def test_training_draws_the_start_from_seed_epoch_and_index(drawn: Path) -> None
     assert drawn_starts >= {0, 1, 2, 3, 4, 5}
     assert len({tuple(row) for row in starts.values()}) > 10
     other = open_data(str(drawn), "train", SPEC, DataSettings(group=SEQUENCE, seed=2))
-    assert isinstance(other, folder.FolderClips)
+    assert isinstance(other, VideoClips)
     assert other.files == data.files  # type: ignore[attr-defined]
 
 
@@ -146,29 +148,45 @@ def test_some_clips_are_spread_over_the_classes(drawn: Path) -> None:
     assert len(many) == 4
 
 
-def test_a_video_is_decoded_once(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded = []
-    frames = folder._frames
-    monkeypatch.setattr(folder, "_frames", lambda c: decoded.append(1) or frames(c))
-    for epoch in range(3):
-        settings = DataSettings(group=SEQUENCE, epoch=epoch)
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Return a list that gets every video file that is opened, in an empty memory."""
+    files: list[Path] = []
+    capture = _decode._capture
+    monkeypatch.setattr(_decode, "_capture", lambda path: files.append(path) or capture(path))
+    monkeypatch.setattr(_kept, "_memory", _kept._Memory())
+    return files
+
+
+def test_a_video_is_looked_at_once_ever_and_decoded_once_in_a_process(
+    drawn: Path, opened: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def epoch(number: int) -> list[np.ndarray]:
+        settings = DataSettings(group=SEQUENCE, epoch=number)
         data = open_data(str(drawn), "train", SPEC, settings)
-        for i in range(4):
-            data[i]
-    assert len(decoded) == 4
+        return [data[i][0] for i in range(4)]
+
+    first = epoch(0)
+    assert sorted(opened) == sorted([*set(opened), *set(opened)])  # timestamps, pixels
+    assert len(opened) == 8
+    epoch(1)
+    assert len(opened) == 8
+    _index.at.cache_clear()  # as in another process
+    monkeypatch.setattr(_kept, "_memory", _kept._Memory())
+    assert all(np.array_equal(a, b) for a, b in zip(epoch(0), first, strict=True))
+    assert len(opened) == 12
 
 
 def test_what_does_not_fit_into_memory_is_decoded_again(
-    drawn: Path, monkeypatch: pytest.MonkeyPatch
+    drawn: Path, opened: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder, "_known", {})
-    held = open_data(str(drawn), "train", SPEC, DataSettings(group=SEQUENCE))
-    wanted = [held[i][0] for i in range(4)]
-    monkeypatch.setattr(folder, "_known", {})
-    monkeypatch.setattr(folder, "CACHE_BYTES", 0)
-    again = open_data(str(drawn), "train", SPEC, DataSettings(group=SEQUENCE))
-    assert all(video.frames is None for video in folder._known.values())
-    assert all(np.array_equal(again[i][0], wanted[i]) for i in range(4))
+    data = open_data(str(drawn), "train", SPEC, DataSettings(group=SEQUENCE))
+    wanted = [data[i][0] for i in range(4)]
+    monkeypatch.setattr(_kept, "_memory", _kept._Memory())
+    _kept.share_memory(1 << 30)  # of so many processes
+    for times in (1, 2):
+        assert all(np.array_equal(data[i][0], wanted[i]) for i in range(4))
+        assert len(opened) == 8 + 4 * times
 
 
 def test_a_file_that_changes_is_read_again(drawn: Path) -> None:
@@ -213,8 +231,9 @@ def test_bad_videos_are_skipped_in_one_line(
 )
 def test_why_a_video_gives_no_clip(tmp_path: Path, frames: int, fps: float, fault: str) -> None:
     path = write_video(tmp_path / "a.avi", frames, fps)
-    assert folder.read(path, SPEC).fault == fault
-    assert not len(folder.read(path, SPEC).clips)
+    clips, why = cut(timestamps(path), SPEC)
+    assert why == fault
+    assert clips.shape == (0, 4)
 
 
 def test_a_video_that_breaks_off_is_used_as_far_as_it_goes(
@@ -231,21 +250,19 @@ def test_a_video_that_breaks_off_is_used_as_far_as_it_goes(
 
 def test_uneven_times() -> None:
     times = np.array([0.0, 0.08, 0.14, 0.19, 0.26, 0.33, 0.4])
-    clips, fault = folder._cut(times, len(times), SPEC)
+    clips, fault = cut(Times(times, len(times)), SPEC)
     assert fault == ""
     assert [1, 3, 5, 6] in clips.tolist()
     gap = np.array([0.0, 0.1, 0.2, 0.3, 0.7, 0.8])
-    assert folder._cut(gap, 6, SPEC)[0].tolist() == [[0, 1, 2, 3]]
-    assert folder._cut(gap[1:], 5, SPEC)[1] == "has frames up to 0.400 s apart"
+    assert cut(Times(gap, 6), SPEC)[0].tolist() == [[0, 1, 2, 3]]
+    assert cut(Times(gap[1:], 5), SPEC)[1] == "has frames up to 0.400 s apart"
 
 
 def test_frames_are_prepared_as_the_runtime_prepares_them(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.avi")
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
     rgb = cv2.cvtColor(capture.read()[1], cv2.COLOR_BGR2RGB)
-    video = folder.read(path, SPEC)
-    assert video.frames is not None
-    assert np.array_equal(video.frames[0], prepare(rgb, SPEC))
+    assert np.array_equal(decode(path, np.array([0]), SPEC)[0], prepare(rgb, SPEC))
 
 
 def refused(where: Path, message: str, split: str = "val", group: str = SEQUENCE) -> None:

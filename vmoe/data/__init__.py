@@ -1,7 +1,7 @@
 """Data sets, one file each; every clip is uint8 [T, H, W, 3], RGB, as the clip spec has it.
 
-A file of this folder holds `open_clips(where, split, spec, settings) -> ClipData`. What a
-command line calls DATA is `camera-motion`, a folder with a folder per class, or `NAME:/path`.
+A file of this folder holds `open_clips(where, split, spec, settings) -> DataSet`. What a command
+line calls DATA is `camera-motion`, a folder with a folder per class, or `NAME:/path`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from vmoe.errors import SettingError, UnknownNameError
 from vmoe.settings import Settings, opt
 
 SPLITS = ("train", "val", "test")
+AUGMENTATIONS = ("crop", "flip", "jitter")
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,32 @@ class DataSettings(Settings):
 
     Attributes:
         epoch: of training; a data set may render or cut other clips in each.
+        augment: of the split `train` alone; what is drawn depends on seed, epoch and index.
+        cache: changes no clip, only how fast they come: no part of a recipe.
     """
 
     clips: int = opt(0, "how many clips; 0 is all (camera-motion: 2000)", at_least=0)
     group: str = opt("", "regular expression: files whose match is the same stay in one split")
     seed: int = opt(0, "random seed of what is drawn")
     epoch: int = opt(0, "epoch of training", at_least=0)
+    fold: int = opt(1, "official split of ucf101 and hmdb51, 1 to 3", at_least=1, at_most=3)
+    augment: tuple[str, ...] = opt(
+        ("auto",), "how training clips vary: crop, flip, jitter; none; auto is all that keeps "
+        "the label", choices=("auto", "none", *AUGMENTATIONS),
+    )  # fmt: skip
+    cache: Path | None = opt(
+        None, "folder that keeps prepared frames (per frame 3 bytes a pixel), and what is known "
+        "of videos; default: frames in memory up to 1 GiB",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        """Check every value; auto and none stand alone."""
+        super().__post_init__()
+        if not self.augment or (len(self.augment) > 1 and {"auto", "none"} & set(self.augment)):
+            raise SettingError(
+                f"--augment is {','.join(self.augment) or 'empty'}; give auto, none, or some of "
+                f"{','.join(AUGMENTATIONS)}."
+            )
 
 
 class ClipData(Protocol):
@@ -46,9 +67,16 @@ class ClipData(Protocol):
         """Return clip uint8 [T, H, W, 3] and the index of its label."""
 
 
+class DataSet(ClipData, Protocol):
+    """One split of a data set. It can be pickled, and gives the same clips in any process."""
+
+    def at_epoch(self, epoch: int) -> DataSet:
+        """Return the same split as it is in an epoch of training, at no cost."""
+
+
 def open_data(
     data: str, split: str, spec: ClipSpec, settings: DataSettings | None = None
-) -> ClipData:
+) -> DataSet:
     """Open a data set by what a command line calls it.
 
     Args:
@@ -73,5 +101,5 @@ def open_data(
         name, where = "folder", data
     module = registry.load("vmoe.data", name, "data")
     path = Path(where) if where else None
-    opened: ClipData = module.open_clips(path, split, spec, settings or DataSettings())
+    opened: DataSet = module.open_clips(path, split, spec, settings or DataSettings())
     return opened

@@ -8,7 +8,7 @@ camera turns left, and what it sees moves to the right.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -148,6 +148,10 @@ class CameraMotion:
         label = index % len(LABELS)
         return render_clip(LABELS[label], self._picture(rng), self.spec, rng), label
 
+    def at_epoch(self, epoch: int) -> CameraMotion:
+        """Return the same pictures, of which other clips are rendered."""
+        return replace(self, settings=replace(self.settings, epoch=epoch))
+
     def _picture(self, rng: np.random.Generator) -> Frame:
         if not self.photographs:
             return picture(rng)
@@ -268,8 +272,14 @@ def open_clips(
     A picture's split is drawn from its name, so that splits never share one.
 
     Raises:
-        SettingError: the folder holds no picture for this split.
+        SettingError: the folder holds no picture for this split, or an augmentation is wanted.
     """
+    if settings.augment not in (("auto",), ("none",)):
+        raise SettingError(
+            f"camera-motion takes no --augment {','.join(settings.augment)}: a flip would make "
+            "pan-left pan-right, and its clips are rendered anew in every epoch, with light and "
+            "noise of their own. Leave it out."
+        )
     if where is None:
         return CameraMotion(spec, split, settings)
     pictures = sorted(p for p in where.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
