@@ -13,11 +13,12 @@ import torch
 from vmoe import checkpoint, cli, output, registry
 from vmoe.attacks import ranks
 from vmoe.attacks.ranks import Ranks
-from vmoe.data import ClipData, DataSettings, open_data
+from vmoe.data import ClipData, DataSet, DataSettings, open_data
 from vmoe.errors import SettingError, VmoeError
-from vmoe.models import ModelSettings, build, flops
+from vmoe.loading import Loader, LoadSettings
+from vmoe.models import ModelSettings, VideoMoE, build, flops
 from vmoe.settings import Settings
-from vmoe.train import initial, loop, report, together
+from vmoe.train import initial, loop, report, router_start, together
 from vmoe.train import state as states
 from vmoe.train.planned import RECIPES, Plan, RunSettings
 
@@ -49,6 +50,7 @@ def _fields(cls: type[Settings]) -> set[str]:
 @cli.options(ModelSettings, skip=["classes", "denoise"])
 @cli.options(loop.LoopSettings, skip=["seed"])
 @cli.options(DataSettings, skip=["seed", "epoch"])
+@cli.options(LoadSettings)
 @_every_recipe_option
 @click.option("--init-from", type=click.Path(path_type=Path), help="Checkpoint to begin with.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder. [default: runs/train/NAME]")
@@ -76,29 +78,25 @@ def main(
         if out is None:
             raise SettingError("--resume goes on with the run in a folder; name it with --out.")
         data, init_from, seed, flags = _as_before(states.recipe_of(out), data, flags)
-    plan = _plan(data or "camera-motion", init_from, seed, config, flags)
     where = checkpoint.device(here.device(device))
-    folder = out or Path("runs/train") / f"{plan.run.method}-{plan.model.arch}"
-    twin = build(plan.trained, plan.run.spec, seed)  # refuses what does not fit, before any work
-    log.info("data: %s  recipe: %s  out: %s", plan.data, plan.run.method, folder)
-    log.info("%s", _describe(plan.trained, flops.count(twin)))
-    if dry_run:
-        cli.print_json(plan.mapping()) if as_json else click.echo(_lines(plan.mapping()))
-        return
-    if not resume and here.first and folder.exists():
-        raise SettingError(f"{folder} exists. Choose another --out, or go on with --resume.")
-    if init_from is not None and not resume:
-        log.info("weights: %s", initial.take_weights(twin, init_from))
-    twin.to(where)
     with together.joined(here, where):
-        state = loop.start(twin, plan.loop)
-        if resume:
-            state = states.load(state, plan.mapping(), folder)
-            log.info("resumed after epoch %d", state.epoch)
-        labels = plan.open("train", plan.clips.clips).labels
+        plan = together.first_rank_first(
+            lambda: _plan(data or "camera-motion", init_from, seed, config, flags)
+        )
+        folder = out or Path("runs/train") / f"{plan.run.method}-{plan.model.arch}"
+        twin = build(plan.trained, plan.run.spec, seed)  # refuses what does not fit
+        log.info("data: %s  recipe: %s  out: %s", plan.data, plan.run.method, folder)
+        log.info("%s", _describe(plan.trained, flops.count(twin)))
+        if dry_run:
+            cli.print_json(plan.mapping()) if as_json else click.echo(_lines(plan.mapping()))
+            return
+        if not resume and here.first and folder.exists():
+            raise SettingError(f"{folder} exists. Choose another --out, or go on with --resume.")
+        train = together.first_rank_first(lambda: plan.open("train", plan.clips.clips))
         test = plan.open("test", plan.run.test_clips) if reported else None
+        state = _begin(twin.to(where), plan, train, folder, resume=resume)
         output.probe(folder)  # all that can be refused is refused before the first epoch
-        _train(state, plan, labels, folder, here)
+        _train(state, plan, train, cli.resolve(LoadSettings, flags, config), folder, here)
     if not here.first:
         return
     found = {"validation": state.rows[-1], "recipe": plan.mapping()}
@@ -108,6 +106,20 @@ def main(
         cli.print_json(found)
     log.info("next: vmoe-attack %s", folder / "best.safetensors")
     log.info("next: vmoe-export %s", folder / "best.safetensors")
+
+
+def _begin(
+    twin: VideoMoE, plan: Plan, train: DataSet, folder: Path, *, resume: bool
+) -> states.State:
+    """Return the state to begin with: fresh, with the weights of --init-from, or as it stood."""
+    if resume:
+        state = states.load(loop.start(twin, plan.loop), plan.mapping(), folder)
+        log.info("resumed after epoch %d", state.epoch)
+        return state
+    router_start.spread(twin, train)
+    if plan.init_from:
+        log.info("weights: %s", initial.take_weights(twin, Path(plan.init_from)))
+    return loop.start(twin, plan.loop)
 
 
 def _report(plan: Plan, test: ClipData, folder: Path, where: torch.device) -> dict[str, Any]:
@@ -152,7 +164,7 @@ def _plan(
 
 def _refuse_strangers(method: str, recipe: type[Settings], flags: dict[str, Any]) -> None:
     """Refuse a flag of another recipe: it would have no effect."""
-    mine = {RunSettings, ModelSettings, loop.LoopSettings, DataSettings, recipe}
+    mine = {RunSettings, ModelSettings, loop.LoopSettings, DataSettings, LoadSettings, recipe}
     known = {name for cls in mine for name in _fields(cls)}
     for name, value in flags.items():
         if value is not None and name not in known:
@@ -161,7 +173,7 @@ def _refuse_strangers(method: str, recipe: type[Settings], flags: dict[str, Any]
 
 
 def _train(
-    state: states.State, plan: Plan, labels: tuple[str, ...], folder: Path, here: Ranks
+    state: states.State, plan: Plan, train: DataSet, load: LoadSettings, folder: Path, here: Ranks
 ) -> None:
     """Train; keep every epoch's weights, the best one's, and the state to go on from.
 
@@ -170,15 +182,14 @@ def _train(
     """
     best = state.best
     recipe = loop.Recipe(plan.walks, plan.recipe.bf16)
-    epochs = loop.run(
-        state, recipe, lambda epoch: plan.open("train", plan.clips.clips, epoch),
-        plan.open("val", plan.run.val_clips), plan.loop, here,
-    )  # fmt: skip
+    val = plan.open("val", plan.run.val_clips)
+    share, where = (here.rank, here.world), next(state.twin.parameters()).device
     try:
-        for now in epochs:
-            if here.first:
-                _keep(now, plan, labels, folder, now.best > best)
-            best = now.best
+        with Loader(train, plan.loop.batch, where, load.workers, share=share) as loader:
+            for now in loop.run(state, recipe, loader, val, plan.loop, here):
+                if here.first:
+                    _keep(now, plan, train.labels, folder, now.best > best)
+                best = now.best
     except VmoeError as e:
         last = folder / "last.safetensors"
         kept = f" The last good weights: {last}." if last.exists() else ""

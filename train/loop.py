@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from vmoe.attacks.ranks import Ranks
-from vmoe.batches import Batch, Held, batches, shuffled
+from vmoe.batches import Batch, Held, rows_of, shuffled
 from vmoe.cli import log, progress
 from vmoe.data import ClipData
 from vmoe.errors import SettingError, VmoeError
+from vmoe.loading import Loader
 from vmoe.models import VideoMoE, flops
 from vmoe.settings import Settings, opt
 from vmoe.train import averaging, together
@@ -102,7 +103,7 @@ def start(twin: VideoMoE, settings: LoopSettings) -> State:
 def run(
     state: State,
     recipe: Recipe,
-    train_data: Callable[[int], ClipData],
+    loader: Loader,
     val_data: ClipData,
     settings: LoopSettings,
     ranks: Ranks | None = None,
@@ -112,7 +113,8 @@ def run(
     Args:
         state: where to begin: from `start`, or as `state.load` read it.
         recipe: the walks of each epoch.
-        train_data: from an epoch's number to its clips.
+        loader: of the training's clips, in batches of `settings.batch`; in a process of torchrun,
+            its share of them.
         val_data: the validation's clips.
         settings: epochs, batch, rates, seed; everything drawn comes from (seed, epoch, pass), so
             that a training that was interrupted and resumed is the same, bit for bit.
@@ -132,21 +134,23 @@ def run(
     course = Course(settings.epochs, settings.budget, state)
     while not course.over:
         begin = time.monotonic()
-        data = Held(train_data(state.epoch))
+        waited_s = loader.waited_s
         walks = recipe.walks(course.done)
-        course.begin(len(data), [name_of(walk) for walk in walks])
+        course.begin(len(loader), [name_of(walk) for walk in walks])
         row: Row = {"epoch": state.epoch + 1}
         gradients = 0
         for number, walk in enumerate(walks):
-            walked = _Walker(state, walk, number, data, settings, ranks, recipe.bf16, course).go()
+            walked = _Walker(state, walk, number, loader, settings, recipe.bf16, course).go()
             row |= {f"loss_{name.replace(' ', '_')}": loss for name, loss in walked.losses.items()}
             gradients += walked.gradients
         course.end()
+        train_s = time.monotonic() - begin
         found = validate(
             state.kept, held_val, settings.val_steps, settings.val_eps, settings.batch, ranks
         )
         row |= found.row() | {"gradients": gradients, "tflops": state.tflops}
-        row["epoch_s"] = time.monotonic() - begin
+        row |= {"epoch_s": time.monotonic() - begin, "train_s": train_s}
+        row["wait_share"] = (loader.waited_s - waited_s) / train_s
         state.epoch += 1
         state.rows.append(row)
         state.best = max(state.best, found.figure)
@@ -164,15 +168,15 @@ class _Walker:
     """One walk over the data, a batch after the other."""
 
     def __init__(
-        self, state: State, walk: Walk, number: int, data: ClipData, settings: LoopSettings,
-        ranks: Ranks, bf16: bool, course: Course,
+        self, state: State, walk: Walk, number: int, loader: Loader, settings: LoopSettings,
+        bf16: bool, course: Course,
     ) -> None:  # fmt: skip
         """Draw the order and the attacks' seed from (seed, epoch, number of the walk)."""
         self._state, self._walk, self._settings, self._course = state, walk, settings, course
-        self._ranks, self._bf16, self._data = ranks, bf16, data
+        self._bf16, self._loader = bf16, loader
         self._device = next(state.twin.parameters()).device
         seed = (settings.seed, state.epoch, number)
-        self._rows = shuffled(len(data), *seed)[: course.clips]
+        self._order = shuffled(len(loader), *seed)[: course.clips]
         self._attack_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
         self._name = name_of(walk)
 
@@ -184,23 +188,23 @@ class _Walker:
         """
         losses = dict.fromkeys([each.name for each in self._walk], 0.0)
         gradients, spent, seen = 0, 0.0, 0
-        cut = cut_batches(self._rows, self._settings.batch)
+        counts = [len(rows) for rows in rows_of(self._order, self._settings.batch)]
+        taken = self._loader.batches(self._order, self._state.epoch)
         label = f"epoch {self._state.epoch + 1} {self._name}"
-        for step, rows in enumerate(progress(cut, label, len(cut))):
+        for step, batch in enumerate(progress(taken, label, len(counts))):
             if self._course.stops(self._name):
                 break
             self._set_rate()
-            batch = self._batch(rows)
-            counter = flops.Counter()
+            counter, count = flops.Counter(), counts[step]
             with contextlib.nullcontext() if step else counter:
                 for each in self._walk:
-                    loss, taken = self._pass(each, batch, len(rows), step)
-                    losses[each.name] += loss * len(rows)
-                    gradients += taken
+                    loss, grads = self._pass(each, batch, count, step)
+                    losses[each.name] += loss * count
+                    gradients += grads
             if not step:
-                spent = together.total_float(counter.total) / len(rows)
-            seen += len(rows)
-            self._course.spend(self._name, spent, len(rows))
+                spent = together.total_float(counter.total) / count
+            seen += count
+            self._course.spend(self._name, spent, count)
         for twin in {self._state.twin, self._state.kept}:
             for each in self._walk:
                 if each.after is not None:
@@ -213,11 +217,6 @@ class _Walker:
         share = rate(self._course.done, how.warmup, how.schedule)
         for group in self._state.optimiser.param_groups:
             group["lr"] = how.lr * share
-
-    def _batch(self, rows: Sequence[int]) -> Batch:
-        """Return this process's share of a batch."""
-        mine = rows[self._ranks.rank :: self._ranks.world]
-        return next(batches(self._data, len(mine), self._device, mine))
 
     def _pass(self, each: Pass, batch: Batch, count: int, step: int) -> tuple[float, int]:
         """Attack and update on one batch of so many clips; return the loss and the gradients."""
@@ -249,17 +248,6 @@ class _Walker:
                 f"the loss of pass {name!r} is {loss} in epoch {self._state.epoch + 1}, batch "
                 f"{step + 1}: training diverged. Give a smaller --lr than {self._settings.lr:g}."
             )
-
-
-def cut_batches(rows: Sequence[int], size: int) -> list[list[int]]:
-    """Cut rows into batches; a rest of less than half a batch joins the batch before it.
-
-    So no batch is too small for BatchNorm, or to be shared by several processes.
-    """
-    whole, rest = divmod(len(rows), size)
-    count = max(1, whole + (2 * rest >= size))
-    ends = [size * i for i in range(1, count)]
-    return [list(rows[a:b]) for a, b in zip([0, *ends], [*ends, len(rows)], strict=True)]
 
 
 def _report(row: Row, found: Validation, settings: LoopSettings) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from vmoe import registry
 from vmoe.clips import ClipSpec
-from vmoe.data import ClipData, DataSettings, open_data
+from vmoe.data import DataSet, DataSettings, open_data
 from vmoe.errors import SettingError
 from vmoe.models import ModelSettings
 from vmoe.settings import Settings, opt, to_mapping
@@ -87,10 +88,11 @@ class Plan:
         """Return the recipe as JSON holds it, to be shown, kept and compared."""
         parts = {"run": self.run, "model": self.model, "loop": self.loop, "clips": self.clips}
         held = {name: to_mapping(part) for name, part in parts.items()}
+        held["clips"].pop("cache")  # changes no clip
         mapped = {"data": self.data, "init_from": self.init_from, **held}
         return mapped | {"method": to_mapping(self.recipe)}
 
-    def open(self, split: str, clips: int, epoch: int = 0) -> ClipData:
+    def open(self, split: str, clips: int) -> DataSet:
         """Open one split of the data."""
-        settings = DataSettings(clips, self.clips.group, self.clips.seed, epoch)
+        settings = dataclasses.replace(self.clips, clips=clips)
         return open_data(self.data, split, self.run.spec, settings)

@@ -57,7 +57,7 @@ def make(held: Checkpoint, data: ClipData, *, batch: int, steps: int, eps: float
         "validation": held.results.get("validation"),
         "parameters": sum(p.numel() for p in twin.parameters()),
         "flops": cost._asdict() | {"saved": cost.saved},
-        **_experts(twin, clips, label, batch, device),
+        **experts(twin, clips, label, batch, device),
         "robust": _robust(found, steps, eps),
         "evidence": evidence.gather(twin, seen, batch) if held.labels == LABELS else None,
     }
@@ -65,7 +65,7 @@ def make(held: Checkpoint, data: ClipData, *, batch: int, steps: int, eps: float
     return mapped
 
 
-def _experts(
+def experts(
     twin: VideoMoE, clips: Clips, label: Ints, batch: int, device: torch.device
 ) -> dict[str, Any]:
     """Return clean accuracy, and what each expert receives and would reach on all clips alone."""
@@ -103,7 +103,7 @@ def _robust(found: Evaluation, steps: int, eps: float) -> dict[str, Any]:
 
 def markdown(found: dict[str, Any]) -> str:
     """Return the report as Markdown."""
-    model, robust, experts = found["model"], found["robust"], found["experts"]
+    model, robust, each = found["model"], found["robust"], found["experts"]
     rows = [["none (clean)", _percent(robust["clean"]), None, None]]
     rows += [
         [a["attack"], _percent(a["robust"]), f"{100 * a['flips']['share']:.1f}",
@@ -111,7 +111,7 @@ def markdown(found: dict[str, Any]) -> str:
         for a in robust["attacks"]
     ]  # fmt: skip
     rows.append(["worst of all, per clip", _percent(robust["worst_of"]), None, None])
-    fixed = ", ".join(_percent(each, interval=False) for each in experts["fixed_route"])
+    fixed = ", ".join(_percent(one, interval=False) for one in each["fixed_route"])
     cost, saved = found["flops"], found["flops"]["saved"]
     against = "" if saved is None else f", {saved:.0%} saved against the dense counterpart"
     lines = [
@@ -128,9 +128,9 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         report.table(rows, ["attack", "accuracy", "flips %", "with the clean route"]),
         "",
-        f"Experts receive {', '.join(f'{s:.0%}' for s in experts['shares'])} of the clips; alone "
+        f"Experts receive {', '.join(f'{s:.0%}' for s in each['shares'])} of the clips; alone "
         f"they reach {fixed} %; an oracle that routes, "
-        f"{_percent(experts['oracle_route'], interval=False)} %.",
+        f"{_percent(each['oracle_route'], interval=False)} %.",
     ]
     if found["evidence"] is not None:
         seen = [

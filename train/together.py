@@ -10,9 +10,9 @@ Without torchrun every function here returns what it was given.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,22 @@ def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+T = TypeVar("T")
+
+
+def first_rank_first(make: Callable[[], T]) -> T:
+    """Return what `make` gives, made by the first process before the others begin.
+
+    So that one of them reads what all keep on this machine, and the others find it.
+    """
+    if alone():
+        return make()
+    first = dist.get_rank() == 0
+    made = make() if first else None
+    dist.barrier()
+    return make() if made is None else made
 
 
 class _Sum(torch.autograd.Function):

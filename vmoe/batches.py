@@ -85,7 +85,7 @@ def batches(
     device: torch.device | str = "cpu",
     order: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Yield a data set in batches; a last one of a single clip joins the batch before it.
+    """Yield a data set in batches, cut as by `rows_of`.
 
     Args:
         data: the clips.
@@ -98,11 +98,14 @@ def batches(
 
 
 def rows_of(order: Sequence[int], size: int) -> list[list[int]]:
-    """Return the indices of each batch; a last one of a single clip joins the batch before it."""
-    rows = [list(order[start : start + size]) for start in range(0, len(order), size)]
-    if len(rows) > 1 and len(rows[-1]) == 1:  # BatchNorm cannot train on one clip
-        rows[-2:] = [rows[-2] + rows[-1]]
-    return rows
+    """Return the indices of each batch; a rest of less than half a batch joins the one before it.
+
+    So no batch is too small for BatchNorm, or to be shared by several processes.
+    """
+    whole, rest = divmod(len(order), size)
+    count = max(1, whole + (2 * rest >= size)) if len(order) else 0
+    ends = [size * i for i in range(1, count)] + [len(order)] * (count > 0)
+    return [list(order[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
 
 
 def to_batch(

@@ -70,6 +70,7 @@ class Loader:
         device: torch.device | str = "cpu",
         workers: int = 0,
         keep_bytes: int = KEPT_BYTES,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         """Make a loader; its workers start with the first batch.
 
@@ -79,9 +80,11 @@ class Loader:
             device: where the tensors go.
             workers: processes that read; 0 reads in this one, between the batches.
             keep_bytes: clips of an epoch that are kept, so that a second pass need not read them.
+            share: (rank, of how many): of every batch, every n-th clip.
         """
         self.waited_s = 0.0
         self._data, self._size, self._device = data, size, device
+        self._rank, self._world = share
         self._epoch: int | None = None
         self._keep_bytes = keep_bytes
         self._kept = Kept(keep_bytes)
@@ -115,6 +118,8 @@ class Loader:
     ) -> Iterator[Batch]:
         """Yield the data set as `vmoe.batches.batches` does, while the next ones are read.
 
+        Of each batch, this process's share.
+
         Args:
             order: indices in the order wanted; default: as they stand.
             epoch: of training; None takes the data set as it was opened.
@@ -124,7 +129,8 @@ class Loader:
         """
         if epoch != self._epoch:
             self._epoch, self._kept = epoch, Kept(self._keep_bytes)
-        rows = iter(rows_of(range(len(self._data)) if order is None else order, self._size))
+        cut = rows_of(range(len(self._data)) if order is None else order, self._size)
+        rows = (row[self._rank :: self._world] for row in cut)
         waiting: deque[_Asked] = deque()
         while True:
             begin = time.monotonic()

@@ -1,0 +1,234 @@
+"""One cell of the reproduction: a method, a seed; trained at a budget, attacked on test clips.
+
+Everything here is what vmoe-train and vmoe-attack do, called from Python, so that the clips can be
+rendered once for all cells.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vmoe import checkpoint, registry
+from vmoe.attacks.evaluate import evaluate, plan
+from vmoe.attacks.figures import broken
+from vmoe.attacks.judge import of_twin
+from vmoe.attacks.outcomes import Row
+from vmoe.checkpoint import Checkpoint
+from vmoe.clips import Clips, ClipSpec, Frame
+from vmoe.data import DataSet
+from vmoe.loading import Loader
+from vmoe.models import ModelSettings, VideoMoE, build
+from vmoe.settings import to_mapping
+from vmoe.train import loop, router_start
+from vmoe.train import state as states
+from vmoe.train.passes import RecipeSettings
+from vmoe.train.planned import RECIPES
+
+TABLE = ("fgsm", "pgd", "apgd-ce", "apgd-margin", "tlga-r", "j-tlga")
+ON_ROUTER = ("tlga-r", "j-tlga")  # what a dense model has nothing of
+MORE_WAYS = ("frozen", "all", "soft")  # on what the table's attacks left, by APGD-margin
+BATCH = 50
+
+
+@dataclass(frozen=True)
+class Held:
+    """Clips in memory, or in a file that is mapped there."""
+
+    clips: Clips
+    label: np.ndarray[Any, np.dtype[np.int64]]
+    labels: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """How many clips."""
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> tuple[Frame, int]:
+        """Return clip uint8 [T, H, W, 3] and its label."""
+        return np.asarray(self.clips[index]), int(self.label[index])
+
+    def at_epoch(self, epoch: int) -> Held:
+        """Return the same clips: they are of no epoch."""
+        return self
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Some of the clips in memory in each epoch, the next ones in the next."""
+
+    of: Held
+    count: int
+    epoch: int = 0
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The K names."""
+        return self.of.labels
+
+    def __len__(self) -> int:
+        """How many clips of an epoch."""
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Frame, int]:
+        """Return clip uint8 [T, H, W, 3] and its label; behind the last comes the first."""
+        return self.of[(self.epoch * self.count + index) % len(self.of)]
+
+    def at_epoch(self, epoch: int) -> Turns:
+        """Return the clips of an epoch."""
+        return Turns(self.of, self.count, epoch)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all methods are trained on, and how.
+
+    Attributes:
+        name: of the folder of what its seeds share: the standard starts, and trials.
+        model: the mixture; a method may make another of it.
+        eps: budget of training and test, on pixels in [0, 1].
+        tflops: budget of a training, the start's not counted.
+        trial_tflops: that of a trial of its settings.
+        steps: of the test's attacks.
+        loop: settings of every training.
+    """
+
+    name: str
+    model: ModelSettings
+    spec: ClipSpec
+    train: DataSet
+    val: Held
+    test: Held
+    eps: float
+    tflops: float
+    trial_tflops: float
+    steps: int
+    loop: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Settings of a method: of its recipe and of the loop, where they are not the defaults."""
+
+    recipe: dict[str, Any] = field(default_factory=dict)
+    loop: dict[str, Any] = field(default_factory=dict)
+
+
+def model_of(task: Task, method: str) -> ModelSettings:
+    """Return the architecture that a method trains."""
+    module = registry.load(RECIPES, method, "recipe")
+    made: ModelSettings = getattr(module, "model", lambda model: model)(task.model)
+    return made
+
+
+def train(
+    task: Task, method: str, trial: Trial, folder: Path, *, begin: Path | None, seed: int = 0,
+    model: ModelSettings | None = None,
+) -> Checkpoint:  # fmt: skip
+    """Train a method, or go on where a folder stands; what is finished there is read.
+
+    Args:
+        task: data, model, budget.
+        method: its name.
+        trial: its settings, which may hold another budget.
+        folder: of the training.
+        begin: the standard checkpoint to begin with; one of other labels keeps its last layer.
+        seed: of order, attacks and router.
+        model: another architecture than the method's.
+
+    Returns:
+        The last epoch's checkpoint: nothing is chosen by validation.
+    """
+    path = folder / "last.safetensors"
+    if path.exists():
+        return checkpoint.load(path)
+    module = registry.load(RECIPES, method, "recipe")
+    eps = {"eps": task.eps} if "eps" in module.Settings.__dataclass_fields__ else {}
+    recipe: RecipeSettings = module.Settings(**{**eps, **trial.recipe})
+    how = loop.LoopSettings(**{
+        "budget": task.tflops, "seed": seed, "val_steps": 0, "on_collapse": "warn",
+        **task.loop, **trial.loop,
+    })  # fmt: skip
+    twin = build(model or model_of(task, method), task.spec, seed)
+    router_start.spread(twin, task.train)
+    if begin is not None:
+        _take(twin, begin)
+    mapping = {"method": method, "recipe": to_mapping(recipe), "loop": to_mapping(how)}
+    state = loop.start(twin, how)
+    if (folder / states.FILE).exists():
+        states.load(state, mapping, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    passes = loop.Recipe(lambda done: module.walks(recipe, done), recipe.bf16)
+    since = time.process_time()
+    with Loader(task.train, how.batch) as loader:
+        for now in loop.run(state, passes, loader, task.val, how):
+            now.rows[-1]["cpu_s"] = time.process_time() - since
+            states.save(now, mapping, folder)
+            since = time.process_time()
+    held = Checkpoint(state.kept, task.train.labels, mapping, {"rows": state.rows})
+    checkpoint.save(held, path)
+    return checkpoint.load(path)
+
+
+def _take(twin: VideoMoE, path: Path) -> None:
+    """Give every expert the weights of a checkpoint's one, where their shapes fit."""
+    theirs = checkpoint.load(path).twin.experts[0].state_dict()
+    for expert in twin.experts:
+        mine = expert.state_dict()
+        fits = {name: t for name, t in theirs.items() if mine[name].shape == t.shape}
+        expert.load_state_dict({**mine, **fits})
+
+
+def rows_of(
+    twin: VideoMoE, eps: float, steps: int, ways: tuple[str, ...], *names: str
+) -> list[Row]:
+    """Return rows of attacks that a twin can be attacked by."""
+    fit = [name for name in names if twin.router is not None or name not in ON_ROUTER]
+    return plan(fit, [eps], ways, steps=steps)
+
+
+def attack(twin: VideoMoE, data: Held, eps: float, steps: int) -> dict[str, Any]:
+    """Return what a twin is worth under attack.
+
+    The table's attacks by straight-through; on the clips that all of them leave, APGD-margin by
+    the other three route_grads.
+
+    Returns:
+        `hits` of each attack, a list of 0 and 1 over the clips, with `clean` and `worst_of`;
+        `flips`, the share of routes that each changes; `lips_r`, L_Lip of the router under TLGA-R;
+        `margin` of the clean scores.
+    """
+    judges, clips = {"twin": of_twin(twin)}, np.asarray(data.clips)
+    rows = rows_of(twin, eps, steps, ("straight-through",), *TABLE)
+    found = evaluate(twin, clips, data.label, rows, judges, batch=BATCH)
+    clean = found.clean["twin"]
+    hits = {"clean": clean.said == data.label}
+    for outcome in found.outcomes:
+        hits[outcome.row.attack.replace("-", "_")] = ~broken(found, outcome, "twin")
+    stands = np.all(list(hits.values()), axis=0)
+    left = np.flatnonzero(stands)
+    if twin.router is not None and len(left):
+        more = rows_of(twin, eps, steps, MORE_WAYS, "apgd-margin")
+        again = evaluate(twin, clips[left], data.label[left], more, judges, index=left, batch=BATCH)
+        stands[left] = ~broken(again, again.outcomes[0], "twin")
+    hits["worst_of"] = stands
+    seen = {outcome.row.attack: outcome.seen["twin"] for outcome in found.outcomes}
+    lips = seen["tlga-r"].l_lip_router if "tlga-r" in seen else None
+    return {
+        "hits": {name: each.astype(int).tolist() for name, each in hits.items()},
+        "flips": {name: float(np.mean(o.seen.route != clean.route)) for name, o in seen.items()},
+        "lips_r": None if lips is None else float(np.mean(lips)),
+        "margin": float(clean.gap.mean()),
+    }
+
+
+def quick(twin: VideoMoE, data: Held, eps: float, steps: int) -> float:
+    """Return robust accuracy under PGD and APGD-margin, by which a trial is chosen."""
+    rows = rows_of(twin, eps, steps, ("straight-through",), "pgd", "apgd-margin")
+    judges = {"twin": of_twin(twin)}
+    found = evaluate(twin, np.asarray(data.clips), data.label, rows, judges, batch=BATCH)
+    any_broken = np.any([broken(found, o, "twin") for o in found.outcomes], axis=0)
+    return float(1 - any_broken.mean())
