@@ -31,7 +31,7 @@ from vmoe.train.planned import RECIPES
 
 TABLE = ("fgsm", "pgd", "apgd-ce", "apgd-margin", "tlga-r", "j-tlga")
 ON_ROUTER = ("tlga-r", "j-tlga")  # what a dense model has nothing of
-MORE_WAYS = ("frozen", "all", "soft")  # on what the table's attacks left, by APGD-margin
+MORE_WAYS = ("frozen", "all", "soft")  # of APGD-margin, on what the table's attacks left
 BATCH = 50
 
 
@@ -194,7 +194,7 @@ def attack(twin: VideoMoE, data: Held, eps: float, steps: int) -> dict[str, Any]
     """Return what a twin is worth under attack.
 
     The table's attacks by straight-through; on the clips that all of them leave, APGD-margin by
-    the other three route_grads.
+    the other three route_grads, or, of a dense model, from three more starts.
 
     Returns:
         `hits` of each attack, a list of 0 and 1 over the clips, with `clean` and `worst_of`;
@@ -210,8 +210,9 @@ def attack(twin: VideoMoE, data: Held, eps: float, steps: int) -> dict[str, Any]
         hits[outcome.row.attack.replace("-", "_")] = ~broken(found, outcome, "twin")
     stands = np.all(list(hits.values()), axis=0)
     left = np.flatnonzero(stands)
-    if twin.router is not None and len(left):
-        more = rows_of(twin, eps, steps, MORE_WAYS, "apgd-margin")
+    if len(left):
+        dense = {} if twin.router is not None else {"restarts": len(MORE_WAYS), "seed": 1}
+        more = plan(["apgd-margin"], [eps], MORE_WAYS, steps=steps, **dense)
         again = evaluate(twin, clips[left], data.label[left], more, judges, index=left, batch=BATCH)
         stands[left] = ~broken(again, again.outcomes[0], "twin")
     hits["worst_of"] = stands

@@ -54,10 +54,11 @@ METHODS = (
 )  # fmt: skip
 OURS = ("j-tlat", "j-tlat-plus")
 ONE_STEP = {"steps": 1, "step": 1.25}
-# Of each method as many: a slow and a fast attack inside of the training, or what it has instead.
+# Of each method as many: a slow and a fast attack inside of the training, or what matters more.
 TRIALS: dict[str, list[Trial]] = {
     "standard": [Trial(loop={"lr": 3e-3}), Trial(loop={"lr": 1e-3})],
     **{name: [Trial(), Trial(ONE_STEP)] for name in METHODS[1:]},
+    "j-tlat-plus": [Trial({**ONE_STEP, "shared": share}) for share in (0.6, 0.9)],
 }
 # Ablations: rows of their own, of a method's best trial but for what is named.
 VARIANTS: dict[str, tuple[str, Trial]] = {
@@ -292,6 +293,7 @@ def main(
     seeds: str, quick: bool, out: tuple[Path, ...], overwrite: bool,
 ) -> None:  # fmt: skip
     """Make the cells that are not there yet, and the tables of all that are."""
+    torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     figures.check_files(out, overwrite=overwrite)
     machine = context.read()

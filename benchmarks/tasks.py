@@ -45,7 +45,7 @@ class Size:
     tflops: float = 2.0
     trial_tflops: float = 0.8
     ut_tflops: float = 0.7
-    start_epochs: int = 6
+    start_epochs: int = 36
     steps: int = 10
 
 

@@ -157,18 +157,21 @@ def constant(twin: VideoMoE, answer: Callable[[], Tensor]) -> Tensor:
             norm.momentum = momentum
 
 
+def full(x: Tensor) -> Tensor:
+    """Return values of bfloat16 as float32, others as they are: losses are never in half."""
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
 def label_loss(logits: Tensor, label: Tensor, settings: RecipeSettings) -> Tensor:
     """Return the cross-entropy of each clip, with label smoothing, [B]."""
-    return cross_entropy(
-        logits.float(), label, reduction="none", label_smoothing=settings.smoothing
-    )
+    return cross_entropy(full(logits), label, reduction="none", label_smoothing=settings.smoothing)
 
 
 def balance_term(twin: VideoMoE, scores: Tensor, settings: RecipeSettings) -> Tensor | float:
     """Return the weighted load balance of a batch; 0 where there is none."""
     if twin.router is None or not settings.balance or settings.balance_loss == "none":
         return 0.0
-    return settings.balance * balance_loss(scores.float(), settings.balance_loss)
+    return settings.balance * balance_loss(full(scores), settings.balance_loss)
 
 
 def whole_update(
@@ -182,5 +185,5 @@ def whole_update(
     out = twin(clip)
     loss = label_loss(out.logits, batch.label, settings)
     if clean is not None:
-        loss = loss + lam * l_lip(clean.float(), out.logits.float(), batch.clip, clip)
+        loss = loss + lam * l_lip(full(clean), full(out.logits), batch.clip, clip)
     return Update(loss.mean() + balance_term(twin, out.scores, settings), len(clip))

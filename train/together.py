@@ -172,5 +172,5 @@ def share(twin: nn.Module) -> None:
         for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm2d | nn.BatchNorm3d):
                 shared = SHARED[type(child)](child.num_features, child.eps, child.momentum)
-                shared.load_state_dict(child.state_dict())
-                setattr(module, name, shared.to(child.weight.device))
+                shared.to(child.weight).load_state_dict(child.state_dict())
+                setattr(module, name, shared)

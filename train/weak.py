@@ -15,7 +15,7 @@ from vmoe.attacks.methods import j_tlga
 from vmoe.batches import Batch
 from vmoe.lipschitz import l_lip
 from vmoe.models import VideoMoE
-from vmoe.train.passes import LipschitzSettings, Update, constant, label_loss
+from vmoe.train.passes import LipschitzSettings, Update, constant, full, label_loss
 
 TOP = 2  # the paper's Top-2 experts of a misrouted clip
 
@@ -72,7 +72,7 @@ def attack(
 def _of(twin: VideoMoE, clip: Tensor) -> tuple[Tensor, Tensor]:
     """Return the Top-2 experts of clips, int64 [B, 2], and their weights, [B, 2]."""
     with torch.no_grad():
-        top, experts = twin.scores(clip).float().topk(min(TOP, len(twin.experts)), dim=1)
+        top, experts = full(twin.scores(clip)).topk(min(TOP, len(twin.experts)), dim=1)
     return experts, top.softmax(dim=1)
 
 
@@ -81,7 +81,7 @@ def _expert_loss(
     settings: LipschitzSettings,
 ) -> Tensor:  # fmt: skip
     """Return CE(E_i(x'), y) + lam L_Lip(E_i) of some rows of a batch, [rows]."""
-    clean = constant(twin, lambda: twin.run_expert(index, batch.clip[rows])).float()
-    logits = twin.run_expert(index, clip[rows]).float()
+    clean = full(constant(twin, lambda: twin.run_expert(index, batch.clip[rows])))
+    logits = full(twin.run_expert(index, clip[rows]))
     each = label_loss(logits, batch.label[rows], settings)
     return each + settings.lam * l_lip(clean, logits, batch.clip[rows], clip[rows])

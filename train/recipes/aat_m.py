@@ -20,7 +20,7 @@ from vmoe.attacks.methods import pgd
 from vmoe.batches import Batch
 from vmoe.models import VideoMoE
 from vmoe.settings import opt
-from vmoe.train.passes import Pass, RobustSettings, Update, Walk, balance_term, label_loss
+from vmoe.train.passes import Pass, RobustSettings, Update, Walk, balance_term, full, label_loss
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def walks(settings: Settings, done: float) -> list[Walk]:
 
 def divergence(clean: Tensor, moved: Tensor) -> Tensor:
     """Return KL(softmax(clean) || softmax(moved)) of each clip, [B]."""
-    clean, moved = clean.float().log_softmax(dim=1), moved.float().log_softmax(dim=1)
+    clean, moved = full(clean).log_softmax(dim=1), full(moved).log_softmax(dim=1)
     return kl_div(moved, clean, reduction="none", log_target=True).sum(dim=1)
 
 

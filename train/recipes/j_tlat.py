@@ -29,6 +29,7 @@ from vmoe.train.passes import (
     Walk,
     balance_term,
     constant,
+    full,
     whole_update,
 )
 
@@ -97,8 +98,8 @@ def router_update(
     """Return CE(R(x'), top1(x)) + lam L_Lip(R) + balance, x' from TLGA-R."""
     with as_found(twin), torch.no_grad():  # the route of inference: not by the batch's statistics
         top1 = twin.scores(batch.clip).argmax(dim=1)
-    clean = constant(twin, lambda: twin.scores(batch.clip)).float()
-    scores = twin.scores(clip).float()
+    clean = full(constant(twin, lambda: twin.scores(batch.clip)))
+    scores = full(twin.scores(clip))
     loss = cross_entropy(scores, top1, reduction="none")
     loss = loss + settings.lam * l_lip(clean, scores, batch.clip, clip)
     return Update(loss.mean() + balance_term(twin, scores, settings), 0)

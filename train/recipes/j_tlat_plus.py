@@ -33,6 +33,7 @@ from vmoe.train.passes import (
     Update,
     Walk,
     balance_term,
+    full,
     label_loss,
     pgd_clips,
     whole_update,
@@ -83,7 +84,7 @@ def margin_update(twin: VideoMoE, batch: Batch, clip: Tensor, settings: Settings
     """Return max(0, margin - (R_top1(x)(x') - max_{i != top1(x)} R_i(x'))) + balance."""
     with as_found(twin), torch.no_grad():  # the route of inference: not by the batch's statistics
         top1 = twin.scores(batch.clip).argmax(dim=1)
-    scores = twin.scores(clip).float()
+    scores = full(twin.scores(clip))
     short = (settings.margin + losses.margin(scores, top1)).clamp(min=0)
     return Update(short.mean() + balance_term(twin, scores, settings), 0)
 

@@ -1,0 +1,40 @@
+"""Several processes train as one does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import two_processes
+from vmoe import checkpoint
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("together")
+    script = [str(ROOT / "tests" / "two_processes.py"), str(folder)]
+    for how in ([], TORCHRUN):
+        done = subprocess.run(
+            [sys.executable, *how, *script],
+            capture_output=True, text=True, timeout=300, check=False, cwd=ROOT,
+            env=two_processes.environment(),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("method", two_processes.METHODS)
+def test_two_processes_end_where_one_does(trained: Path, method: str) -> None:
+    one, told = checkpoint.read_tensors(trained / f"{method}-1.safetensors")
+    two, also = checkpoint.read_tensors(trained / f"{method}-2.safetensors")
+    assert one.keys() == two.keys()
+    for name in one:  # float64: what differs is the order of sums
+        torch.testing.assert_close(one[name], two[name], rtol=1e-8, atol=1e-9)
+    assert told == pytest.approx(also, rel=1e-9)
