@@ -32,6 +32,8 @@ class RunSettings(Settings):
     frames: int = opt(8, "frames of a clip", at_least=1)
     spacing: float = opt(0.1, "time between two frames of a clip, in seconds", above=0)
     size: int = opt(64, "height and width of a clip, in pixels", at_least=16)
+    mean: tuple[float, ...] = opt(ClipSpec.mean, "mean per channel (RGB), pixels in [0, 1]")
+    std: tuple[float, ...] = opt(ClipSpec.std, "deviation per channel (RGB)", above=0)
     val_clips: int = opt(200, "clips of the validation; 0 is all", at_least=0)
     test_clips: int = opt(400, "clips of the report at the end; 0 is all", at_least=0)
     report_steps: int = opt(20, "gradient steps of the report's attacks", at_least=1)
@@ -99,7 +101,11 @@ def _fields(cls: type[Settings]) -> set[str]:
 @cli.options(loop.LoopSettings, skip=["seed"])
 @cli.options(DataSettings, skip=["seed", "epoch"])
 @_every_recipe_option
-@click.option("--init-from", type=click.Path(path_type=Path), help="Checkpoint to begin with.")
+@click.option(
+    "--init-from",
+    type=click.Path(path_type=Path),
+    help="Checkpoint to begin with, or weights of torchvision or timm: safetensors or torch.save.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder. [default: runs/train/NAME]")
 @click.option("--resume", is_flag=True, help="Go on where --out was interrupted.")
 @click.option(
@@ -187,7 +193,7 @@ def _plan(
     run = cli.resolve(RunSettings, flags, config)
     recipe = registry.load(RECIPES, run.method, "recipe (--method)").Settings
     _refuse_strangers(run.method, recipe, flags)
-    spec = ClipSpec(run.frames, run.spacing, run.size, run.size)
+    spec = ClipSpec(run.frames, run.spacing, run.size, run.size, mean=run.mean, std=run.std)
     clips = cli.resolve(DataSettings, flags, config, seed=seed)
     labels = open_data(data, "train", spec, clips).labels
     model = cli.resolve(ModelSettings, flags, config, classes=len(labels))
