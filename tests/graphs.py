@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +10,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+import torch
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, TensorProto, helper
 from onnx.numpy_helper import from_array
 
+from tests.twins import SPEC
 from vmoe.export import graphs
+from vmoe.export.onnx import trace
+from vmoe.models import ModelSettings, build
 
 OPSET, IR = 20, 10
 onnxruntime.set_default_logger_severity(4)
@@ -85,6 +90,20 @@ class Writer:
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR)
         onnx.checker.check_model(model, full_check=True)
         return model
+
+
+@functools.cache
+def experts_of(
+    family: str, width: float, experts: int, classes: int
+) -> tuple[torch.nn.ModuleList, list[ModelProto]]:
+    """Return experts whose batch normalisations are no identity, and their graphs."""
+    twin = build(ModelSettings(family, width, experts, classes), SPEC, seed=5).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, tensor in twin.experts.state_dict().items():
+            if tensor.ndim == 1 and "fc" not in name:  # of a batch normalisation
+                tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+    return twin.experts, trace(list(twin.experts), "logits", SPEC.shape, 20)
 
 
 def clips_for(model: ModelProto, n: int = 2) -> NDArray[np.uint8]:

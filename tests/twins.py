@@ -96,6 +96,15 @@ def _spread(part: nn.Module, clip: Tensor) -> None:
     last.bias.copy_((last.bias - out.mean(dim=0)) * scale)
 
 
+def lived(module: nn.Module) -> nn.Module:
+    """Give every norm statistics and weights that are not its first ones."""
+    drawn = torch.Generator().manual_seed(2)
+    for name, value in module.state_dict().items():
+        if name.endswith(("running_mean", "running_var", "weight", "bias")) and value.dim() == 1:
+            value.copy_(0.5 + torch.rand(value.shape, generator=drawn))
+    return module.eval()
+
+
 def linear(experts: int = 2, classes: int = 2, seed: int = 0, spec: ClipSpec = SPEC) -> VideoMoE:
     """Return a twin whose router and experts are linear: its best perturbation is known."""
     twin = build(ModelSettings("tsm", 0.1, experts, classes), spec, seed)

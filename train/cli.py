@@ -52,7 +52,11 @@ def _fields(cls: type[Settings]) -> set[str]:
 @cli.options(DataSettings, skip=["seed", "epoch"])
 @cli.options(LoadSettings)
 @_every_recipe_option
-@click.option("--init-from", type=click.Path(path_type=Path), help="Checkpoint to begin with.")
+@click.option(
+    "--init-from",
+    type=click.Path(path_type=Path),
+    help="Checkpoint to begin with, or weights of torchvision or timm: safetensors or torch.save.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder. [default: runs/train/NAME]")
 @click.option("--resume", is_flag=True, help="Go on where --out was interrupted.")
 @click.option(

@@ -1,4 +1,4 @@
-"""Where a training begins: fresh weights, or those of another checkpoint."""
+"""Where a training begins: fresh weights, those of another checkpoint, or of another library."""
 
 from __future__ import annotations
 
@@ -7,10 +7,24 @@ from pathlib import Path
 from vmoe import checkpoint
 from vmoe.errors import SettingError
 from vmoe.models import VideoMoE
+from vmoe.train import pretrained
 
 
 def take_weights(twin: VideoMoE, path: Path) -> str:
-    """Copy a checkpoint's weights into a twin of the same experts; return what was taken.
+    """Copy the weights of a file into a twin of the same experts; return what was taken.
+
+    Raises:
+        VmoeError: missing, damaged, or a pickle of more than tensors.
+        SettingError: it does not fit; the message says what would.
+    """
+    tensors = pretrained.read(path)
+    if tensors is not None:
+        return pretrained.take(twin, tensors, path)
+    return _take_checkpoint(twin, path)
+
+
+def _take_checkpoint(twin: VideoMoE, path: Path) -> str:
+    """Copy a checkpoint's weights.
 
     A model of one expert becomes every expert of a mixture ("sparse upcycling"): the experts
     learn to see first, with all of the data, and part when they are routed.
@@ -18,7 +32,8 @@ def take_weights(twin: VideoMoE, path: Path) -> str:
     Source: Komatsuzaki et al., "Sparse Upcycling", ICLR 2023.
 
     Raises:
-        SettingError: other experts, other labels, or another number of experts (but one).
+        SettingError: other experts, labels or normalisation, or another number of experts (but
+            one).
     """
     other = checkpoint.load(path).twin
     mine, theirs = twin.settings, other.settings
@@ -27,6 +42,12 @@ def take_weights(twin: VideoMoE, path: Path) -> str:
             raise SettingError(
                 f"--init-from {path} has {name} {getattr(theirs, name)}; this model has "
                 f"{getattr(mine, name)}. Give the same --arch, --width and labels."
+            )
+    for name in ("mean", "std"):
+        if getattr(twin.spec, name) != getattr(other.spec, name):
+            given = ",".join(f"{value:g}" for value in getattr(other.spec, name))
+            raise SettingError(
+                f"--init-from {path} was trained with --{name} {given}: give that too."
             )
     if theirs.experts not in (1, mine.experts):
         raise SettingError(

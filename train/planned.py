@@ -27,6 +27,8 @@ class RunSettings(Settings):
     frames: int = opt(8, "frames of a clip", at_least=1)
     spacing: float = opt(0.1, "time between two frames of a clip, in seconds", above=0)
     size: int = opt(64, "height and width of a clip, in pixels", at_least=16)
+    mean: tuple[float, ...] = opt(ClipSpec.mean, "mean per channel (RGB), pixels in [0, 1]")
+    std: tuple[float, ...] = opt(ClipSpec.std, "deviation per channel (RGB)", above=0)
     val_clips: int = opt(200, "clips of the validation; 0 is all", at_least=0)
     test_clips: int = opt(400, "clips of the report at the end; 0 is all", at_least=0)
     report_steps: int = opt(20, "gradient steps of the report's attacks", at_least=1)
@@ -43,7 +45,8 @@ class RunSettings(Settings):
     @property
     def spec(self) -> ClipSpec:
         """The clips."""
-        return ClipSpec(self.frames, self.spacing, self.size, self.size)
+        size = (self.size, self.size)
+        return ClipSpec(self.frames, self.spacing, *size, mean=self.mean, std=self.std)
 
 
 @dataclass(frozen=True)

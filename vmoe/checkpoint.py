@@ -120,6 +120,21 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read tensors and their JSON header.
 
     Raises:
+        VmoeError: missing, a pickle, damaged, or without our header.
+    """
+    tensors, metadata = read_safetensors(path)
+    try:
+        return tensors, json.loads(metadata[HEADER])
+    except KeyError as e:
+        raise VmoeError(f"{path} holds weights but no vmoe header: no checkpoint of ours.") from e
+    except ValueError as e:
+        raise VmoeError(f"{path} is damaged or no safetensors file: {e}.") from e
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors of a safetensors file, whoever wrote it, and its metadata.
+
+    Raises:
         VmoeError: missing, a pickle, or damaged.
     """
     try:
@@ -128,22 +143,24 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise MissingDependencyError(
             "safetensors is not installed: pip install 'vmoe[train]'"
         ) from e
-    refuse_pickle(path)
+    if is_pickle(path):
+        raise VmoeError(
+            f"{path} is a pickle, which can run code when it is read; vmoe reads safetensors only. "
+            "If you trust it: safetensors.torch.save_file(torch.load(PATH, weights_only=True), NEW)"
+        )
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})[HEADER])
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
-    except KeyError as e:
-        raise VmoeError(f"{path} holds weights but no vmoe header: no checkpoint of ours.") from e
+            metadata: dict[str, str] = file.metadata() or {}
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, ValueError) as e:
         raise VmoeError(f"{path} is damaged or no safetensors file: {e}.") from e
 
 
-def refuse_pickle(path: Path) -> None:
-    """Refuse a file that torch.save or pickle wrote, and one that cannot be read.
+def is_pickle(path: Path) -> bool:
+    """Return whether torch.save or pickle wrote a file, by its first bytes.
 
     Raises:
-        VmoeError: it is one; the message says how to convert it where it is trusted.
+        VmoeError: it cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -151,12 +168,8 @@ def refuse_pickle(path: Path) -> None:
     except OSError as e:
         raise VmoeError(f"cannot read checkpoint {path}: {e.strerror}.") from e
     if start[8:] == b"{":  # safetensors: a length in 8 bytes, which may look like anything; JSON
-        return
-    if start[:2] == b"PK" or start[:1] == b"\x80":
-        raise VmoeError(
-            f"{path} is a pickle, which can run code when it is read; vmoe reads safetensors only. "
-            "If you trust it: safetensors.torch.save_file(torch.load(PATH, weights_only=True), NEW)"
-        )
+        return False
+    return start[:2] == b"PK" or start[:1] == b"\x80"
 
 
 def device(name: str) -> torch.device:

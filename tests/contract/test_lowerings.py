@@ -12,6 +12,7 @@ import pytest
 import torch
 from onnx import GraphProto
 
+from tests.graphs import experts_of
 from tests.twins import SPEC, lively, random_clips
 from vmoe import registry
 from vmoe.batches import to_tensor
@@ -23,20 +24,12 @@ from vmoe.models import ModelSettings, VideoMoE, build
 from vmoe.runtime import Engine, load
 
 FAMILIES = ("r3d18", "tsm")
+MORE_FAMILIES = (
+    "r2plus1d18",
+    "slowfast",
+)  # by two experts alone: graphs are all alike to lowerings
 MOST = 5
 LABELS = ("a", "b", "c", "d")
-
-
-@functools.cache
-def experts_of(family: str) -> tuple[torch.nn.ModuleList, list[onnx.ModelProto]]:
-    """Return MOST experts whose batch normalisations are no identity, and their graphs."""
-    twin = build(ModelSettings(family, 0.1, MOST, len(LABELS)), SPEC, seed=5).eval()
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, tensor in twin.experts.state_dict().items():
-            if tensor.ndim == 1 and "fc" not in name:  # of a batch normalisation
-                tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
-    return twin.experts, trace(list(twin.experts), "logits", SPEC.shape, 20)
 
 
 @functools.cache
@@ -50,9 +43,10 @@ def router_of(experts: int) -> tuple[torch.nn.Module | None, onnx.ModelProto | N
 
 def made(family: str, experts: int) -> tuple[VideoMoE, Parts]:
     """Return a twin and its graphs, of parts that were traced once."""
-    modules, expert_graphs = experts_of(family)
+    width, most = (0.1, MOST) if family in FAMILIES else (0.25, 2)
+    modules, expert_graphs = experts_of(family, width, most, len(LABELS))
     router, router_graph = router_of(experts)
-    twin = build(ModelSettings(family, 0.1, experts, len(LABELS)), SPEC)
+    twin = build(ModelSettings(family, width, experts, len(LABELS)), SPEC)
     twin.router = router
     twin.experts = torch.nn.ModuleList(modules[:experts])
     return twin.eval(), Parts(router_graph, expert_graphs[:experts])
@@ -62,8 +56,8 @@ def made(family: str, experts: int) -> tuple[VideoMoE, Parts]:
     scope="module",
     params=[
         (lowering, family, experts)
-        for family in FAMILIES
-        for experts in (1, 2, 4, MOST)
+        for family in (*FAMILIES, *MORE_FAMILIES)
+        for experts in ((1, 2, 4, MOST) if family in FAMILIES else (2,))
         for lowering in registry.names(LOWERINGS)
     ],
     ids=lambda p: f"{p[0]}-{p[1]}-{p[2]}",

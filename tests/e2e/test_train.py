@@ -10,13 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from tests.videos import write
 from vmoe import checkpoint
+from vmoe.models.experts import tsm
 from vmoe.train import router_start
 from vmoe.train.cli import main
 
@@ -146,6 +149,9 @@ BAD = [
     (["--method", "j-tlat", "--experts", "1"], 2, "--experts 2 or more"),
     (["--init-from", "missing.safetensors"], 1, "cannot read checkpoint missing.safetensors"),
     (["--resume"], 1, "state.safetensors"),
+    (["--mean", "0.4,0.5"], 2, "mean is (0.4, 0.5); it must be 3 numbers (RGB)"),
+    (["--std", "0.2,0,0.2"], 2, "--std is 0.0; it must be above 0"),
+    (["--arch", "slowfast", "--frames", "3"], 2, "slowfast takes clips of 4 frames or more"),
 ]
 
 
@@ -166,13 +172,38 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
 
 
-def test_a_pickle_is_refused(tmp_path: Path) -> None:
-    import torch
+def test_a_pickle_with_code_in_it_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (exec, ("raise SystemExit('code was run')",))
 
-    torch.save({"a": torch.zeros(1)}, tmp_path / "old.pt")
+    torch.save({"a": torch.zeros(1), "b": Evil()}, tmp_path / "old.pt")
     result = train("--init-from", str(tmp_path / "old.pt"), "--out", str(tmp_path / "run"))
     assert result.exit_code == 1
-    assert "is a pickle" in result.output
+    assert "holds exec, which is no tensor and could run code when it is read" in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_experts_begin_with_the_weights_of_another_library(tmp_path: Path) -> None:
+    state = tsm.build(0.1, 400).state_dict()
+    held = {"epoch": 3, "state_dict": {f"module.{name}": value for name, value in state.items()}}
+    torch.save(held, tmp_path / "theirs.pth")
+    arguments = [a for a in SMALL if a != "--quiet"]
+    result = CliRunner().invoke(
+        main,
+        ["--method", "standard", "--epochs", "1", "--no-report", "--lr", "1e-12", "--out",
+         str(tmp_path / "run"), "--init-from", str(tmp_path / "theirs.pth"),
+         "--mean", "0.485,0.456,0.406", *arguments],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "fresh: the classifier (400 labels there, 10 here), the router" in said
+    last = tmp_path / "run" / "last.safetensors"
+    assert checkpoint.load(last).twin.spec.mean == (0.485, 0.456, 0.406)
+    found = weights(last)
+    for i in range(4):
+        np.testing.assert_allclose(found[f"experts.{i}.1.conv1.weight"], state["conv1.weight"],
+                                   atol=1e-8)  # fmt: skip
 
 
 @pytest.mark.slow

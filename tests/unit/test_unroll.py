@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from types import ModuleType
 
@@ -13,12 +12,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper
 
-from tests.graphs import Writer, clips_for, optimised, run
+from tests.graphs import Writer, clips_for, experts_of, optimised, run
 from tests.twins import SPEC
 from vmoe.export import costs, graphs, optimize
-from vmoe.export.onnx import trace
 from vmoe.export.passes import join_taps, temporal_winograd, unroll_frames
-from vmoe.models import ModelSettings, build
 
 PASSES = (unroll_frames, join_taps, temporal_winograd)
 ROUNDING = 2e-6  # of float32, as a share of the largest value
@@ -227,15 +224,14 @@ def test_a_free_number_of_frames_leaves_the_graph_as_it_is() -> None:
     assert not unroll_frames.apply(copy(model).graph)
 
 
-@functools.cache
-def expert(arch: str, width: float = 0.25) -> ModelProto:
-    twin = build(ModelSettings(arch, width, 2, 4), SPEC, seed=3).eval()
-    return trace([twin.experts[0]], "logits", SPEC.shape, 20)[0]
+def expert(arch: str) -> ModelProto:
+    return experts_of(arch, 0.25, 2, 4)[1][0]
 
 
 @pytest.mark.parametrize("form", ["direct", "joined", "winograd"])
-def test_a_real_expert_gives_the_same_in_every_form(form: str) -> None:
-    model = expert("r3d18")
+@pytest.mark.parametrize("arch", ["r3d18", "r2plus1d18", "slowfast"])
+def test_a_real_expert_gives_the_same_in_every_form(arch: str, form: str) -> None:
+    model = expert(arch)
     made = optimize.lower(model, form)
     assert made is not None
     assert_same(model, made)

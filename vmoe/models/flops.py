@@ -1,15 +1,26 @@
-"""What a clip costs, by torch's own counter."""
+"""What a clip costs, by torch's own counter.
+
+python -m vmoe.models.flops        # the table of docs/families.md
+"""
 
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from vmoe.models.moe import ModelSettings, VideoMoE, dense_counterpart
+from vmoe import registry, report
+from vmoe.clips import ClipSpec
+from vmoe.models.moe import FAMILIES, ModelSettings, VideoMoE, dense_counterpart
+
+WIDTHS = (0.125, 0.5, 1.0)
+CLIPS = (ClipSpec(), ClipSpec(frames=16, height=112, width=112))
+COLUMNS = ("family", "width", "clip", "expert MFLOPs", "router", "dense", "saved %", "M parameters")
 
 
 class Flops(NamedTuple):
@@ -76,6 +87,30 @@ def count_dense(settings: ModelSettings, twin: VideoMoE) -> int:
     return _forward(dense.experts[0], dense)
 
 
+def table(widths: Sequence[float] = WIDTHS, clips: Sequence[ClipSpec] = CLIPS) -> str:
+    """Return what every family costs, as Markdown, at four experts and ten labels.
+
+    MFLOPs of one clip, and the parameters of one expert in millions.
+    """
+    rows = []
+    for family, spec, width in itertools.product(registry.names(FAMILIES), clips, widths):
+        with torch.device("meta"):
+            twin = VideoMoE(ModelSettings(family, width), spec)
+        cost = count(twin)
+        assert cost.dense is not None
+        assert cost.saved is not None
+        parameters = sum(tensor.numel() for tensor in twin.experts[0].parameters())
+        mega = [_mega(value) for value in (cost.expert, cost.router, cost.dense)]
+        clip = f"{spec.frames}x{spec.height}x{spec.width}"
+        rows.append([family, width, clip, *mega, round(100 * cost.saved), _mega(parameters)])
+    return report.table(rows, COLUMNS)
+
+
+def _mega(value: int) -> str:
+    """Return millions, to four digits or to the unit."""
+    return f"{value / 1e6:.4g}" if value < 1e9 else f"{value / 1e6:.0f}"
+
+
 def _forward(module: torch.nn.Module, twin: VideoMoE) -> int:
     spec = twin.spec
     clip = torch.empty(1, 3, spec.frames, spec.height, spec.width, device="meta")
@@ -83,3 +118,7 @@ def _forward(module: torch.nn.Module, twin: VideoMoE) -> int:
     with torch.no_grad(), Counter() as counter:
         shadow(clip)
     return int(counter.total)
+
+
+if __name__ == "__main__":
+    print(table())

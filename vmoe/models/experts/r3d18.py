@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from vmoe.models.experts import _pretrained
 from vmoe.models.experts._channels import channels
+
+PRETRAINED = _pretrained.Pretrained("torchvision's r3d_18", *_pretrained.KINETICS)
 
 
 class Block(nn.Module):

@@ -11,7 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vmoe.models.experts import _pretrained
 from vmoe.models.experts._channels import channels
+
+PRETRAINED = _pretrained.Pretrained("torchvision's or timm's resnet18", *_pretrained.IMAGENET)
 
 
 def shift(x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from vmoe.models.experts import tsm
 
+PRETRAINED = tsm.PRETRAINED
 REACH = 8  # frames: one for each block
 
 
