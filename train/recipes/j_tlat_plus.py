@@ -27,6 +27,7 @@ from vmoe.attacks.methods import tla_e, tlga_r
 from vmoe.batches import Batch
 from vmoe.models import VideoMoE
 from vmoe.settings import opt
+from vmoe.train import together
 from vmoe.train.passes import (
     Pass,
     RobustSettings,
@@ -38,6 +39,8 @@ from vmoe.train.passes import (
     pgd_clips,
     whole_update,
 )
+
+ROUNDS = 10  # of scaling
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,27 @@ def walks(settings: Settings, done: float) -> list[Walk]:
 
 
 def margin_update(twin: VideoMoE, batch: Batch, clip: Tensor, settings: Settings) -> Update:
-    """Return max(0, margin - (R_top1(x)(x') - max_{i != top1(x)} R_i(x'))) + balance."""
+    """Return max(0, margin - (R_t(x') - max_{i != t} R_i(x'))) + balance, t the shared-out route."""
     with as_found(twin), torch.no_grad():  # the route of inference: not by the batch's statistics
-        top1 = twin.scores(batch.clip).argmax(dim=1)
+        target = shared_out(full(twin.scores(batch.clip))).argmax(dim=1)
     scores = full(twin.scores(clip))
-    short = (settings.margin + losses.margin(scores, top1)).clamp(min=0)
+    short = (settings.margin + losses.margin(scores, target)).clamp(min=0)
     return Update(short.mean() + balance_term(twin, scores, settings), 0)
+
+
+def shared_out(scores: Tensor) -> Tensor:
+    """Return weights of a batch's clips that give every expert as much, [B, M].
+
+    Rows and columns of softmax(R) are scaled in turn, so that each clip weighs 1 and each expert
+    receives B / M: the assignment that is nearest to the router's own and leaves nobody out.
+
+    Source: Sinkhorn and Knopp, 1967; as targets: Caron et al., "SwAV", NeurIPS 2020.
+    """
+    weights = scores.double().softmax(dim=1)
+    for _ in range(ROUNDS):
+        weights = weights / together.total(weights.sum(dim=0)).clamp(min=1e-12)
+        weights = weights / weights.sum(dim=1, keepdim=True)
+    return weights
 
 
 def share_out(twin: VideoMoE) -> None:
