@@ -8,10 +8,10 @@ Loading one is 2 to 5 times as fast, and weights stay in the file until they are
 
 An entry is bound to the part's bytes, the version of ONNX Runtime and the CPU, and is used only
 when all of these and its own checksums agree; else it is made again. They are CRC-32: whoever can
-write here can write the checksum too, and a hash that proves more took a third of the loading. Nothing here raises: a folder
-that cannot be written means that there is no cache. What is kept was made from the part's own
-bytes: a bundle's folder may be overwritten while an entry is made, so that they are proven before
-and after.
+write here can write the checksum too, and a hash that proves more took a third of the loading.
+Nothing here raises: a folder that cannot be written means that there is no cache. What is kept was
+made from the part's own bytes: a bundle's folder may be overwritten while an entry is made, so that
+they are proven before and after.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class OnnxRuntime:
         self._keeping: list[threading.Thread] = []
 
     def load(self, part: Part) -> Run:
-        """Make a session of one part; of one in the cache, whose name is its hashes, nothing is read.
+        """Make a session of one part; of one in the cache, no file of the bundle is read.
 
         Raises:
             CorruptBundleError: its files changed since the bundle was read.
