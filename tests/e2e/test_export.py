@@ -215,7 +215,7 @@ def test_what_a_gate_refuses_is_kept_as_rejected_with_its_report(
     assert "is kept as runs/x.rejected." in line
     assert line.endswith("If you can live with it, say so with --gate-parity.")
     assert "gate route: route agreement 100 % >= 100 %: ok" in result.stderr
-    assert "bisect: every part alone is as it should be; it is the lowering" in result.stderr
+    assert "bisect: every part alone is within the bound of the twin" in result.stderr
     assert [path.name for path in out.parent.iterdir()] == ["x.rejected"]
     kept = bundles.read(out.with_name("x.rejected"))
     gates = kept.report()["gates"]
@@ -240,7 +240,8 @@ def test_int8_in_one_file_says_what_it_is_and_is_the_same_bytes_again(tmp_path: 
     said = json.loads(first.stdout)
     found = said["precision"]["moe"]
     assert found["asked"] == found["found"] == {"fp32": 4, "int8": said_int8(found)}
-    assert found["onnxruntime_runs"]["int8"] == said_int8(found)
+    ran = said["backends"]["onnxruntime"]["runs_as"]["moe"]
+    assert ran["int8"] == said_int8(found)
     assert said["calibration"] == {
         "data": "camera-motion", "split": "train", "calib_clips": 16, "calib_adv": 0.25,
         "int8_form": "u8s8",

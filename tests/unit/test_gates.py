@@ -298,9 +298,8 @@ def test_what_the_engine_alone_gets_right_excuses_no_clip_that_it_alone_gets_wro
     said = parity.twin_says(twin, clips)
     label = np.array([said[0], (said[1] + 1) % 10, (said[2] + 1) % 10, (said[3] + 2) % 10])
     shifted: Any = Shifted(engine)  # wrong on the first, right on the next two
-    gate, report = accuracy.robust(
-        [Adversarial("pgd", clips, label, said)], shifted, GateSettings()
-    )
+    attacked = [Adversarial("pgd", clips, label, said)]
+    gate, report = accuracy.robust(attacked, shifted, GateSettings())
     found = report["robust"]["pgd"]
     assert (found["lost"], found["won"], found["drop_points"]) == (1, 2, -25)
     assert gate.measured == found["broken_on_engine_alone_pct"] == 25
@@ -376,17 +375,9 @@ def test_what_the_host_may_take_never_excuses_a_second_expert() -> None:
 
 def test_rounds_that_are_measured_again_count_with_the_first(tiny_bundle: Path) -> None:
     measured: dict[tuple[str, str], Samples] = {}
+    how: Any = {"backend": "onnxruntime", "device": "cpu", "threads": 1, "batch": 1, "seed": 0}
     with ExitStack() as stack:
-        opened = subjects.open_all(
-            stack,
-            [tiny_bundle],
-            [],
-            backend="onnxruntime",
-            device="cpu",
-            threads=1,
-            batch=1,
-            seed=0,
-        )
+        opened = subjects.open_all(stack, [tiny_bundle], [], **how)
         for _ in range(2):
             sparsity._measure(opened, measured, 0)
     assert all(len(taken.wall_ms) >= 2 * sparsity.ROUNDS for taken in measured.values())
