@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -291,18 +292,25 @@ def _session(model: ModelProto, names: Sequence[str]) -> Any:
                              if name not in own)  # fmt: skip
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    try:
+    with _named_errors():
         session = onnxruntime.InferenceSession(
             made.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
-    except Exception as e:  # ORT's errors share no base class but Exception
-        said = next(iter(str(e).splitlines()), type(e).__name__)[:200].rstrip(".")
-        raise UnrunnableError(f"ONNX Runtime does not run the graph here: {said}.") from e
     states = {port.name: port.shape[1:] for port in session.get_inputs() if port.name != "clip"}
 
     def run(clips: Clips) -> Values:
         zeros = {name: np.zeros((len(clips), *shape), np.float32) for name, shape in states.items()}
-        values: Values = session.run(list(names), {"clip": clips, **zeros})
+        with _named_errors():
+            values: Values = session.run(list(names), {"clip": clips, **zeros})
         return values
 
     return run
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:  # ORT's errors share no base class but Exception
+        said = next(iter(str(e).splitlines()), type(e).__name__)[:200].rstrip(".")
+        raise UnrunnableError(f"ONNX Runtime does not run the graph here: {said}.") from e
