@@ -140,6 +140,7 @@ def plan(path: Path, settings: ExportSettings, seed: int = 0) -> Plan:
         return Plan(held, path, name, settings, seed, sha256)
     wider = dense_counterpart(held.twin.settings)
     twin = build(wider, held.twin.spec, seed).eval()
+    lowerable.check(twin)
     data: dict[str, Any] = {
         key: held.recipe[key] for key in ("data", "clips") if key in held.recipe
     }

@@ -359,7 +359,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(small: Path, tmp_path: Path) 
     assert planned["precision"] == "fp32"
     assert planned["gates"] == {
         "parity": 1e-4, "parity_mean": 2e-5, "route_pct": 100.0, "clean_points": 1.0,
-        "robust_points": 2.0, "sparsity": 1.3,
+        "robust_pct": 2.0, "sparsity": 1.3,
     }  # fmt: skip
     plain = run(small, "--dry-run")
     assert "parts: router, expert0, expert1" in plain.stdout
