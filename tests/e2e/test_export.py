@@ -262,7 +262,8 @@ def test_int8_in_one_file_says_what_it_is_and_is_the_same_bytes_again(tmp_path: 
             assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
     shown = CliRunner().invoke(vmoe_command, ["inspect", str(tmp_path / "a")]).stdout
     for text in ("fp32+int8", "for tensorrt alone", "sparsity:", "calibration: data camera-motion",
-                 "export took, in seconds", "| onnxruntime", "moe-tensorrt.onnx"):  # fmt: skip
+                 "export took, in seconds", "runs int8 as", "| onnxruntime",
+                 "moe-tensorrt.onnx"):  # fmt: skip
         assert text in shown, text
 
 
