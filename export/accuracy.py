@@ -1,10 +1,13 @@
 """Accuracy: what a bundle loses against its twin, on clean clips and on adversarial ones.
 
-Both answer the same clips, so that a difference is one of the clips that they disagree about.
+Both answer the same clips, so that a difference is one of the clips that they disagree about. On
+clean clips the accuracy is judged. Of adversarial ones it is each clip that the engine alone gets
+wrong: those that it alone gets right say nothing of an attack that was made on the twin.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmoe import adversarial
+from vmoe.adversarial import AdversarialClips
 from vmoe.checkpoint import Checkpoint
 from vmoe.clips import Clips, ClipSpec
 from vmoe.data import DataSettings, open_data
@@ -31,6 +35,7 @@ UNKNOWN = -1  # label of a clip that has none of the twin's
 ATTACKED = 16  # clips of the gate `robust`
 ATTACKED_BELOW_FP32 = 64
 STEPS = 10  # of PGD
+SHOWN = 12  # letters of a hash
 
 
 class Sample(NamedTuple):
@@ -77,6 +82,11 @@ class Compared:
         """Accuracy that is lost, in points."""
         return 100 * (self.twin_right - self.engine_right) / self.clips
 
+    @property
+    def broken(self) -> float:
+        """Clips that the engine gets wrong and the twin does not, in per cent of all."""
+        return 100 * self.lost / self.clips
+
     def to_report(self) -> dict[str, Any]:
         """Return it as report.json has it."""
         return {
@@ -84,6 +94,7 @@ class Compared:
             "twin_pct": 100 * self.twin_right / self.clips,
             "engine_pct": 100 * self.engine_right / self.clips,
             "drop_points": self.drop,
+            "broken_on_engine_alone_pct": self.broken,
             "lost": self.lost,
             "won": self.won,
             "top1_agreement_pct": 100 * self.agree / self.clips,
@@ -155,67 +166,96 @@ def clean(found: Findings, sample: Sample, settings: GateSettings) -> tuple[Gate
     return gate, {"clean": {**said, **made.to_report()}}
 
 
-def robust(
-    held: Checkpoint, engine: Engine, sample: Sample, settings: GateSettings, count: int, seed: int
-) -> tuple[Gate, dict[str, Any]]:
-    """Judge the accuracy on adversarial clips: the worst attack's drop.
+class Adversarial(NamedTuple):
+    """Clips of one attack on the twin.
 
-    Args:
-        held: the twin, and the budget that it was trained under.
-        engine: the bundle, loaded.
-        sample: clips to attack, where none are given.
-        settings: the bound, and the folder of the clips.
-        count: clips to attack, at least 1.
-        seed: of the attack.
+    Attributes:
+        what: the attack and its budget.
+        clips: uint8 [N, T, H, W, 3].
+        label: [N].
+        twin_said: index of the label that the twin gives each, [N].
     """
-    if settings.robust is None:
-        attacked = _attack(held, sample, count, seed)
-    else:
-        attacked = given(held, settings.robust)
-    made = [
-        compare(
-            what,
-            parity.twin_says(held.twin, clips),
-            parity.infer(engine, clips).logits.argmax(axis=1),
-            label,
-        )
-        for what, clips, label in attacked
-    ]
-    worst = max(made, key=lambda compared: compared.drop)
-    what = f"robust accuracy lost ({worst.what})"
-    gate = Gate("robust", what, worst.drop, settings.gate_robust, " points")
+
+    what: str
+    clips: Clips
+    label: Ints
+    twin_said: Ints
+
+
+def robust(
+    attacked: Sequence[Adversarial], engine: Engine, settings: GateSettings
+) -> tuple[Gate, dict[str, Any]]:
+    """Judge a bundle on adversarial clips, one by one, by the attack that breaks most of them."""
+    made = []
+    for of in attacked:
+        said = parity.infer(engine, of.clips).logits.argmax(axis=1)
+        made.append(compare(of.what, of.twin_said, said, of.label))
+    worst = max(made, key=lambda compared: compared.broken)
+    what = (
+        f"adversarial clips broken on the engine alone ({worst.what}: {worst.lost} of "
+        f"{worst.clips}; on the twin alone {worst.won})"
+    )
+    gate = Gate("robust", what, worst.broken, settings.gate_robust, " %")
     return gate, {"robust": {compared.what: compared.to_report() for compared in made}}
 
 
-def _attack(
-    held: Checkpoint, sample: Sample, count: int, seed: int
-) -> list[tuple[str, Clips, Ints]]:
-    """Return adversarial clips that PGD makes of some of the sample, of known label if possible."""
+def attack(held: Checkpoint, sample: Sample, count: int, seed: int) -> list[Adversarial]:
+    """Return what PGD makes of some clips of a sample, of known label if possible.
+
+    Args:
+        held: the twin, and the budget that it was trained under.
+        sample: clips.
+        count: how many to attack, at least 1.
+        seed: of the attack.
+    """
     which = (sample.known if len(sample.known) else np.arange(len(sample.clips)))[:count]
     clips, label = sample.clips[which], sample.label[which]
     if not len(sample.known):
         label = parity.twin_says(held.twin, clips)
     eps = trained_eps(held)
     made = adversaries.make(held.twin, clips, label, eps, STEPS, seed)
-    return [(f"pgd {eps * 255:.4g}/255", made, label)]
+    return [Adversarial(f"pgd {_eps(eps)}", made, label, parity.twin_says(held.twin, made))]
 
 
-def given(held: Checkpoint, folder: Path) -> list[tuple[str, Clips, Ints]]:
-    """Return the adversarial clips of a folder.
+def given(held: Checkpoint, folder: Path, sha256: str) -> list[Adversarial]:
+    """Return the adversarial clips of a folder; arguments and errors are those of `saved`."""
+    found = saved(held, folder, sha256)
+    label = np.array(found.label, np.int64)
+    return [
+        Adversarial(
+            f"{of.attack} {_eps(of.eps) if of.norm == 'linf' else f'l2 {of.eps:.4g}'}",
+            of.clips, label, parity.twin_says(held.twin, of.clips),
+        )
+        for of in found.attacked
+    ]  # fmt: skip
+
+
+def saved(held: Checkpoint, folder: Path, sha256: str) -> AdversarialClips:
+    """Read the adversarial clips of a folder, and prove that they were made on this twin.
+
+    Args:
+        held: the twin.
+        folder: of vmoe-attack --save-adv.
+        sha256: of the twin's file.
 
     Raises:
         VmoeError: the folder holds none, or is damaged.
-        SettingError: they are clips of another spec, or of other labels.
+        SettingError: they are clips of another spec or of other labels, or made on another twin.
     """
     found = adversarial.load(folder)
+    again = "Make them on this twin: vmoe-attack CKPT --save-adv DIR"
     if found.spec != held.twin.spec or found.labels != held.labels:
         other = "another clip spec" if found.spec != held.twin.spec else "other labels"
+        raise SettingError(f"--robust {folder} holds clips of {other} than the twin's. {again}")
+    on = found.origin.get("twin_sha256")
+    if on != sha256:
+        which = f"{on[:SHOWN]}..." if isinstance(on, str) else "nothing"
         raise SettingError(
-            f"--robust {folder} holds clips of {other} than the twin's. Make them on this twin: "
-            "vmoe-attack CKPT --save-adv DIR"
+            f"--robust {folder} holds clips that were made on another twin: it names {which} as "
+            f"its sha256, which is {sha256[:SHOWN]}... {again}"
         )
-    label = np.array(found.label, np.int64)
-    return [
-        (f"{attacked.attack} {attacked.eps * 255:.4g}/255", attacked.clips, label)
-        for attacked in found.attacked
-    ]
+    return found
+
+
+def _eps(eps: float) -> str:
+    return f"{eps * 255:.4g}/255"

@@ -1,33 +1,51 @@
-"""Where parity breaks: the part, and in it the first layer whose answer is off.
+"""Where parity breaks: the part, the block and the layer in it, against the twin itself.
 
-The fp32 graph and the one under test run on the same clips, with every layer's answer as an
-output; answers are compared by the layer's place in the twin, in the order of the graph.
+The twin runs the clips with a hook before every layer; the graph under test, in ONNX Runtime, gives
+the same values out. Compared is what every layer is given, by its place in the twin, and what the
+part answers: these values are there in every form of a graph, frame by frame where it is unrolled,
+as they are after rounding in int8. The first of them that is off is made by the layers between it
+and those before it, which are not off.
+
+    clip -- stem -- (ok) conv1 -- (ok) conv2 -------- (off) next block
+                      |                          |
+                      +-------- downsample ------+    breaks in the block, at conv2 or downsample
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, ValueInfoProto
+from torch import Tensor, nn
 
+from vmoe.batches import to_tensor
 from vmoe.clips import Clips
+from vmoe.models import VideoMoE
 
 from . import layers
 from .onnx import Parts
 
-AROUND = ("Cast", "BatchNormalization")  # of a layer that stands apart from its normalisation
+BATCH = 2  # clips whose values are held at a time
+KINDS = (nn.modules.conv._ConvNd, nn.Linear)  # layers that get their one input from a call
+CONTAINERS = (nn.Sequential, nn.ModuleList)
+ROUNDED = ("Clip", "Identity", "Relu")  # that a quantiser leaves out where the range says as much
+
+Values = list[NDArray[Any]]
 
 
 class Step(NamedTuple):
-    """One layer.
+    """A value that twin and graph both have.
 
     Attributes:
-        place: in the twin.
-        error: largest difference, as a share of the layer's largest value.
+        place: of the layer that it is given to, in the twin; the part's own for its answer.
+        error: largest difference, as a share of the largest value.
     """
 
     place: str
@@ -39,126 +57,206 @@ class Break(NamedTuple):
 
     Attributes:
         part: `router` or `expertI`; None where each part alone is as it should be.
-        place: of the first layer that is off, in the twin; None where none can be compared.
-        error: of that layer.
-        before: of the layer before it; 0 of the first.
-        steps: every layer of the part.
+        block: the module of the twin that holds `layers`; None where no value can be compared.
+        layers: places in the twin; one of them is off. None: it is no layer, but what is between.
+        before: the place that is given the first value that is off.
+        error: of that value.
+        error_before: the largest of the values before it.
+        steps: every value of the part that was compared.
+        why: why nothing can be said; else None.
     """
 
     part: str | None
-    place: str | None = None
+    block: str | None = None
+    layers: tuple[str, ...] = ()
+    before: str | None = None
     error: float = 0.0
-    before: float = 0.0
+    error_before: float = 0.0
     steps: tuple[Step, ...] = ()
+    why: str | None = None
 
     def line(self) -> str:
         """Return it as a line says it."""
+        if self.why is not None:
+            return f"bisect: nothing can be said: {self.why}"
         if self.part is None:
-            return "bisect: every part alone is as it should be; it is the lowering or the backend."
-        if self.place is None:
-            return f"bisect: {self.part} is off, and shares no layer with its fp32 graph."
+            return (
+                "bisect: every part alone is within the bound of the twin in ONNX Runtime; what is "
+                "off is the mean, the lowering or the backend."
+            )
+        if self.block is None:
+            return f"bisect: {self.part} is off, and shares no value with the twin."
+        at = " or ".join(self.layers) or f"what is done to the input of {self.before}, no layer"
         return (
-            f"bisect: {self.part} breaks at {self.place}: off by {self.error:.3g} of its largest "
-            f"value, the layer before it by {self.before:.3g}."
+            f"bisect: {self.part} breaks in {self.block}, at {at}: off by {self.error:.3g} of its "
+            f"largest value, what comes before by {self.error_before:.3g}."
         )
 
     def to_report(self) -> dict[str, Any]:
         """Return it as report.json has it."""
-        steps = [step._asdict() for step in self.steps]
-        return {"part": self.part, "place": self.place, "error": self.error, "layers": steps}
+        return {**self._asdict(), "layers": list(self.layers),
+                "steps": [step._asdict() for step in self.steps]}  # fmt: skip
 
 
-def find(plain: Parts, tested: Parts, clips: Clips, bound: float) -> Break:
-    """Name the part and the layer that break parity.
+class UnrunnableError(Exception):
+    """A graph that ONNX Runtime does not run here."""
+
+
+def find(
+    twin: VideoMoE, named: Parts, tested: Parts, clips: Clips, bounds: Mapping[str, float]
+) -> Break:
+    """Name the part, the block and the layer that break parity.
 
     Args:
-        plain: the twin's graphs in fp32.
+        twin: in eval mode, on the CPU.
+        named: its graphs as exported, whose names of values every later form keeps.
         tested: the same parts as they would be deployed.
         clips: uint8 [N, T, H, W, 3].
-        bound: the difference that is allowed, as a share of the largest value.
-
-    Returns:
-        Of the part whose answer is farthest off, the first layer beyond the bound; where none
-        is, the one that is farthest off.
+        bounds: `router` and `experts`: the difference that is allowed, as a share of the largest
+            value.
     """
-    both = zip(plain.experts, tested.experts, strict=True)
-    pairs = {f"expert{i}": pair for i, pair in enumerate(both)}
-    if plain.router is not None and tested.router is not None:
-        pairs["router"] = (plain.router, tested.router)
-    off = {
-        name: _error(_answers(a, [], clips)[-1], _answers(b, [], clips)[-1])
-        for name, (a, b) in pairs.items()
-    }
-    worst = max(off, key=off.__getitem__)
-    if not off[worst] > bound:
-        return Break(None)
-    plain_part, tested_part = pairs[worst]
-    steps = _steps(plain_part, tested_part, worst, clips)
-    if not steps:
-        return Break(worst)
-    beyond = [i for i, step in enumerate(steps) if step.error > bound]
-    at = beyond[0] if beyond else max(range(len(steps)), key=lambda i: steps[i].error)
-    before = steps[at - 1].error if at else 0.0
-    return Break(worst, steps[at].place, steps[at].error, before, steps)
+    parts = dict(_pairs(twin, named, tested))
+    try:
+        off = {name: part.steps(clips, [])[-1].error for name, part in parts.items()}
+        beyond = {name: error / bounds[parts[name].kind] for name, error in off.items()}
+        worst = max(beyond, key=beyond.__getitem__)
+        if not beyond[worst] > 1:
+            return Break(None)
+        return _break(parts[worst], clips, bounds[parts[worst].kind])
+    except UnrunnableError as e:
+        return Break(None, why=str(e))
 
 
-class _Pair(NamedTuple):
-    """A layer's answer in both graphs: a value of the plain one, one or more of the other."""
-
-    place: str
-    plain: str
-    tested: list[str]
-
-
-def _steps(plain: ModelProto, tested: ModelProto, part: str, clips: Clips) -> tuple[Step, ...]:
-    """Compare every layer that both graphs have."""
-    pairs = list(_pairs(plain, tested, part))
-    reference = _answers(plain, [pair.plain for pair in pairs], clips)
-    asked = [name for pair in pairs for name in pair.tested]
-    found = iter(_answers(tested, asked, clips))
-    steps = []
-    for pair, value in zip(pairs, reference, strict=False):  # last comes the graph's own answer
-        frames = [next(found) for _ in pair.tested]
-        got = frames[0] if len(frames) == 1 else np.stack(frames, axis=2)
-        if got.ndim == value.ndim > 1:
-            got = got[:, : value.shape[1]]  # without channels that a pass has padded
-        if got.shape == value.shape:
-            steps.append(Step(pair.place, _error(value, got)))
-    return tuple(steps)
+def _pairs(twin: VideoMoE, named: Parts, tested: Parts) -> Iterator[tuple[str, _Part]]:
+    if named.router is not None and tested.router is not None:
+        yield "router", _Part(twin, "router", named.router, tested.router)
+    for i, (plain, model) in enumerate(zip(named.experts, tested.experts, strict=True)):
+        yield f"expert{i}", _Part(twin, f"expert{i}", plain, model)
 
 
-def _pairs(plain: ModelProto, tested: ModelProto, part: str) -> Iterator[_Pair]:
-    """Yield the layers that both graphs have, in the order of the plain one."""
-    known = {output for node in plain.graph.node for output in node.output}
-    held = layers.of_model(tested, part)
-    count = Counter(layer.place for layer in held)
-    own = {layer.place: layer for layer in held}
-    for layer in layers.of_model(plain, part):
-        frames = _frames(tested.graph, layer.output)
-        if frames:
-            yield _Pair(layer.place, layer.output, frames)
-        elif count[layer.place] == 1:
-            value = _settled(tested.graph, own[layer.place].output)
-            name = value if value in known else layer.output
-            yield _Pair(layer.place, name, [_dequantised(tested.graph, value)])
+def _break(part: _Part, clips: Clips, bound: float) -> Break:
+    given = part.given()
+    steps = part.steps(clips, given)
+    if len(steps) == 1:
+        return Break(part.name)
+    at = next(i for i, step in enumerate(steps) if step.error > bound)
+    values = {layer.place: layer.given for layer in given}
+    fine = {values[step.place] for step in steps[:at]}
+    off = values.get(steps[at].place, part.plain.graph.output[0].name)
+    suspects = tuple(part.between(fine, off))
+    block = part.block(suspects or (steps[at].place,))
+    before = max((step.error for step in steps[:at]), default=0.0)
+    return Break(part.name, block, suspects, steps[at].place, steps[at].error, before, tuple(steps))
 
 
-def _frames(graph: GraphProto, name: str) -> list[str]:
-    """Return the values that a clip's value was taken apart into, in time."""
-    made = {output for node in graph.node for output in node.output}
-    frames: list[str] = []
-    while (frame := f"{name}/t{len(frames)}") in made:
-        frames.append(_dequantised(graph, frame))
-    return frames
+class _Part:
+    """A part of the twin, its graph as exported, and the graph under test."""
 
+    def __init__(self, twin: VideoMoE, name: str, plain: ModelProto, tested: ModelProto) -> None:
+        self.twin, self.name, self.plain, self.tested = twin, name, plain, tested
+        self.root = layers.twin_place(name)
+        self.kind = self.root.partition(".")[0]  # router or experts
+        self._layers = layers.of_model(plain, name)
 
-def _settled(graph: GraphProto, value: str) -> str:
-    """Follow a layer's answer through the normalisation that was not folded into it."""
-    while True:
-        readers = [node for node in graph.node if value in node.input]
-        if len(readers) != 1 or readers[0].op_type not in AROUND:
-            return value
-        value = readers[0].output[0]
+    def given(self) -> list[layers.Layer]:
+        """Return the layers whose input twin and graph both have, in the order of the graph."""
+        count = Counter(layer.place for layer in self._layers)
+        modules = dict(self.twin.named_modules())
+        return [
+            layer
+            for layer in self._layers
+            if count[layer.place] == 1
+            and isinstance(modules.get(layer.place), KINDS)
+            and self._tested(layer.given)
+        ]
+
+    def steps(self, clips: Clips, given: Sequence[layers.Layer]) -> list[Step]:
+        """Compare what these layers are given, and last the part's answer."""
+        names = [self._tested(layer.given) for layer in given]
+        names.append([self.tested.graph.output[0].name])
+        run = _session(self.tested, [name for some in names for name in some])
+        places = [layer.place for layer in given]
+        largest = np.zeros((2, len(names)))  # difference, value
+        known = np.ones(len(names), bool)
+        for start in range(0, len(clips), BATCH):
+            some = clips[start : start + BATCH]
+            found = iter(run(some))
+            for i, (wanted, parts) in enumerate(
+                zip(self._of_twin(some, places), names, strict=True)
+            ):
+                got = _joined([next(found) for _ in parts], wanted)
+                known[i] &= got is not None
+                if got is not None:
+                    pair = np.abs(wanted - got).max(initial=0.0), np.abs(wanted).max(initial=0.0)
+                    largest[:, i] = np.maximum(largest[:, i], pair)  # NaN stays NaN
+        errors = largest[0] / np.maximum(largest[1], 1e-12)
+        errors[np.isnan(errors)] = np.inf
+        made = map(Step, [*places, self.root], map(float, errors))
+        return [step for step, is_known in zip(made, known, strict=True) if is_known]
+
+    def between(self, fine: set[str], off: str) -> Iterator[str]:
+        """Yield the layers that a value is made by, back to values that are fine."""
+        by = {layer.output: layer for layer in self._layers}
+        made = {name: node for node in self.plain.graph.node for name in node.output}
+        seen, waiting = set(fine), [off]
+        while waiting:
+            name = waiting.pop()
+            if name in seen or name not in made:
+                continue
+            seen.add(name)
+            waiting += [by[name].given] if name in by else [*made[name].input]
+            if name in by:
+                yield by[name].place
+
+    def block(self, places: Sequence[str]) -> str:
+        """Return the innermost module around layers that is no mere list, below the network."""
+        paths = zip(*(place.split(".")[:-1] for place in places), strict=False)
+        around = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, paths)]
+        for end in range(len(around), len(self.root.split(".")) + 1, -1):
+            place = ".".join(around[:end])
+            if not isinstance(self.twin.get_submodule(place), CONTAINERS):
+                return place
+        return ".".join(around) or self.root
+
+    def _tested(self, value: str) -> list[str]:
+        """Return where a value as exported stands in the graph under test; nowhere: nothing."""
+        graph = self.tested.graph
+        made = {name for node in graph.node for name in node.output}
+        maker = {name: node for node in self.plain.graph.node for name in node.output}
+        while True:
+            frames: list[str] = []
+            while (frame := f"{value}/t{len(frames)}") in made:
+                frames.append(frame)
+            found = frames or [value] * (value in made)
+            if found or value not in maker or maker[value].op_type not in ROUNDED:
+                return [_dequantised(graph, name) for name in found]
+            value = maker[value].input[0]
+
+    def _of_twin(self, clips: Clips, places: Sequence[str]) -> Values:
+        """Return what the twin's layers are given, and last what the part answers."""
+        seen: dict[str, Tensor] = {}
+
+        def note(place: str) -> Any:
+            def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+                seen.setdefault(place, args[0].detach().clone())
+
+            return hook
+
+        hooks = [
+            self.twin.get_submodule(place).register_forward_pre_hook(note(place))
+            for place in places
+        ]
+        clip = to_tensor(clips)
+        try:
+            with torch.no_grad():
+                if self.kind == "router":
+                    answer = self.twin.scores(clip)
+                else:
+                    answer = self.twin.run_expert(int(self.root.partition(".")[2]), clip)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [value.double().numpy() for value in (*(seen[p] for p in places), answer)]
 
 
 def _dequantised(graph: GraphProto, value: str) -> str:
@@ -171,27 +269,48 @@ def _dequantised(graph: GraphProto, value: str) -> str:
     return back.output[0] if back.op_type == "DequantizeLinear" else value
 
 
-def _answers(model: ModelProto, names: list[str], clips: Clips) -> list[NDArray[Any]]:
-    """Run a graph; return these values and, last, its own answer."""
+def _joined(frames: Values, like: NDArray[Any]) -> NDArray[Any] | None:
+    """Return a value that may be in frames, without padded channels; None of another shape."""
+    got = frames[0] if len(frames) == 1 and frames[0].ndim == like.ndim else np.stack(frames, 2)
+    if got.ndim == like.ndim > 1:
+        got = got[:, : like.shape[1]]
+    return got.astype(np.float64) if got.shape == like.shape else None
+
+
+def _session(model: ModelProto, names: Sequence[str]) -> Any:
+    """Return a graph as a function from clips to these values; states begin as zeros.
+
+    Raises:
+        UnrunnableError: ONNX Runtime does not run it here.
+    """
     import onnxruntime
 
     made = ModelProto()
     made.CopyFrom(model)
-    own = model.graph.output[0].name
-    extra = dict.fromkeys(name for name in names if name != own)
-    made.graph.output.extend(ValueInfoProto(name=name) for name in extra)
+    own = {value.name for value in model.graph.output}
+    made.graph.output.extend(ValueInfoProto(name=name) for name in dict.fromkeys(names)
+                             if name not in own)  # fmt: skip
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(
-        made.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    values: list[NDArray[Any]] = session.run([*names, own], {"clip": clips})
-    return values
+    with _named_errors():
+        session = onnxruntime.InferenceSession(
+            made.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    states = {port.name: port.shape[1:] for port in session.get_inputs() if port.name != "clip"}
+
+    def run(clips: Clips) -> Values:
+        zeros = {name: np.zeros((len(clips), *shape), np.float32) for name, shape in states.items()}
+        with _named_errors():
+            values: Values = session.run(list(names), {"clip": clips, **zeros})
+        return values
+
+    return run
 
 
-def _error(reference: NDArray[Any], found: NDArray[Any]) -> float:
-    """Return the largest difference as a share of the largest value; infinite if not a number."""
-    a, b = reference.astype(np.float64), found.astype(np.float64)
-    scale = max(float(np.abs(a).max(initial=0.0)), 1e-12)
-    error = float(np.abs(a - b).max(initial=0.0)) / scale
-    return error if np.isfinite(error) else float("inf")
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:  # ORT's errors share no base class but Exception
+        said = next(iter(str(e).splitlines()), type(e).__name__)[:200].rstrip(".")
+        raise UnrunnableError(f"ONNX Runtime does not run the graph here: {said}.") from e

@@ -132,7 +132,7 @@ def _gates(settings: ExportSettings) -> dict[str, Any]:
         "parity_mean": mean,
         "route_pct": settings.gate_route,
         "clean_points": settings.gate_clean,
-        "robust_points": settings.gate_robust,
+        "robust_pct": settings.gate_robust,
         "sparsity": settings.gate_sparsity or sparse,
     }
 

@@ -1,13 +1,16 @@
 """Gates: what is measured on a bundle before anyone gets it, and can refuse it.
 
+    backend    backends here that answer it at all                                (verify.py)
     parity     logits and scores against the twin's, largest and mean difference  (parity.py)
     route      clips routed as the twin routes them
     clean      accuracy lost against the twin                                     (accuracy.py)
-    robust     accuracy lost on adversarial clips that were made on the twin
+    robust     adversarial clips that break the engine, and not the twin that they were made on
     sparsity   what a routed clip costs, over router alone + expert alone         (sparsity.py)
-    precision  layers that are not what was asked                                 (precision.py)
+    precision  layers that are not what was asked, or do not run as that          (precision.py,
+                                                                                   executed.py)
 
-Each has a bound that a flag moves, but for the last: what was asked is what is delivered.
+Each has a bound that a flag moves, but for the first and the last: what was asked is what is
+delivered.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from vmoe.settings import Settings, opt
 # bf16 3.8e-3 and 5e-4, int8 0.039 and 1.5e-3.
 PARITY = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 0.02, "int8": 0.12}
 PARITY_MEAN = {"fp32": 2e-5, "fp16": 3e-4, "bf16": 3e-3, "int8": 5e-3}
-WITHOUT_FLAG = ("precision",)
+WITHOUT_FLAG = ("backend", "precision")
 
 
 def _by_precision(bounds: dict[str, float]) -> str:
@@ -55,8 +58,11 @@ class GateSettings(Settings):
         1.0, "accuracy that may be lost against the twin, in points", at_least=0, at_most=100
     )
     gate_robust: float = opt(
-        2.0, "the same on adversarial clips that were made on the twin", at_least=0, at_most=100
-    )
+        2.0,
+        "adversarial clips, made on the twin, that the engine alone gets wrong, in per cent; those "
+        "that it alone gets right are no excuse",
+        at_least=0, at_most=100,
+    )  # fmt: skip
     gate_sparsity: float | None = opt(
         None,
         "time of a routed clip over router alone + expert alone, of the worst route [default: "

@@ -43,12 +43,14 @@ class Layer(NamedTuple):
         place: in the twin, such as `experts.0.1.layer1.0.conv1.0`.
         node: its name in the graph.
         precision: of its weights and inputs, such as fp16; int8 only where both are.
-        output: the value that it gives.
+        given: the value that goes in.
+        output: the value that comes out.
     """
 
     place: str
     node: str
     precision: str
+    given: str
     output: str
 
 
@@ -78,7 +80,7 @@ def _layers(graph: GraphProto, outer: Mapping[str, Source], part: str) -> Iterat
                 weight, kind = found
                 if kind == "int8" and not _is_dequantised(node.input[0], known):
                     kind = "int8 weights"  # and an input that is not
-                yield Layer(place(weight, part), node.name, kind, node.output[0])
+                yield Layer(place(weight, part), node.name, kind, node.input[0], node.output[0])
         for inner in graphs.subgraphs_of(node):
             yield from _layers(inner, known, part)
 

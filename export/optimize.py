@@ -40,6 +40,7 @@ from .passes import (
     strip_metadata,
     temporal_winograd,
     unroll_frames,
+    widen_scaling,
 )
 
 log = logging.getLogger("vmoe.export")
@@ -55,6 +56,7 @@ FORMS: dict[str, tuple[Pass, ...]] = {  # over each expert
     "joined": (*_BEFORE, join_taps.apply),
     "winograd": (*_BEFORE, temporal_winograd.apply),
 }
+QUANTISED: tuple[Pass, ...] = (widen_scaling.apply,)  # over each part that becomes int8, before
 LOWERED: tuple[Pass, ...] = (sink_initializers.apply, annotate_batch.apply)  # over what is written
 
 AUTO = "auto"

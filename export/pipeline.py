@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from onnx import ModelProto
 
 from vmoe import bundle as bundles
-from vmoe import output
+from vmoe import checkpoint, output
 from vmoe.bundle import Bundle
 from vmoe.errors import VmoeError
 from vmoe.latest import REJECTED
@@ -49,6 +49,7 @@ __all__ = [
 log = logging.getLogger("vmoe.export")
 
 INT8_FORMS = ("joined", "flat")  # of --optimize auto
+BISECTED = 16  # clips that --bisect runs
 
 
 class Exported(NamedTuple):
@@ -70,7 +71,7 @@ class Made(NamedTuple):
 
     Attributes:
         parts: in the precision and form that was asked.
-        plain: in fp32, as exported; the same object where nothing was changed.
+        plain: as the exporter gave them; the same object where nothing was changed.
         choice: the form of the experts, and why.
     """
 
@@ -131,8 +132,8 @@ def run(plan: Plan, out: Path, *, overwrite: bool = False, device: str = "cpu") 
         device: where it is checked: cpu (auto is that too) or cuda:N.
 
     Raises:
-        SettingError: `out` exists, the data of the check cannot be read, or the twin holds what
-            cannot be lowered.
+        SettingError: `out` exists, no such device is here, the data of the check cannot be read, or
+            the twin holds a layer that cannot be exported.
         GateError: a gate refused the bundle, which is kept beside `out` as NAME.rejected.
         OutputError: the disk is full; nothing is left of it.
     """
@@ -141,12 +142,11 @@ def run(plan: Plan, out: Path, *, overwrite: bool = False, device: str = "cpu") 
     output.refuse_existing(rejected, overwrite=True)
     output.probe(out)
     settings, held = plan.settings, plan.checkpoint
-    device = "cpu" if device == "auto" else device
+    device = "cpu" if device == "auto" else str(checkpoint.device(device))
     optimize.check()
-    lowerable.check(held.twin)
     precision.check(held.twin, settings)
     if settings.robust is not None:
-        accuracy.given(held, settings.robust)  # told before any work where they are not to be used
+        accuracy.saved(held, settings.robust, plan.sha256)  # else told after all the work
     stages = Stages()
     with stages.stage("clips", "to check the bundle with"):
         sample = _sample(plan)
@@ -168,6 +168,7 @@ def run(plan: Plan, out: Path, *, overwrite: bool = False, device: str = "cpu") 
                 shutil.copytree(folder, kept, dirs_exist_ok=True)
         refuse(verdict.gates, f"It was measured on {len(sample.clips)} clips, and is kept as "
                f"{rejected}.")  # fmt: skip
+    assert verdict.findings is not None  # else it was refused
     return Exported(bundles.read(out), said, verdict.findings)
 
 
@@ -201,8 +202,7 @@ def graphs(plan: Plan) -> Made:
             return Made(parts, parts, Choice(settings.optimize, "none", {}, {}))
         if settings.precision in half.DTYPES:
             parts = half.export(twin, settings, settings.opset)
-            plain = from_twin(twin, settings.opset) if settings.bisect else parts
-            return Made(parts, plain, Choice(settings.optimize, "none", {}, {}))
+            return Made(parts, parts, Choice(settings.optimize, "none", {}, {}))
         plain = from_twin(twin, settings.opset)
     except VmoeError:
         raise
@@ -238,19 +238,23 @@ def _experts(
 def _judge(plan: Plan, made: Made, bundle: Bundle, sample: Sample, device: str) -> Verdict:
     alone = replace(plan, settings=replace(plan.settings, lowering="split"))
     with verify.on_device(plan.checkpoint, device):
-        return verify.verify(
-            plan.checkpoint, bundle, sample, plan.settings, device=device, seed=plan.seed,
-            write_split=lambda folder: write(alone, made.parts, folder),
-        )  # fmt: skip
+        return verify.verify(verify.Case(
+            plan.checkpoint, bundle, sample, plan.settings, device, plan.seed,
+            lambda folder: write(alone, made.parts, folder),
+        ))  # fmt: skip
 
 
 def _bisected(plan: Plan, made: Made, verdict: Verdict, sample: Sample) -> dict[str, Any]:
-    """Name the part and the layer that break parity, where that is asked and needed."""
+    """Name the part, the block and the layer that break parity, where asked and needed."""
     settings = plan.settings
     broken = any(not gate.ok for gate in verdict.gates if gate.name.startswith("parity"))
     if not settings.bisect or not broken:
         return {}
-    bound = settings.parity(settings.precision)[0]
-    found = bisect.find(made.plain, made.parts, sample.clips[: verify.CLIPS_OTHERS], bound)
+    router = settings.asked(verify.ROUTER)
+    bounds = {"experts": settings.precision, "router": router}
+    found = bisect.find(
+        plan.checkpoint.twin, made.plain, made.parts, sample.clips[:BISECTED],
+        {kind: settings.parity(precision)[0] for kind, precision in bounds.items()},
+    )  # fmt: skip
     log.info("%s", found.line())
     return {"bisect": found.to_report()}

@@ -15,7 +15,7 @@ from vmoe.models import build, dense_counterpart
 from vmoe.runtime.online import ONLINE
 from vmoe.settings import opt, to_mapping
 
-from . import accuracy, calibration, online, optimize
+from . import accuracy, calibration, lowerable, online, optimize
 from .calibration import CalibrationSettings
 from .onnx import OPSETS
 from .verify import VerifySettings
@@ -127,8 +127,8 @@ def plan(path: Path, settings: ExportSettings, seed: int = 0) -> Plan:
 
     Raises:
         VmoeError: the checkpoint (or the bundle around it) is missing, damaged, or a pickle.
-        SettingError: the counterpart of a model that is dense already, or a twin without the form
-            that is asked.
+        SettingError: the counterpart of a model that is dense already, a twin without the form
+            that is asked, or with a pre-block that no lowering carries.
     """
     sha256 = _sha256(path)  # before: a file that changes from here on is another one
     held = checkpoint.load(path)
@@ -136,9 +136,11 @@ def plan(path: Path, settings: ExportSettings, seed: int = 0) -> Plan:
         online.check(held.twin)
     name = settings.name or _name(path)
     if not settings.counterpart:
+        lowerable.check(held.twin)
         return Plan(held, path, name, settings, seed, sha256)
     wider = dense_counterpart(held.twin.settings)
     twin = build(wider, held.twin.spec, seed).eval()
+    lowerable.check(twin)
     data: dict[str, Any] = {
         key: held.recipe[key] for key in ("data", "clips") if key in held.recipe
     }

@@ -1,14 +1,19 @@
-"""A written bundle against its twin: every gate, and what report.json says of it."""
+"""A written bundle against its twin: every gate on every backend, and what report.json says of it.
+
+The bundle is judged by the first backend here that answers it. On every other one the same gates
+are measured, with the same clips: a backend that fails one is reported as not verified, which
+`--backend auto` never takes.
+"""
 
 from __future__ import annotations
 
 import logging
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -17,22 +22,23 @@ from vmoe import registry
 from vmoe.bundle import Bundle
 from vmoe.checkpoint import Checkpoint
 from vmoe.clips import Clips
-from vmoe.errors import GateError, VmoeError
+from vmoe.errors import VmoeError
 from vmoe.runtime import Engine, load
 from vmoe.runtime.backends import ENGINES, REPORTED
 from vmoe.runtime.engines import TWIN
 from vmoe.runtime.online import is_online
 
-from . import accuracy, latency, layers, online, parity, sparsity
-from .accuracy import Sample
+from . import accuracy, executed, latency, online, parity, sparsity
+from .accuracy import Adversarial, Sample
+from .executed import Executed
 from .gates import Gate, GateSettings
-from .layers import twin_place
-from .parity import Findings
+from .parity import Findings, Reference
 from .precision import PrecisionSettings, Proof, prove
 
 log = logging.getLogger("vmoe.export")
 
-CLIPS_OTHERS = 16  # that a second backend is checked on
+FRAME_BY_FRAME = 16  # clips of the online form
+ROUTER = "router"  # its place in the twin
 NAMED = 3  # how many layers a message names
 
 
@@ -46,29 +52,37 @@ class Verdict:
     """What was measured of a bundle.
 
     Attributes:
-        gates: all of them.
-        findings: parity and routes, on the first backend that runs the bundle.
+        gates: all of them, on the backend that the bundle is judged by.
+        findings: parity and routes there; None where no backend answers the bundle.
         report: for report.json.
     """
 
     gates: tuple[Gate, ...]
-    findings: Findings
+    findings: Findings | None
     report: dict[str, Any]
 
 
-def verify(
-    held: Checkpoint,
-    bundle: Bundle,
-    sample: Sample,
-    settings: VerifySettings,
-    *,
-    device: str,
-    seed: int,
-    write_split: Callable[[Path], object],
-) -> Verdict:
-    """Judge a bundle by every gate.
+class Judged(NamedTuple):
+    """What was measured on one backend.
 
-    Args:
+    Attributes:
+        gates: of what it answers, what that costs, and what it runs in.
+        findings: parity and routes.
+        report: what else was found.
+        ran: what the backend makes of each part's layers, of int8.
+    """
+
+    gates: list[Gate]
+    findings: Findings
+    report: dict[str, Any]
+    ran: dict[str, Executed]
+
+
+@dataclass
+class Case:
+    """A bundle to be judged.
+
+    Attributes:
         held: the twin and what is known of it, on the device of the check.
         bundle: as written.
         sample: clips, labelled where they can be.
@@ -76,56 +90,101 @@ def verify(
         device: cpu or cuda:N.
         seed: of what is drawn.
         write_split: writes the same model as a split bundle into a folder.
+        known: what the twin said of the clips so far, so that it is asked once.
+    """
+
+    held: Checkpoint
+    bundle: Bundle
+    sample: Sample
+    settings: VerifySettings
+    device: str
+    seed: int
+    write_split: Callable[[Path], object]
+    known: Reference | None = None
+
+    @cached_property
+    def proofs(self) -> list[Proof]:
+        """What the parts' layers are stored in, and what was asked."""
+        folder = self.bundle.path
+        return [
+            prove(onnx.load(folder / part.file, load_external_data=False), name, self.settings)
+            for name, part in self.bundle.parts.items()
+        ]
+
+    @cached_property
+    def adversarial(self) -> list[Adversarial]:
+        """Clips that were made on the twin, once for all backends."""
+        settings = self.settings
+        if settings.robust is not None:
+            return accuracy.given(self.held, settings.robust, self.bundle.twin["sha256"])
+        fp32 = settings.precision == "fp32"
+        count = accuracy.ATTACKED if fp32 else accuracy.ATTACKED_BELOW_FP32
+        if settings.robust_clips is not None:
+            count = settings.robust_clips
+        return accuracy.attack(self.held, self.sample, count, self.seed) if count else []
+
+
+def verify(case: Case) -> Verdict:
+    """Judge a bundle by every gate.
 
     Raises:
-        GateError: no backend here can run the bundle.
         SettingError: adversarial clips that are not this twin's.
     """
-    asked = settings.precision
-    router = "fp32" if settings.keeps(twin_place("router")) else asked
-    random = bundle.extra.get("weights") == "random"
+    written = _written(case.proofs)
+    asked = {p.part: {"asked": p.asked, "found": p.found, "tensors": p.tensors}
+             for p in case.proofs}  # fmt: skip
     with ExitStack() as stack:
-        engines, why_not = _open_all(stack, bundle, device)
-        first = next(iter(engines.values()))
-        found = parity.check(held.twin, first, sample.clips, settings, asked, router)
-        gates = [*found.gates]
-        if is_online(bundle):
-            gates.append(_frame_by_frame(first, sample.clips[:CLIPS_OTHERS], found))
-        report = parity.to_report(found)
-        if not random:  # no accuracy to lose
-            gate, said = accuracy.clean(found, sample, settings)
-            gates.append(gate)
-            report |= said
-            if count := _attacked(settings, asked):
-                gate, said = accuracy.robust(held, first, sample, settings, count, seed)
-                gates.append(gate)
-                report |= said
-        own = all(gate.ok for gate in found.gates)
-        few = sample.clips[:CLIPS_OTHERS]
-        report[REPORTED] = {
-            **_backends(held, engines, few, settings, own, (asked, router), device),
-            **{name: {"ok": False, "device": device, "why": why} for name, why in why_not.items()},
-        }
-    if bundle.experts > 1:
-        judged, said = sparsity.judge(
-            bundle.path, bundle.lowering, first.backend_name, device, write_split, settings, seed
-        )
-        gates += [judged] if judged else []
-        report |= said
-    proofs = [
-        prove(onnx.load(bundle.path / part.file, load_external_data=False), name, settings)
-        for name, part in bundle.parts.items()
-    ]
-    ran = _runs_as(bundle) if asked != "fp32" else {}
-    gates += _of_precision(proofs, ran, settings)
-    report["precision"] = {
-        proof.part: {
-            "asked": proof.asked, "found": proof.found, "tensors": proof.tensors,
-            "onnxruntime_runs": ran.get(proof.part),
-        }
-        for proof in proofs
-    }  # fmt: skip
+        engines, why_not = _open_all(stack, case.bundle, case.device)
+        judged: dict[str, Judged] = {}
+        for name in list(engines):
+            try:
+                judged[name] = _judge(case, engines[name])
+            except VmoeError as e:
+                why_not[name] = _said(e, case.bundle)
+                del engines[name]
+        said = {REPORTED: _backends(case, judged, why_not)}
+    if not judged:
+        reasons = "; ".join(f"{name}: {why}" for name, why in why_not.items()) or "none is here"
+        gates = [Gate("backend", f"backends here that run it ({reasons})", 0, 1, least=True)]
+        return _verdict([*gates, written], None, {"precision": asked, **said})
+    first = next(iter(judged.values()))
+    said |= {"precision": asked, **first.report}
+    return _verdict([*first.gates, written], first.findings, said)
+
+
+def _verdict(gates: Sequence[Gate], found: Findings | None, report: dict[str, Any]) -> Verdict:
     return Verdict(tuple(gates), found, {"gates": [g.to_report() for g in gates], **report})
+
+
+def _judge(case: Case, engine: Engine) -> Judged:
+    """Measure a bundle on one backend, by every gate."""
+    settings, asked = case.settings, case.settings.precision
+    router = settings.asked(ROUTER)
+    clips = case.sample.clips
+    found = parity.check(case.held.twin, engine, clips, settings, asked, router, case.known)
+    case.known = found.reference
+    gates, report = [*found.gates], parity.to_report(found)
+    if is_online(case.bundle):
+        gates.append(_frame_by_frame(engine, clips[:FRAME_BY_FRAME], found))
+    if case.bundle.extra.get("weights") != "random":  # which have no accuracy to lose
+        judged, said = accuracy.clean(found, case.sample, settings)
+        gates.append(judged)
+        report |= said
+        if case.adversarial:
+            judged, said = accuracy.robust(case.adversarial, engine, settings)
+            gates.append(judged)
+            report |= said
+    if case.bundle.experts > 1:
+        sparse, said = sparsity.judge(
+            case.bundle.path, case.bundle.lowering, engine.backend_name, case.device,
+            case.write_split, settings, case.seed,
+        )  # fmt: skip
+        gates += [sparse] if sparse else []
+        report |= said
+    ran = executed.on(engine.backend_name, case.bundle) if asked == "int8" else {}
+    if ran and settings.int8_form == "u8s8":  # s8s8 is for TensorRT: a CPU's own choice is said
+        gates.append(executed.gate(engine.backend_name, case.proofs, ran))
+    return Judged(gates, found, report, ran)
 
 
 def _frame_by_frame(engine: Engine, clips: Clips, found: Findings) -> Gate:
@@ -134,23 +193,10 @@ def _frame_by_frame(engine: Engine, clips: Clips, found: Findings) -> Gate:
     return Gate("parity", "max |d logits| frame by frame", online.error(engine, clips), bound)
 
 
-def _attacked(settings: VerifySettings, precision: str) -> int:
-    """Return how many clips the gate `robust` attacks; a folder of them counts as some."""
-    if settings.robust is not None:
-        return 1
-    if settings.robust_clips is not None:
-        return settings.robust_clips
-    return accuracy.ATTACKED if precision == "fp32" else accuracy.ATTACKED_BELOW_FP32
-
-
 def _open_all(
     stack: ExitStack, bundle: Bundle, device: str
 ) -> tuple[dict[str, Engine], dict[str, str]]:
-    """Load a bundle on every backend that is here; return why others cannot run it.
-
-    Raises:
-        GateError: none can.
-    """
+    """Load a bundle on every backend that is here; return why others cannot run it."""
     engines: dict[str, Engine] = {}
     why_not: dict[str, str] = {}
     formats = {part.format for part in bundle.parts.values()}
@@ -165,73 +211,41 @@ def _open_all(
             engine.infer(np.zeros((1, *bundle.spec.shape), np.uint8))
             engines[name] = engine
         except VmoeError as e:
-            why_not[name] = str(e).removeprefix(f"{bundle.path}/")
+            why_not[name] = _said(e, bundle)
             log.debug("%s: %s", name, e)
-    if not engines:
-        reasons = "; ".join(f"{name}: {why}" for name, why in why_not.items()) or "none is here"
-        raise GateError(f"no backend here runs this bundle, so that nothing is proven: {reasons}")
     return engines, why_not
 
 
+def _said(e: VmoeError, bundle: Bundle) -> str:
+    return str(e).removeprefix(f"{bundle.path}/").rstrip(".")
+
+
 def _backends(
-    held: Checkpoint,
-    engines: dict[str, Engine],
-    clips: Clips,
-    settings: VerifySettings,
-    first_ok: bool,
-    precisions: tuple[str, str],
-    device: str,
+    case: Case, judged: Mapping[str, Judged], why_not: Mapping[str, str]
 ) -> dict[str, dict[str, Any]]:
-    """Check every backend, and measure one clip on each; the first is checked already."""
-    ok: dict[str, bool] = {}
-    for i, (name, engine) in enumerate(engines.items()):
-        if not i:
-            ok[name] = first_ok
-            continue
-        found = parity.check(held.twin, engine, clips, settings, *precisions)
-        ok[name] = all(gate.ok for gate in found.gates)
-        if not ok[name]:
-            why = "; ".join(gate.refusal() for gate in found.gates if not gate.ok)
-            log.warning("not verified for backend %s: %s", name, why)
+    """Return what is said of every backend: its gates, and what one clip costs on it."""
+    said: dict[str, dict[str, Any]] = {}
+    clip = case.sample.clips[:1]
+    took = latency.measure(case.bundle, judged, case.device, clip) if judged else {}
+    for i, (name, of) in enumerate(judged.items()):
+        refused = "; ".join(gate.refusal() for gate in of.gates if not gate.ok)
+        said[name] = {
+            "ok": not refused, **took[name], **({"why": refused} if refused else {}),
+            "gates": [gate.to_report() for gate in of.gates],
+            **({"runs_as": {p: r.to_report() for p, r in of.ran.items()}} if of.ran else {}),
+        }  # fmt: skip
+        if refused and i:  # of the first, the bundle itself is refused
+            log.warning("not verified for backend %s: %s", name, refused)
+    for name, why in why_not.items():
+        said[name] = {"ok": False, "device": case.device, "why": why}
+    return said
 
-    bundle = next(iter(engines.values())).bundle
-    took = latency.measure(bundle, engines, device, clips[:1])
-    return {name: {"ok": ok[name], **took[name]} for name in engines}
 
-
-def _of_precision(
-    proofs: Sequence[Proof], ran: dict[str, dict[str, int]], settings: PrecisionSettings
-) -> Iterator[Gate]:
-    """Yield the gate `precision`, of what stands in the graphs and of what ONNX Runtime runs."""
+def _written(proofs: Sequence[Proof]) -> Gate:
+    """Judge what stands in the graphs."""
     differs = [place for proof in proofs for place in proof.differs]
     shown = f" ({', '.join(differs[:NAMED])})" if differs else ""
-    yield Gate("precision", f"layers that are not as asked{shown}", len(differs), 0)
-    if settings.precision == "int8" and settings.int8_form == "u8s8" and ran:
-        missed = [proof.asked.get("int8", 0) - ran[proof.part].get("int8", 0) for proof in proofs]
-        what = "int8 layers that ONNX Runtime runs in float"
-        yield Gate("precision", what, max(0, sum(missed)), 0)
-
-
-def _runs_as(bundle: Bundle) -> dict[str, dict[str, int]]:
-    """Count what ONNX Runtime makes of each part's layers on this CPU; empty where it cannot."""
-    import onnxruntime
-
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, part in bundle.parts.items():
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 4
-            options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
-            try:
-                onnxruntime.InferenceSession(
-                    str(bundle.path / part.file), options, providers=["CPUExecutionProvider"]
-                )
-            except Exception as e:  # ORT's errors share no base class but Exception
-                log.debug("%s: %s", name, e)
-                return {}
-            optimised = onnx.load(options.optimized_model_filepath, load_external_data=False)
-            found[name] = layers.runs_as(optimised)
-    return found
+    return Gate("precision", f"layers that are not as asked{shown}", len(differs), 0)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -71,10 +72,11 @@ def _measured(said: dict[str, Any]) -> Iterator[str]:
     if backends:
         rows = [
             [name, "ok" if _dict(found).get("ok") is True else "not verified",
-             _dict(found).get("latency_ms"), _dict(found).get("why")]
+             _dict(found).get("latency_ms"), _runs_as(_dict(found)), _dict(found).get("why")]
             for name, found in backends.items()
         ]  # fmt: skip
-        yield report.table(rows, ["backend", "verdict", "ms a clip, at export", "why not"])
+        columns = ["backend", "verdict", "ms a clip, at export", "runs int8 as", "why not"]
+        yield report.table(rows, columns)
     lines = []
     for key in ("clean", "robust", "route", "optimize", "calibration", "bisect"):
         found = _flat(said.get(key))
@@ -94,6 +96,16 @@ def _measured(said: dict[str, Any]) -> Iterator[str]:
     if said.get("verified_on"):
         lines.append(f"verified on: {said['verified_on']}, seed {said.get('seed')}")
     yield "\n".join(lines)
+
+
+def _runs_as(backend: dict[str, Any]) -> str:
+    """Return what a backend makes of all int8 layers; `-` where nothing is said."""
+    found = [part for part in _dict(backend.get("runs_as")).values() if part]
+    said = [part for part in found if isinstance(part, str)]
+    total: Counter[str] = Counter()
+    for part in found:
+        total.update({k: n for k, n in _dict(part).items() if isinstance(n, int)})
+    return said[0] if said else _counts(dict(sorted(total.items())))
 
 
 def _origin(bundle: Bundle, said: dict[str, Any]) -> Iterator[str]:

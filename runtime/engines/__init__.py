@@ -46,7 +46,13 @@ class Backend(Protocol):
     """What runs single graphs; it knows nothing of routes."""
 
     def load(self, part: Part) -> Run:
-        """Make one part ready to run."""
+        """Make one part ready to run; what is read of its files is proven first (`check_part`).
+
+        An expert may be needed hours after its bundle was read, and a folder may be overwritten.
+
+        Raises:
+            CorruptBundleError: a file is not the one that the bundle was read with.
+        """
         ...
 
     def put(self, clips: Clips) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vmoe.bundle import Part
+from vmoe.bundle import Part, check_part
 from vmoe.clips import Clips
 from vmoe.errors import BundleError, EngineMismatchError, MissingDependencyError, SettingError
 
@@ -86,15 +86,18 @@ class OnnxRuntime:
         self._keeping: list[threading.Thread] = []
 
     def load(self, part: Part) -> Run:
-        """Make a session of one part.
+        """Make a session of one part; of one in the cache, no file of the bundle is read.
 
         Raises:
+            CorruptBundleError: its files changed since the bundle was read.
             BundleError: the graph is not one that ONNX Runtime reads.
             EngineMismatchError: its inputs or outputs are not what the manifest says.
             SettingError: the device asked cannot be used.
         """
         path = self._folder / part.file
         session = self._cached(part)
+        if session is None:
+            check_part(self._folder, part)
         keep = self._cache is not None and session is None and self._cache.is_worth(path)
         try:
             session = session or self._session(path, self._options())

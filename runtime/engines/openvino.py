@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vmoe.bundle import Part
+from vmoe.bundle import Part, check_part
 from vmoe.clips import Clips
 from vmoe.errors import BundleError, EngineMismatchError, MissingDependencyError, SettingError
 
@@ -71,10 +71,12 @@ class OpenVino:
         """Compile one part.
 
         Raises:
+            CorruptBundleError: its files changed since the bundle was read.
             BundleError: the graph is not one that OpenVINO reads.
             EngineMismatchError: its inputs or outputs are not what the manifest says.
         """
         path = self._folder / part.file
+        check_part(self._folder, part)
         try:
             compiled, defaults = self.compiled(path)
         except Exception as e:  # OpenVINO raises RuntimeError, and others for what it cannot parse

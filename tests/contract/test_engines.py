@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from vmoe import registry
 from vmoe.batches import to_tensor
 from vmoe.checkpoint import load as load_checkpoint
 from vmoe.clips import ClipSpec
-from vmoe.errors import BundleError, SettingError
+from vmoe.errors import BundleError, CorruptBundleError, SettingError
 from vmoe.export import ExportSettings, export
 from vmoe.runtime import load
 from vmoe.runtime.engine import ENGINES
@@ -112,6 +113,17 @@ def test_what_was_put_can_be_run_by_every_part(backend: str, path: Path, spec: C
         assert opened.load(part)({"clip": put})[output].shape == (1, 3)
     opened.close()
     opened.close()
+
+
+def test_a_part_that_changed_since_the_bundle_was_read_is_not_parsed(
+    backend: str, tmp_path: Path, spec: ClipSpec
+) -> None:
+    manifest = reader.read(bundles.write(tmp_path / "b", spec))
+    opened = registry.load(ENGINES, backend, "backend").open(BackendSettings(manifest.path, "cpu"))
+    shutil.copy(manifest.path / "expert1.onnx", manifest.path / "expert2.onnx")
+    opened.load(manifest.parts["expert1"])
+    with pytest.raises(CorruptBundleError, match=r"b changed since it was loaded: expert2"):
+        opened.load(manifest.parts["expert2"])
 
 
 def test_a_wrong_shape_is_refused_by_name(backend: str, path: Path, spec: ClipSpec) -> None:

@@ -16,6 +16,7 @@ import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from tests import bundles as tiny
 from tests import videos
@@ -26,7 +27,8 @@ from vmoe.batches import to_tensor
 from vmoe.checkpoint import Checkpoint
 from vmoe.clips import Clips, ClipSpec
 from vmoe.errors import SettingError
-from vmoe.export import ExportSettings, online
+from vmoe.export import ExportSettings, bisect, online
+from vmoe.export.onnx import Parts
 from vmoe.export.pipeline import Plan, write
 from vmoe.models import ModelSettings, VideoMoE, build
 from vmoe.runtime import Engine, Pipeline, load
@@ -55,14 +57,19 @@ def twin() -> VideoMoE:
 
 
 @pytest.fixture(scope="module")
-def path(twin: VideoMoE, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def parts(twin: VideoMoE) -> Parts:
+    return online.from_twin(twin, 20)
+
+
+@pytest.fixture(scope="module")
+def path(twin: VideoMoE, parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("online")
     file = tmp_path_factory.mktemp("twin") / "twin.safetensors"
     held = Checkpoint(twin, LABELS)
     checkpoint.save(held, file)
     made = ExportSettings(form="online")
     plan = Plan(held, file, "causal", made, sha256=bundles.sha256(file))
-    write(plan, online.from_twin(twin, 20), folder)
+    write(plan, parts, folder)
     return folder
 
 
@@ -105,6 +112,20 @@ def test_the_manifest_and_the_graphs_say_what_they_are(path: Path) -> None:
     }
     onnx.checker.check_model(path / "expert1.onnx", full_check=True)
     assert [p.shape for p in bundle.parts["router"].inputs] == [(None, *SPEC.shape)]
+
+
+def test_bisect_finds_the_layer_of_a_causal_expert_too(twin: VideoMoE, parts: Parts) -> None:
+    bounds, clips = {"experts": 1e-4, "router": 1e-4}, stream(SPEC.frames, 3)
+    assert bisect.find(twin, parts, parts, clips, bounds).part is None
+    wrong = onnx.ModelProto()
+    wrong.CopyFrom(parts.experts[1])
+    weight = next(t for t in wrong.graph.initializer if "layer3.0.conv1" in t.name)
+    values = numpy_helper.to_array(weight) + 1
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    broken = Parts(parts.router, [parts.experts[0], wrong, parts.experts[2]])
+    found = bisect.find(twin, parts, broken, clips, bounds)
+    assert (found.part, found.block) == ("expert1", "experts.1.1.layer3.0")
+    assert found.layers == ("experts.1.1.layer3.0.conv1",)
 
 
 @pytest.mark.parametrize("n", [1, 3])

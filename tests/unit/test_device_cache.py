@@ -16,10 +16,10 @@ from onnx import TensorProto, helper
 from onnx.numpy_helper import from_array
 
 from tests.graphs import Writer
-from vmoe import bundle as bundles
 from vmoe import cli
 from vmoe.bundle import Part
 from vmoe.clips import Clips
+from vmoe.errors import CorruptBundleError
 from vmoe.export import graphs, optimize
 from vmoe.export.onnx import write_part
 from vmoe.runtime.engines import BackendSettings, _cache, _names
@@ -89,6 +89,15 @@ def test_a_part_is_kept_after_its_first_answer_and_gives_the_same_bits(
     assert np.array_equal(plain, again)
 
 
+def test_of_a_part_in_the_cache_nothing_is_read(written: tuple[Path, Part], tmp_path: Path) -> None:
+    plain = answer(written, tmp_path / "cache")
+    (tmp_path / "gone").mkdir()
+    moved = (tmp_path / "gone", written[1])
+    assert np.array_equal(answer(moved, tmp_path / "cache"), plain)
+    with pytest.raises(CorruptBundleError, match=r"gone changed since it was loaded: expert0"):
+        answer(moved, None)
+
+
 def test_what_is_kept_is_what_is_loaded(written: tuple[Path, Part], tmp_path: Path) -> None:
     plain = answer(written, tmp_path)
     found = the_cache(tmp_path).find(written[1])
@@ -99,7 +108,7 @@ def test_what_is_kept_is_what_is_loaded(written: tuple[Path, Part], tmp_path: Pa
     onnx.save(model, found, save_as_external_data=True, location="graph.onnx.data",
               size_threshold=1024)  # fmt: skip
     entry = json.loads(found.with_name("entry.json").read_text())
-    entry["sha256"] = {n: bundles.sha256(found.with_name(n)) for n in entry["sha256"]}
+    entry["crc32"] = {n: _cache.crc32(found.with_name(n)) for n in entry["crc32"]}
     found.with_name("entry.json").write_text(json.dumps(entry))
     assert not np.allclose(answer(written, tmp_path), plain), "the cache is not read at all"
 
@@ -151,7 +160,7 @@ def test_one_that_loads_no_more_is_dropped(written: tuple[Path, Part], tmp_path:
     (place,) = entries(tmp_path)
     (place / "graph.onnx").write_bytes(b"\x08\x0a")  # a model without a graph
     entry = json.loads((place / "entry.json").read_text())
-    entry["sha256"]["graph.onnx"] = bundles.sha256(place / "graph.onnx")
+    entry["crc32"]["graph.onnx"] = _cache.crc32(place / "graph.onnx")
     (place / "entry.json").write_text(json.dumps(entry))
     assert np.array_equal(answer(written, tmp_path), plain)
     assert (place / "graph.onnx").stat().st_size > 1000, "it was not made again"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,16 @@ from vmoe.data import DataSettings, open_data
 from vmoe.data.camera_motion import LABELS
 from vmoe.errors import GateError, SettingError
 from vmoe.export import accuracy, gates, parity, sparsity
-from vmoe.export.accuracy import UNKNOWN, Sample
+from vmoe.export.accuracy import UNKNOWN, Adversarial, Sample
 from vmoe.export.gates import Gate, GateSettings
 from vmoe.export.parity import Reference
 from vmoe.export.pipeline import ExportSettings
 from vmoe.models import VideoMoE
 from vmoe.runtime import Engine, Prediction, load
+from vmoe.runtime.bench import subjects
+from vmoe.runtime.bench.certificate import BOUND, Route
+from vmoe.runtime.bench.measuring import Samples
+from vmoe.runtime.bench.statistics import Ratio
 
 
 @pytest.fixture(scope="module")
@@ -266,48 +272,72 @@ def test_clean_accuracy_is_judged_by_labels_or_by_the_twins_own_answers(
     assert gate.ok
 
 
-def test_robust_accuracy_is_judged_on_clips_that_fool_the_twin(
+def test_robust_is_judged_on_clips_that_pgd_made_on_the_twin(
     engine: Engine, twin: VideoMoE
 ) -> None:
     clips = random_clips(6)
     held = Checkpoint(twin, LABELS, {"method": {"eps": 2 / 255}})
-    sample = Sample(clips, parity.twin_says(twin, clips))
-    gate, report = accuracy.robust(held, engine, sample, GateSettings(), 4, seed=0)
+    attacked = accuracy.attack(held, Sample(clips, parity.twin_says(twin, clips)), 4, seed=0)
+    gate, report = accuracy.robust(attacked, engine, GateSettings())
     (said,) = report["robust"].values()
     assert list(report["robust"]) == ["pgd 2/255"]
     assert said["clips"] == 4
     assert said["twin_pct"] < 100, "this attack fooled nobody"
     assert gate.ok
     shifted: Any = Shifted(engine)
-    gate, report = accuracy.robust(held, shifted, sample, GateSettings(), 4, seed=0)
+    gate, report = accuracy.robust(attacked, shifted, GateSettings())
     (other,) = report["robust"].values()
     assert other["lost"] == round(said["twin_pct"] * 4 / 100), "what the twin had right is lost"
+    assert gate.measured == 100 * other["lost"] / 4
 
 
-def test_robust_accuracy_is_judged_on_clips_of_a_folder_by_the_worst_attack(
+def test_what_the_engine_alone_gets_right_excuses_no_clip_that_it_alone_gets_wrong(
+    engine: Engine, twin: VideoMoE
+) -> None:
+    clips = random_clips(4)
+    said = parity.twin_says(twin, clips)
+    label = np.array([said[0], (said[1] + 1) % 10, (said[2] + 1) % 10, (said[3] + 2) % 10])
+    shifted: Any = Shifted(engine)  # wrong on the first, right on the next two
+    attacked = [Adversarial("pgd", clips, label, said)]
+    gate, report = accuracy.robust(attacked, shifted, GateSettings())
+    found = report["robust"]["pgd"]
+    assert (found["lost"], found["won"], found["drop_points"]) == (1, 2, -25)
+    assert gate.measured == found["broken_on_engine_alone_pct"] == 25
+    assert gate.refusal() == (
+        "adversarial clips broken on the engine alone (pgd: 1 of 4; on the twin alone 2) is 25 %, "
+        "must be at most 2 %"
+    )
+
+
+def test_robust_is_judged_on_clips_of_a_folder_by_the_worst_attack(
     engine: Engine, twin: VideoMoE, tmp_path: Path
 ) -> None:
     clips, other = random_clips(4), random_clips(4, seed=1)
     said = [int(k) for k in parity.twin_says(twin, clips)]
-    held = Checkpoint(twin, LABELS)
+    held, sha256 = Checkpoint(twin, LABELS), 64 * "a"
     saved = AdversarialClips(
         spec=twin.spec, labels=LABELS, clean=clips, label=tuple(said), index=(0, 1, 2, 3),
-        attacked=(Attacked("none", 8 / 255, [], clips), Attacked("fgsm", 8 / 255, [], other)),
+        attacked=(Attacked("none", 8 / 255, [], clips), Attacked("pgd", 1.5, [], other, "l2")),
+        origin={"twin_sha256": sha256},
     )  # fmt: skip
     adversarial.save(saved, tmp_path / "clips")
-    settings = GateSettings(robust=tmp_path / "clips")
-    nobody = Sample(clips[:0], np.zeros(0, np.int64))
-    gate, report = accuracy.robust(held, engine, nobody, settings, 1, seed=0)
-    assert set(report["robust"]) == {"none 8/255", "fgsm 8/255"}
+    attacked = accuracy.given(held, tmp_path / "clips", sha256)
+    gate, report = accuracy.robust(attacked, engine, GateSettings())
+    assert set(report["robust"]) == {"none 8/255", "pgd l2 1.5"}
     assert report["robust"]["none 8/255"]["twin_pct"] == 100
     assert gate.ok
     shifted: Any = Shifted(engine)
-    gate, _ = accuracy.robust(held, shifted, nobody, settings, 1, seed=0)
-    assert gate.what == "robust accuracy lost (none 8/255)"
+    gate, _ = accuracy.robust(attacked, shifted, GateSettings())
+    assert "(none 8/255: 4 of 4; on the twin alone 0)" in gate.what
     assert gate.measured == 100
     elsewhere = Checkpoint(lively(4, 4), ("a", "b", "c", "d"))
     with pytest.raises(SettingError, match="holds clips of other labels than the twin's"):
-        accuracy.robust(elsewhere, engine, nobody, settings, 1, seed=0)
+        accuracy.given(elsewhere, tmp_path / "clips", sha256)
+    with pytest.raises(SettingError, match=r"made on another twin: it names aaaaaaaaaaaa\.\.\. as"):
+        accuracy.given(held, tmp_path / "clips", 64 * "b")
+    adversarial.save(dataclasses.replace(saved, origin={}), tmp_path / "nameless")
+    with pytest.raises(SettingError, match="made on another twin: it names nothing as its sha256"):
+        accuracy.given(held, tmp_path / "nameless", sha256)
 
 
 def test_sparsity_tells_a_routed_clip_from_one_that_runs_every_expert(
@@ -333,6 +363,24 @@ def test_sparsity_tells_a_routed_clip_from_one_that_runs_every_expert(
     )
     assert nothing is None
     assert "every expert" in report["sparsity"]
+
+
+def test_what_the_host_may_take_never_excuses_a_second_expert() -> None:
+    twice = Ratio(medians=1.0, minima=2.0, low=None, high=None)  # as noise would have the medians
+    for alone_ms, excused in ((10.0, 0.01), (1.0, 0.1), (0.01, 0.5), (0.0, 0.5)):
+        route = Route(0, 2 * alone_ms, alone_ms, twice, None)
+        assert sparsity._ratio(route) == pytest.approx(2 - excused)
+        assert sparsity._ratio(route) > BOUND
+
+
+def test_rounds_that_are_measured_again_count_with_the_first(tiny_bundle: Path) -> None:
+    measured: dict[tuple[str, str], Samples] = {}
+    how: Any = {"backend": "onnxruntime", "device": "cpu", "threads": 1, "batch": 1, "seed": 0}
+    with ExitStack() as stack:
+        opened = subjects.open_all(stack, [tiny_bundle], [], **how)
+        for _ in range(2):
+            sparsity._measure(opened, measured, 0)
+    assert all(len(taken.wall_ms) >= 2 * sparsity.ROUNDS for taken in measured.values())
 
 
 def test_clips_of_a_check_are_seeded_and_hold_noise_black_and_white(spec: ClipSpec) -> None:

@@ -23,6 +23,7 @@ from vmoe.export.passes import (
     sink_initializers,
     strip_metadata,
     unroll_frames,
+    widen_scaling,
 )
 
 
@@ -61,7 +62,7 @@ def test_strip_metadata_clears_branches_too_and_nothing_else() -> None:
     assert not strip_metadata.apply(graph), "it says that it changed a graph that was clean"
 
 
-LISTS = (optimize.EXPORTED, *optimize.FORMS.values(), optimize.LOWERED)
+LISTS = (optimize.EXPORTED, *optimize.FORMS.values(), optimize.QUANTISED, optimize.LOWERED)
 
 
 @pytest.mark.parametrize("name", registry.names("vmoe.export.passes"))
@@ -223,6 +224,25 @@ def outside() -> onnx.ModelProto:
         [*weights, from_array(np.ones((1, 16, 1, 1), np.float32), "shared")],
     )  # fmt: skip
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_widen_scaling_gives_the_same_pixels_by_whole_rows(shared: bool) -> None:
+    write = Writer(3, 8)
+    x = write.conv(write.pixels(), 3, 16, (3, 3, 3), pads=[1] * 6)
+    model = write.model(write.head(write.node("Relu", x), 16))
+    fold_scaling.apply(model.graph)
+    unroll_frames.apply(model.graph)
+    if shared:  # a layer that needs the constant as it is
+        scale = next(t.name for t in model.graph.initializer if t.name.endswith("scale/frame"))
+        model.graph.node.append(helper.make_node("Relu", [scale], ["other"]))
+    made = copy(model)
+    assert widen_scaling.apply(made.graph)
+    assert not widen_scaling.apply(made.graph)
+    shapes = {t.name: t.dims for t in made.graph.initializer if t.name.endswith("/frame")}
+    assert sorted(map(list, shapes.values())) == [[1, 3, 1, 1 if shared else 8], [1, 3, 1, 8]]
+    clips = clips_for(model)
+    assert np.array_equal(run(model, clips), run(made, clips))
 
 
 def test_sink_initializers_moves_each_into_the_branch_that_alone_reads_it(tmp_path: Path) -> None:

@@ -1,9 +1,8 @@
-"""Precision: asked, made, and found; calibration on the training split; where parity breaks."""
+"""Precision: asked, made, and found; calibration on the training split; what cannot be exported."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import re
 import shutil
 from collections import Counter
@@ -18,75 +17,19 @@ from onnx import ModelProto, TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from tests import videos
-from tests.twins import SPEC, random_clip, random_clips
-from vmoe import latest
+from tests.experts import LABELS, clips_for, plain, small_twin
+from tests.twins import SPEC, random_clips
 from vmoe.batches import to_tensor
 from vmoe.checkpoint import Checkpoint
-from vmoe.clips import ClipSpec
 from vmoe.data import DataSettings, open_data
 from vmoe.errors import SettingError
-from vmoe.export import bisect, calibration, half, layers, lowerable, optimize, precision
+from vmoe.export import calibration, half, layers, lowerable, optimize, precision
 from vmoe.export.calibration import CalibrationSettings
-from vmoe.export.onnx import Parts, from_twin
 from vmoe.export.pipeline import graphs
 from vmoe.export.plan import ExportSettings, Plan
 from vmoe.export.precision import PrecisionSettings
 from vmoe.export.quantise import quantise
-from vmoe.models import ModelSettings, VideoMoE, build
-from vmoe.models.experts.r3d18 import Block
-
-LABELS = ("a", "b", "c")
-
-
-class Small(nn.Module):
-    """An R3D of two blocks: clip, normalised, to logits; seven layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        stem = nn.Conv3d(3, 8, (3, 7, 7), stride=(1, 2, 2), padding=(1, 3, 3), bias=False)
-        self.stem = nn.Sequential(stem, nn.BatchNorm3d(8), nn.ReLU())
-        self.layer1 = Block(8, 8, 1)
-        self.layer2 = Block(8, 16, 2)
-        self.avgpool = nn.AdaptiveAvgPool3d(1)
-        self.fc = nn.Linear(16, len(LABELS))
-
-    def forward(self, clip: Tensor) -> Tensor:
-        x = self.layer2(self.layer1(self.stem(clip)))
-        logits: Tensor = self.fc(self.avgpool(x).flatten(1))
-        return logits
-
-
-@functools.cache
-def small_twin() -> VideoMoE:
-    """Return a twin of two small experts whose normalisations have seen clips."""
-    twin = build(ModelSettings("tsm", 0.1, 2, len(LABELS)), SPEC, seed=3)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        twin.experts = nn.ModuleList(nn.Sequential(twin.experts[0][0], Small()) for _ in range(2))
-    with torch.no_grad():
-        for module in twin.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.momentum = None
-        clip = random_clip(8, 1)
-        twin.train()
-        twin.scores(clip)
-        twin.run_all(clip)
-    return twin.eval()
-
-
-@functools.cache
-def plain(family: str) -> Parts:
-    """Return the graphs of small experts, or (tsm) of the model that ships."""
-    if family == "small":
-        return from_twin(small_twin(), 20)
-    router, *experts = (onnx.load(latest.SHIPPED / f"{n}.onnx") for n in ("router", "expert0",
-                                                                          "expert2"))  # fmt: skip
-    return Parts(router, experts)
-
-
-def clips_for(family: str, n: int, seed: int = 0) -> np.ndarray:
-    spec = SPEC if family == "small" else ClipSpec(frames=8, spacing_s=0.1, height=64, width=64)
-    return random_clips(n, seed, spec)
+from vmoe.models import ModelSettings, build
 
 
 def answer(model: ModelProto, clips: np.ndarray) -> np.ndarray:
@@ -363,60 +306,6 @@ def test_calibration_without_clips_or_without_data_is_refused(tmp_path: Path) ->
         calibration.clips_for(held(None), CalibrationSettings(), 0)
 
 
-def spoiled(model: ModelProto, weight: str) -> ModelProto:
-    """Return a graph one of whose weights is off."""
-    made = ModelProto()
-    made.CopyFrom(model)
-    tensor = next(t for t in made.graph.initializer if t.name.startswith(weight))
-    values = numpy_helper.to_array(tensor).copy()
-    values[0] += 1 + np.abs(values).max()
-    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    return made
-
-
-@pytest.mark.parametrize(
-    ("family", "form", "place"),
-    [
-        ("tsm", "none", "1.layer2.0.conv2"),
-        ("small", "none", "1.layer2.conv1.0"),
-        ("small", "joined", "1.layer1.conv2.0"),
-        ("small", "direct", "1.layer1.conv1.0"),
-    ],
-)
-def test_bisect_names_the_layer_that_was_spoiled(family: str, form: str, place: str) -> None:
-    whole = plain(family)
-    lowered = [optimize.lower(expert, form) or expert for expert in whole.experts]
-    fine = Parts(whole.router, lowered)
-    clips = clips_for(family, 4)
-    assert bisect.find(whole, fine, clips, 1e-4).part is None
-    broken = Parts(whole.router, [lowered[0], spoiled(lowered[1], f"module.{place}.weight")])
-    found = bisect.find(whole, broken, clips, 1e-4)
-    assert found.part == "expert1"
-    assert found.place == f"experts.1.{place}"
-    assert found.error > 1e-4 >= found.before
-    assert f"expert1 breaks at experts.1.{place}: off by " in found.line()
-    assert len(found.steps) >= {"tsm": 21, "small": 6}[family]  # direct: a sum is one value
-
-
-def test_bisect_finds_what_int8_and_fp16_break() -> None:
-    whole, clips = plain("tsm"), clips_for("tsm", 4)
-    settings = PrecisionSettings(int8=True)
-    quantised = [
-        quantise(model, f"expert{i}", clips, settings)
-        for i, model in enumerate([whole.experts[0], spoiled(whole.experts[1],
-                                                             "module.1.layer3.0.conv1.weight")])
-    ]  # fmt: skip
-    found = bisect.find(whole, Parts(whole.router, quantised), clips, 0.12)
-    assert (found.part, found.place) == ("expert1", "experts.1.1.layer3.0.conv1")
-    twin = copy.deepcopy(small_twin())
-    with torch.no_grad():
-        twin.experts[0][1].layer2.conv1[1].weight += 1e6  # beyond the largest half: 65504
-    low = half.export(twin, PrecisionSettings(fp16=True), 20)
-    found = bisect.find(from_twin(twin, 20), low, random_clips(4), 0.01)
-    assert (found.part, found.place) == ("expert0", "experts.0.1.layer2.conv1.0")
-    assert found.error == float("inf")
-
-
 class Transform(nn.Module):
     """A layer that ONNX has no operator for."""
 
@@ -439,6 +328,12 @@ def test_a_pre_block_outside_of_router_and_experts_is_refused_by_name() -> None:
     lowerable.check(twin)
     twin.denoise = nn.Conv3d(3, 3, 1)
     with pytest.raises(SettingError, match=r"twin's denoise \(Conv3d\) stands outside of router"):
+        lowerable.check(twin)
+    del twin.denoise
+    twin.denoiser = None
+    lowerable.check(twin)
+    twin.denoiser = nn.Sequential(nn.Conv3d(3, 3, 1))
+    with pytest.raises(SettingError, match=r"\(denoiser, Sequential, of --method oud-m\); no low"):
         lowerable.check(twin)
 
 
