@@ -58,6 +58,7 @@ ONE_STEP = {"steps": 1, "step": 1.25}
 TRIALS: dict[str, list[Trial]] = {
     "standard": [Trial(loop={"lr": 3e-3}), Trial(loop={"lr": 1e-3})],
     **{name: [Trial(), Trial(ONE_STEP)] for name in METHODS[1:]},
+    "aat-m": [Trial({**ONE_STEP, "trades": weight}) for weight in (1.0, 3.0)],
     "j-tlat-plus": [Trial({**ONE_STEP, "shared": share}) for share in (0.6, 0.9)],
 }
 # Ablations: rows of their own, of a method's best trial but for what is named.

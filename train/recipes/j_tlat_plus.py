@@ -1,15 +1,15 @@
-"""J-TLAT-plus: experts that are one until they can see, and a router trained for its margin.
+"""J-TLAT-plus: experts that are one until they can see, and a router that leaves no expert out.
 
-What we changed of J-TLAT, each for a reason that benchmarks/reproduce.py --ablations measures:
+What is changed of J-TLAT, and compared with it in benchmarks/reproduce.py:
 
 * For the first share of the training (`shared`) all experts are one, adversarially trained alone:
   at a given budget each then learns from all of the clips, not from a share of them. They part
   when they are routed (sparse upcycling, inside of the training).
-* The router is trained for a margin under TLGA-R, max(0, margin - (R_top1 - max_i R_i)), and for
-  balance, from the start: its passes cost next to nothing. The cross-entropy of J-TLAT's router
-  step keeps on sharpening what no attack can flip any more.
-* No Lipschitz term and no temporal step: at equal cost both weakened it (METHOD of the paper in
-  `j-tlat`). The whole is trained on clips of PGD.
+* The router is trained from the start, since its passes cost next to nothing: for a margin under
+  TLGA-R, max(0, margin - (R_t - max_i R_i)), where J-TLAT's cross-entropy goes on to sharpen what
+  no attack can flip any more. Its targets t are its own routes, shared out over the batch
+  (Sinkhorn), so that no expert goes unused; by its own routes alone it soon has two.
+* No weak experts' pass, Lipschitz term or temporal step; the whole is trained on clips of PGD.
 
 Source: ours, after arXiv 2602.01369; upcycling: Komatsuzaki et al., ICLR 2023.
 """
@@ -84,7 +84,7 @@ def walks(settings: Settings, done: float) -> list[Walk]:
 
 
 def margin_update(twin: VideoMoE, batch: Batch, clip: Tensor, settings: Settings) -> Update:
-    """Return max(0, margin - (R_t(x') - max_{i != t} R_i(x'))) + balance, t the shared-out route."""
+    """Return max(0, margin - (R_t(x') - max_{i != t} R_i(x'))) + balance, t shared out of R(x)."""
     with as_found(twin), torch.no_grad():  # the route of inference: not by the batch's statistics
         target = shared_out(full(twin.scores(batch.clip))).argmax(dim=1)
     scores = full(twin.scores(clip))
