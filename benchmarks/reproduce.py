@@ -15,12 +15,18 @@ width 0.25. A standard training of one expert (and of the dense network) is wher
 begins; it is not counted. Then each method has `trials` of its settings (TRIALS: as many for each),
 judged on validation clips by the worst of PGD and APGD-margin, and with the best of them a training
 for each seed, at one budget in FLOPs of all passes (attack, update, terms). Nothing else is chosen.
+UT-Interaction, with --camera, takes starts and settings of camera-motion's run.
 
 Columns: accuracy in % clean and under each attack (route_grad straight-through), then the worst of
 all, per clip, with APGD-margin by the other three route_grads on what is left; its standard error
 over the seeds; GFLOPs of a clip; L_Lip of the router under TLGA-R; what the training cost: FLOPs,
 gradients of clips through experts, CPU seconds. `gaps`: worst-of of one method less another's, with
 a paired 95 % interval over seeds and their clips (bootstrap of both).
+
+Figure:
+
+training_throughput
+    CPU time of bare passes over that of vmoe-train's loop with as many (`throughput`).
 """
 
 from __future__ import annotations
@@ -37,6 +43,7 @@ import click
 import figures
 import numpy as np
 import tasks
+import throughput
 import torch
 from cells import Held, Task, Trial
 from corruptions import CORRUPTIONS
@@ -75,6 +82,7 @@ VARIANTS: dict[str, tuple[str, Trial]] = {
 }
 WIDE_RATE = {"lr": 1.5e-3}  # at 3e-3 the dense network's standard training stays at chance
 DRAWS = 5000  # of the bootstrap
+ROUNDS = 5  # of the throughput's measurement
 
 
 def start(task: Task, kind: str, folder: Path, epochs: int, camera: Path | None) -> Path:
@@ -309,7 +317,10 @@ def main(
     found = gather(place, [*METHODS, *VARIANTS], numbers, size) | {"data": data}
     shown = tables(found)
     click.echo("\n\n".join(f"{title}\n\n{text}" for title, text in shown.items()))
-    figures.write(out, f"Reproduction: {data}", [], machine, shown, found)
+    held = task.train.of if isinstance(task.train, cells.Turns) else task.test
+    speed = [throughput.figure(task, held, 1 if quick else ROUNDS)]
+    figures.say(speed, as_json=False)
+    figures.write(out, f"Reproduction: {data}", speed, machine, shown, found)
 
 
 def _make(
@@ -319,7 +330,8 @@ def _make(
     method, variant = VARIANTS.get(name, (name, Trial()))
     kind = "wide" if method == "at-d" else "narrow"
     begin = start(task, kind, folder / task.name, size.start_epochs, camera)
-    trial = TRIALS[method][tuned(task, method, begin, folder / task.name)["best"]]
+    trials = folder / task.name if camera is None else camera / "all"
+    trial = TRIALS[method][tuned(task, method, begin, trials)["best"]]
     both = Trial({**trial.recipe, **variant.recipe}, {**trial.loop, **variant.loop})
     cell(task, name, method, both, begin, folder, seed)
 
