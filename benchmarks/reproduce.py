@@ -77,6 +77,7 @@ VARIANTS: dict[str, tuple[str, Trial]] = {
     "j-tlat: lam 0": ("j-tlat", Trial({"lam": 0.0})),
     "plus: never shared": ("j-tlat-plus", Trial({"shared": 0.0})),
     "plus: always shared": ("j-tlat-plus", Trial({"shared": 1.0})),
+    "plus: all apart": ("j-tlat-plus", Trial({"apart": "all"})),
     "plus: margin 0": ("j-tlat-plus", Trial({"margin": 0.0})),
     "plus: margin 8": ("j-tlat-plus", Trial({"margin": 8.0})),
 }

@@ -229,18 +229,19 @@ class _Walker:
             loss = update.loss * (len(batch.label) / count)  # of the mean over all processes
             value = together.total_float(float(loss.detach()))
             self._refuse(value, each.name, step)
-            self._descend(loss, parameters)
+            self._descend(each, loss, parameters)
         if state.average is not None:
             state.average.update(state.twin)
         return value, taken + update.gradients
 
-    def _descend(self, loss: Tensor, parameters: list[nn.Parameter]) -> None:
+    def _descend(self, each: Pass, loss: Tensor, parameters: list[nn.Parameter]) -> None:
         self._state.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         together.sum_gradients(parameters)
         if self._settings.clip_norm:
             torch.nn.utils.clip_grad_norm_(parameters, self._settings.clip_norm)
-        self._state.optimiser.step()
+        with contextlib.nullcontext() if each.around is None else each.around(self._state.twin):
+            self._state.optimiser.step()
 
     def _refuse(self, loss: float, name: str, step: int) -> None:
         if not abs(loss) < GIVEN_UP:

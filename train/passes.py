@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -85,6 +85,7 @@ class Pass:
         prepare: from a twin in eval mode, a batch and a seed to the adversarial clips, and of how
             many clips it took a gradient through experts.
         after: what is done to the twin when the walk is over, if anything.
+        around: what stands around each step of the optimiser, the gradients being there.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Pass:
     update: Callable[[VideoMoE, Batch, Tensor], Update]
     prepare: Callable[[VideoMoE, Batch, int], tuple[Tensor, int]]
     after: Callable[[VideoMoE], None] | None = None
+    around: Callable[[VideoMoE], AbstractContextManager[None]] | None = None
 
 
 # One walk over the data: each batch goes through its passes in turn.

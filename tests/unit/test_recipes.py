@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.twins import lively, small
+from tests.twins import SPEC, lively, small
 from vmoe.attacks.methods import j_tlga, pgd
 from vmoe.batches import Batch, batches
 from vmoe.data import DataSettings, open_data
@@ -101,12 +101,49 @@ def test_plus_shares_one_expert_then_parts(twin: VideoMoE) -> None:
         assert all(torch.equal(first[name], t) for name, t in expert.state_dict().items())
 
 
+@pytest.mark.parametrize("arch", ["r3d18", "r2plus1d18", "slowfast", "tsm", "tsm-online"])
+def test_every_family_has_a_front_and_a_last_stage(arch: str) -> None:
+    expert = build(ModelSettings(arch, 0.125, 1, 5), SPEC).experts[0]
+    last = sum(p.numel() for n, p in expert.named_parameters() if j_tlat_plus.LAST.search(n))
+    assert 0.4 < last / sum(p.numel() for p in expert.parameters()) < 0.9
+
+
+def test_fronts_take_one_step_of_all_gradients_and_last_stages_their_own(twin: VideoMoE) -> None:
+    j_tlat_plus.share_out(twin)
+    before = {name: p.detach().clone() for name, p in twin.named_parameters()}
+    optimiser = torch.optim.SGD(twin.parameters(), lr=1.0)
+    for i, expert in enumerate(twin.experts):
+        for p in expert.parameters():
+            p.grad = None if i == 3 else torch.full_like(p, float(i + 1))  # the last got no clip
+    with j_tlat_plus.fronts_as_one(twin):
+        optimiser.step()
+    for name, p in twin.named_parameters():
+        if name.startswith("experts."):
+            i, last = int(name.split(".")[1]), j_tlat_plus.LAST.search(name)
+            step = (0.0 if i == 3 else i + 1.0) if last else 1.0 + 2.0 + 3.0
+            torch.testing.assert_close(p.detach(), before[name] - step)
+
+
+def test_targets_are_shared_out_and_near_the_routers_own() -> None:
+    scores = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    scores[:, 0] += 3.0  # by its own routes nearly all would go to the first
+    target = j_tlat_plus.shared_out(scores).argmax(dim=1)
+    counts = torch.bincount(target, minlength=4)
+    assert counts.min() >= 10
+    assert counts.max() <= 22
+    sure = 20.0 * torch.eye(4).repeat(2, 1)  # balanced already: nothing moves
+    assert torch.equal(j_tlat_plus.shared_out(sure).argmax(dim=1), sure.argmax(dim=1))
+
+
 def test_margin_update_hand_worked(twin: VideoMoE, batch: Batch) -> None:
     settings = j_tlat_plus.Settings(margin=1.5, balance=0.0)
     with torch.no_grad():
         loss = j_tlat_plus.margin_update(twin, batch, batch.clip, settings).loss
-        top = twin.scores(batch.clip).topk(2, dim=1).values
-    wanted = (1.5 - (top[:, 0] - top[:, 1])).clamp(min=0).mean()
+        scores = twin.scores(batch.clip)
+    target = j_tlat_plus.shared_out(scores).argmax(dim=1)
+    own = scores.gather(1, target[:, None])[:, 0]
+    others = scores.scatter(1, target[:, None], -torch.inf).amax(dim=1)
+    wanted = (1.5 - (own - others)).clamp(min=0).mean()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
 
 

@@ -3,8 +3,9 @@
 What is changed of J-TLAT, and compared with it in benchmarks/reproduce.py:
 
 * For the first share of the training (`shared`) all experts are one, adversarially trained alone:
-  at a given budget each then learns from all of the clips, not from a share of them. They part
-  when they are routed (sparse upcycling, inside of the training).
+  at a given budget each then learns from all of the clips, not from a share of them. Then they
+  part (sparse upcycling, inside of the training), all of them, or their last stages alone
+  (`apart`): what stands in front of those goes on to learn from all clips, as one.
 * The router is trained from the start, since its passes cost next to nothing: for a margin under
   TLGA-R, max(0, margin - (R_t - max_i R_i)), where J-TLAT's cross-entropy goes on to sharpen what
   no attack can flip any more. Its targets t are its own routes, shared out over the batch
@@ -16,6 +17,9 @@ Source: ours, after arXiv 2602.01369; upcycling: Komatsuzaki et al., ICLR 2023.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +45,8 @@ from vmoe.train.passes import (
 )
 
 ROUNDS = 10  # of scaling
+# Of every family, the last stage and the classifier.
+LAST = re.compile(r"\b(layer4|slow\.4|fast\.4|fc)\.")
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,10 @@ class Settings(RobustSettings):
     shared: float = opt(
         0.6, "share of the training in which all experts are one", at_least=0, at_most=1
     )
+    apart: str = opt(
+        "last", "what of the experts parts: the last stage and the classifier, or all",
+        choices=("last", "all"),
+    )  # fmt: skip
     margin: float = opt(2.0, "of scores under attack, that the router is trained for", at_least=0)
     gamma1: float = opt(1.0, "weight of the steering to the weakest expert", at_least=0)
 
@@ -80,7 +90,8 @@ def walks(settings: Settings, done: float) -> list[Walk]:
     of_router = Pass("router", "router", router, misroute)
     if done < settings.shared:
         return [(of_router,), (Pass("shared expert", "expert0", one, of_one, after=share_out),)]
-    return [(of_router,), (Pass("whole", "whole", whole, pgd_clips(settings)),)]
+    around = fronts_as_one if settings.apart == "last" else None
+    return [(of_router,), (Pass("whole", "whole", whole, pgd_clips(settings), around=around),)]
 
 
 def margin_update(twin: VideoMoE, batch: Batch, clip: Tensor, settings: Settings) -> Update:
@@ -112,3 +123,26 @@ def share_out(twin: VideoMoE) -> None:
     first = twin.experts[0].state_dict()
     for expert in twin.experts[1:]:
         expert.load_state_dict(first)
+
+
+@contextmanager
+def fronts_as_one(twin: VideoMoE) -> Iterator[None]:
+    """Let the first expert's front take the step of all experts' gradients, and the others follow.
+
+    The front is what stands before the last stage, LAST. BatchNorm's statistics stay each expert's
+    own.
+    """
+    fronts = [
+        [p for name, p in expert.named_parameters() if not LAST.search(name)]
+        for expert in twin.experts
+    ]
+    for first, *others in zip(*fronts, strict=True):
+        grads = [p.grad for p in (first, *others) if p.grad is not None]
+        first.grad = torch.stack(grads).sum(dim=0) if grads else None
+        for other in others:
+            other.grad = None
+    yield
+    with torch.no_grad():
+        for first, *others in zip(*fronts, strict=True):
+            for other in others:
+                other.copy_(first)
