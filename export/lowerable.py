@@ -29,11 +29,10 @@ def check(twin: VideoMoE) -> None:
         UnsupportedLayerError: OUD's denoiser, or another head or pre-block outside of router and
             experts.
     """
-    denoiser = getattr(twin, "denoiser", None)
-    if denoiser is not None:
+    if twin.denoiser is not None:
         raise UnsupportedLayerError(
-            f"the twin denoises its clips first (denoiser, {type(denoiser).__name__}, of --method "
-            "oud-m); no lowering carries that pre-block, so that the bundle would answer otherwise "
+            f"the twin denoises its clips first (denoiser, {type(twin.denoiser).__name__}, of "
+            "--method oud-m); no lowering carries that pre-block, so that the bundle would answer otherwise "
             "than the twin. Export a twin of another method."
         )
     for name, module in twin.named_children():
