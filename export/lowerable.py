@@ -32,8 +32,8 @@ def check(twin: VideoMoE) -> None:
     if twin.denoiser is not None:
         raise UnsupportedLayerError(
             f"the twin denoises its clips first (denoiser, {type(twin.denoiser).__name__}, of "
-            "--method oud-m); no lowering carries that pre-block, so that the bundle would answer otherwise "
-            "than the twin. Export a twin of another method."
+            "--method oud-m); no lowering carries that pre-block, so that the bundle would answer "
+            "otherwise than the twin. Export a twin of another method."
         )
     for name, module in twin.named_children():
         if name not in CARRIED:
