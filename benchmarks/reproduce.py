@@ -61,11 +61,13 @@ METHODS = (
 )  # fmt: skip
 OURS = ("j-tlat", "j-tlat-plus")
 ONE_STEP = {"steps": 1, "step": 1.25}
+WIDE_RATE = {"lr": 1.5e-3}  # at 3e-3 the dense network's standard training stays at chance
 # Of each method as many: a slow and a fast attack inside of the training, or what matters more.
 TRIALS: dict[str, list[Trial]] = {
     "standard": [Trial(loop={"lr": 3e-3}), Trial(loop={"lr": 1e-3})],
     **{name: [Trial(), Trial(ONE_STEP)] for name in METHODS[1:]},
-    "aat-m": [Trial({**ONE_STEP, "trades": weight}) for weight in (1.0, 3.0)],
+    "at-d": [Trial(loop=WIDE_RATE), Trial(ONE_STEP, WIDE_RATE)],
+    "aat-m": [Trial({"trades": 1.0}), Trial({**ONE_STEP, "trades": 1.0})],
     "j-tlat-plus": [Trial({**ONE_STEP, "shared": share}) for share in (0.6, 0.9)],
 }
 # Ablations: rows of their own, of a method's best trial but for what is named.
@@ -81,7 +83,6 @@ VARIANTS: dict[str, tuple[str, Trial]] = {
     "plus: margin 0": ("j-tlat-plus", Trial({"margin": 0.0})),
     "plus: margin 8": ("j-tlat-plus", Trial({"margin": 8.0})),
 }
-WIDE_RATE = {"lr": 1.5e-3}  # at 3e-3 the dense network's standard training stays at chance
 DRAWS = 5000  # of the bootstrap
 ROUNDS = 5  # of the throughput's measurement
 

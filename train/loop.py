@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -205,10 +206,9 @@ class _Walker:
                 spent = together.total_float(counter.total) / count
             seen += count
             self._course.spend(self._name, spent, count)
-        for twin in {self._state.twin, self._state.kept}:
-            for each in self._walk:
-                if each.after is not None:
-                    each.after(twin)
+        for each in self._walk:
+            if each.after is not None:
+                each.after(self._state)
         means = {name: loss / max(seen, 1) for name, loss in losses.items()}
         return Walked(means, int(together.total_float(gradients)))
 
@@ -228,26 +228,27 @@ class _Walker:
                 update = each.update(state.twin, batch, clip)
             loss = update.loss * (len(batch.label) / count)  # of the mean over all processes
             value = together.total_float(float(loss.detach()))
-            self._refuse(value, each.name, step)
-            self._descend(each, loss, parameters)
+            self._refuse(value, f"loss of pass {each.name!r}", step)
+            self._descend(each, loss, parameters, step)
         if state.average is not None:
             state.average.update(state.twin)
         return value, taken + update.gradients
 
-    def _descend(self, each: Pass, loss: Tensor, parameters: list[nn.Parameter]) -> None:
+    def _descend(self, each: Pass, loss: Tensor, parameters: list[nn.Parameter], step: int) -> None:
         self._state.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         together.sum_gradients(parameters)
-        if self._settings.clip_norm:
-            torch.nn.utils.clip_grad_norm_(parameters, self._settings.clip_norm)
         with contextlib.nullcontext() if each.around is None else each.around(self._state.twin):
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self._settings.clip_norm or math.inf)
+            self._refuse(float(norm), f"gradient's norm of pass {each.name!r}", step)
             self._state.optimiser.step()
 
-    def _refuse(self, loss: float, name: str, step: int) -> None:
-        if not abs(loss) < GIVEN_UP:
+    def _refuse(self, value: float, what: str, step: int) -> None:
+        """Refuse a loss, or the norm of a gradient, that is beyond all reason, before the step."""
+        if not abs(value) < GIVEN_UP:
             raise VmoeError(
-                f"the loss of pass {name!r} is {loss} in epoch {self._state.epoch + 1}, batch "
-                f"{step + 1}: training diverged. Give a smaller --lr than {self._settings.lr:g}."
+                f"the {what} is {value} in epoch {self._state.epoch + 1}, batch {step + 1}: "
+                f"training diverged. Give a smaller --lr than {self._settings.lr:g}."
             )
 
 

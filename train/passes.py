@@ -17,6 +17,7 @@ from vmoe.lipschitz import l_lip
 from vmoe.models import VideoMoE
 from vmoe.settings import Settings, opt
 from vmoe.train.balance import BALANCES, balance_loss
+from vmoe.train.state import State
 
 PARTS = ("whole", "router", "experts", "expert0")
 
@@ -84,7 +85,7 @@ class Pass:
             an Update, whose loss is a mean over the batch.
         prepare: from a twin in eval mode, a batch and a seed to the adversarial clips, and of how
             many clips it took a gradient through experts.
-        after: what is done to the twin when the walk is over, if anything.
+        after: what is done when the walk is over, if anything: to twin, average and optimiser.
         around: what stands around each step of the optimiser, the gradients being there.
     """
 
@@ -92,7 +93,7 @@ class Pass:
     part: str
     update: Callable[[VideoMoE, Batch, Tensor], Update]
     prepare: Callable[[VideoMoE, Batch, int], tuple[Tensor, int]]
-    after: Callable[[VideoMoE], None] | None = None
+    after: Callable[[State], None] | None = None
     around: Callable[[VideoMoE], AbstractContextManager[None]] | None = None
 
 

@@ -16,6 +16,7 @@ from vmoe.models import ModelSettings, VideoMoE, build
 from vmoe.models.denoiser import Denoiser
 from vmoe.train import weak
 from vmoe.train.balance import balance_loss
+from vmoe.train.loop import LoopSettings, start
 from vmoe.train.passes import RecipeSettings, balance_term, full, label_loss
 from vmoe.train.recipes import aat_m, at_d, at_s, j_tlat, j_tlat_plus, oud_m
 
@@ -93,12 +94,20 @@ def test_plus_shares_one_expert_then_parts(twin: VideoMoE) -> None:
     early, late = j_tlat_plus.walks(settings, 0.49), j_tlat_plus.walks(settings, 0.5)
     assert [[p.part for p in walk] for walk in early] == [["router"], ["expert0"]]
     assert [[p.part for p in walk] for walk in late] == [["router"], ["whole"]]
+    state = start(twin, LoopSettings(ema=0.9))
+    sum(p.square().sum() for p in twin.parameters()).backward()  # type: ignore[union-attr]
+    state.optimiser.step()
     after = early[1][0].after
     assert after is not None
-    after(twin)
-    first = twin.experts[0].state_dict()
-    for expert in twin.experts[1:]:
-        assert all(torch.equal(first[name], t) for name, t in expert.state_dict().items())
+    after(state)
+    for held in (twin, state.kept):
+        first = held.experts[0].state_dict()
+        for expert in held.experts[1:]:
+            assert all(torch.equal(first[name], t) for name, t in expert.state_dict().items())
+    mine, theirs = twin.experts[0][1].fc.weight, twin.experts[3][1].fc.weight  # type: ignore[index]
+    known = state.optimiser.state
+    assert torch.equal(known[mine]["exp_avg"], known[theirs]["exp_avg"])
+    assert known[mine]["exp_avg"] is not known[theirs]["exp_avg"]
 
 
 @pytest.mark.parametrize("arch", ["r3d18", "r2plus1d18", "slowfast", "tsm", "tsm-online"])
@@ -109,7 +118,8 @@ def test_every_family_has_a_front_and_a_last_stage(arch: str) -> None:
 
 
 def test_fronts_take_one_step_of_all_gradients_and_last_stages_their_own(twin: VideoMoE) -> None:
-    j_tlat_plus.share_out(twin)
+    for expert in twin.experts[1:]:
+        expert.load_state_dict(twin.experts[0].state_dict())
     before = {name: p.detach().clone() for name, p in twin.named_parameters()}
     optimiser = torch.optim.SGD(twin.parameters(), lr=1.0)
     for i, expert in enumerate(twin.experts):

@@ -9,7 +9,7 @@ What is changed of J-TLAT, and compared with it in benchmarks/reproduce.py:
 * The router is trained from the start, since its passes cost next to nothing: for a margin under
   TLGA-R, max(0, margin - (R_t - max_i R_i)), where J-TLAT's cross-entropy goes on to sharpen what
   no attack can flip any more. Its targets t are its own routes, shared out over the batch
-  (Sinkhorn), so that no expert goes unused; by its own routes alone it soon has two.
+  (Sinkhorn), so that experts get about as much; by its own routes alone it soon has two.
 * No weak experts' pass, Lipschitz term or temporal step; the whole is trained on clips of PGD.
 
 Source: ours, after arXiv 2602.01369; upcycling: Komatsuzaki et al., ICLR 2023.
@@ -43,6 +43,7 @@ from vmoe.train.passes import (
     pgd_clips,
     whole_update,
 )
+from vmoe.train.state import State
 
 ROUNDS = 10  # of scaling
 # Of every family, the last stage and the classifier.
@@ -118,11 +119,16 @@ def shared_out(scores: Tensor) -> Tensor:
     return weights
 
 
-def share_out(twin: VideoMoE) -> None:
-    """Give every expert the weights and statistics of the first."""
-    first = twin.experts[0].state_dict()
-    for expert in twin.experts[1:]:
-        expert.load_state_dict(first)
+def share_out(state: State) -> None:
+    """Give every expert the first one's weights and statistics, and what its optimiser knows."""
+    for twin in (state.twin, state.kept):
+        first, *others = twin.experts
+        for other in others:
+            other.load_state_dict(first.state_dict())
+    known, (first, *others) = state.optimiser.state, state.twin.experts
+    for other in others:
+        for mine, theirs in zip(first.parameters(), other.parameters(), strict=True):
+            known[theirs] = {key: value.clone() for key, value in known[mine].items()}
 
 
 @contextmanager
