@@ -280,6 +280,7 @@ def gather(
             gap(cells_of[ours], theirs)
             for ours in OURS if ours in cells_of
             for name, theirs in cells_of.items() if name != ours
+            if {one["seed"] for one in theirs} & {one["seed"] for one in cells_of[ours]}
         ],
         "trials": trials,
         "cells": [one for made in cells_of.values() for one in made],
@@ -332,8 +333,11 @@ def _make(
     method, variant = VARIANTS.get(name, (name, Trial()))
     kind = "wide" if method == "at-d" else "narrow"
     begin = start(task, kind, folder / task.name, size.start_epochs, camera)
-    trials = folder / task.name if camera is None else camera / "all"
-    trial = TRIALS[method][tuned(task, method, begin, trials)["best"]]
+    if camera is None:
+        best = tuned(task, method, begin, folder / task.name)["best"]
+    else:
+        best = json.loads((camera / "all" / "trials" / f"{method}.json").read_text())["best"]
+    trial = TRIALS[method][best]
     both = Trial({**trial.recipe, **variant.recipe}, {**trial.loop, **variant.loop})
     cell(task, name, method, both, begin, folder, seed)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from cells import Held, Task, Turns
 
+from vmoe import output
 from vmoe.cli import log
 from vmoe.clips import ClipSpec
 from vmoe.data import DataSet, DataSettings, open_data
@@ -71,7 +72,8 @@ def _rendered(folder: Path, split: str, count: int) -> Held:
         data = open_data("camera-motion", split, SPEC, DataSettings(clips=count))
         held = hold(data)
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, clips=held.clips, label=held.label, labels=np.array(held.labels))
+        with output.whole_file(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, clips=held.clips, label=held.label, labels=np.array(held.labels))
     with np.load(path) as kept:
         return Held(kept["clips"], kept["label"], tuple(kept["labels"].tolist()))
 

@@ -22,6 +22,7 @@ from vmoe.train.planned import RECIPES
 from vmoe.train.state import State
 
 METHODS = ("j-tlat", "aat-m")  # every pass, every term, and one that takes both sides
+STATISTICS = {"j-tlat": "batch", "aat-m": "running"}
 _to_tensor = batches.to_tensor
 
 
@@ -45,8 +46,9 @@ def main(folder: Path) -> None:
             module = registry.load(RECIPES, method, "recipe")
             settings = module.Settings(steps=2)
             how = loop.LoopSettings(
-                epochs=1, batch=6, val_steps=1, ema=0.9, clip_norm=0.5, on_collapse="warn"
-            )
+                epochs=1, batch=6, val_steps=1, ema=0.9, clip_norm=0.5, on_collapse="warn",
+                bn=STATISTICS[method],
+            )  # fmt: skip
             twin = build(ModelSettings("tsm", 0.1, 3, 10), spec, 1).double()
             router_start.spread(twin, train)
             state = loop.start(twin, how)

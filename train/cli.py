@@ -78,6 +78,8 @@ def main(
     here = ranks.here()
     if not here.first:
         log.setLevel("ERROR")
+    if not resume and flags.get("budget") and flags.get("epochs"):
+        raise SettingError("--budget and --epochs both end the training: give one of them.")
     if resume:
         if out is None:
             raise SettingError("--resume goes on with the run in a folder; name it with --out.")
@@ -148,6 +150,11 @@ def _as_before(
     parts = (recipe[part] for part in ("run", "model", "loop", "clips", "method"))
     held = {key: value for part in parts for key, value in part.items()}
     given = {key: value for key, value in flags.items() if value is not None}
+    given_method = flags.get("method")
+    if given_method not in (None, held["method"]):
+        raise SettingError(
+            f"--resume goes on with --method {held['method']}; leave --method {given_method} out."
+        )
     begun = Path(recipe["init_from"]) if recipe["init_from"] else None
     return data or recipe["data"], begun, held["seed"], {**flags, **held, **given}
 
@@ -182,10 +189,10 @@ def _train(
     """Train; keep every epoch's weights, the best one's, and the state to go on from.
 
     Raises:
-        VmoeError: as of `loop.run`, with where the last good weights are.
+        VmoeError: as of `loop.run`, with where the weights of the last whole epoch are.
     """
     best = state.best
-    recipe = loop.Recipe(plan.walks, plan.recipe.bf16)
+    recipe = loop.Recipe(plan.walks, plan.recipe.bf16, getattr(plan.recipe, "norm", "linf"))
     val = plan.open("val", plan.run.val_clips)
     share, where = (here.rank, here.world), next(state.twin.parameters()).device
     try:
@@ -196,7 +203,7 @@ def _train(
                 best = now.best
     except VmoeError as e:
         last = folder / "last.safetensors"
-        kept = f" The last good weights: {last}." if last.exists() else ""
+        kept = f" The last whole epoch's weights: {last}." if last.exists() else ""
         raise type(e)(f"{e}{kept}") from e
 
 

@@ -54,6 +54,8 @@ def _take_checkpoint(twin: VideoMoE, path: Path) -> str:
             f"--init-from {path} has {theirs.experts} experts; this model has {mine.experts}. "
             "Give the same --experts, or start from a model of 1 expert."
         )
+    if twin.denoiser is not None and other.denoiser is not None:
+        twin.denoiser.load_state_dict(other.denoiser.state_dict())
     for i, expert in enumerate(twin.experts):
         expert.load_state_dict(other.experts[i % theirs.experts].state_dict())
     if twin.router is not None and other.router is not None:

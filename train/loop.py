@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vmoe.attacks.methods import pgd
 from vmoe.attacks.ranks import Ranks
 from vmoe.batches import Batch, Held, rows_of, shuffled
 from vmoe.cli import log, progress
@@ -58,7 +59,7 @@ class LoopSettings(Settings):
     val_steps: int = opt(
         10, "PGD steps of the validation; 0 validates clean clips alone", at_least=0
     )
-    val_eps: float = opt(8 / 255, "budget of the validation's attack", at_least=0, at_most=1)
+    val_eps: float = opt(8 / 255, "budget of the validation's attack", at_least=0)
     on_collapse: str = opt(
         "stop", "what a router does to the training that sends all clips to one expert",
         choices=("stop", "warn"),
@@ -73,10 +74,12 @@ class Recipe:
     Attributes:
         walks: from the share of the training that is done, when an epoch begins, to its walks.
         bf16: whether passes run in bfloat16.
+        norm: of the validation's budget.
     """
 
     walks: Callable[[float], list[Walk]]
     bf16: bool = False
+    norm: str = "linf"
 
 
 class Walked(NamedTuple):
@@ -132,7 +135,7 @@ def run(
             f"--batch is {settings.batch}, over {ranks.world} processes: give at least "
             f"{2 * ranks.world}."
         )
-    course = Course(settings.epochs, settings.budget, state)
+    course = Course(settings.epochs, settings.budget, state, settings.batch // 2)
     while not course.over:
         begin = time.monotonic()
         waited_s = loader.waited_s
@@ -146,8 +149,12 @@ def run(
             gradients += walked.gradients
         course.end()
         train_s = time.monotonic() - begin
+        attack = pgd.Settings(
+            eps=settings.val_eps, steps=max(settings.val_steps, 1), norm=recipe.norm,
+            early_stop=False,  # flips, too
+        )  # fmt: skip
         found = validate(
-            state.kept, held_val, settings.val_steps, settings.val_eps, settings.batch, ranks
+            state.kept, held_val, attack if settings.val_steps else None, settings.batch, ranks
         )
         row |= found.row() | {"gradients": gradients, "tflops": state.tflops}
         row |= {"epoch_s": time.monotonic() - begin, "train_s": train_s}

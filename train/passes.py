@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from vmoe.attacks import ball
+from vmoe.attacks.budget import BallSettings
+from vmoe.attacks.loop import as_found
 from vmoe.attacks.methods import pgd
 from vmoe.batches import Batch
 from vmoe.lipschitz import l_lip
@@ -36,9 +39,15 @@ class RecipeSettings(Settings):
 class RobustSettings(RecipeSettings):
     """What every adversarial recipe takes: the attack inside of training."""
 
-    eps: float = opt(8 / 255, "L-infinity budget, on pixels in [0, 1]", at_least=0, at_most=1)
+    eps: float = opt(8 / 255, "budget, on pixels in [0, 1]", at_least=0)
+    norm: str = opt("linf", "norm of the budget", choices=ball.NORMS)
     steps: int = opt(3, "gradient steps of the attack inside of training", at_least=1)
     step: float = opt(0.75, "its step size, as a share of eps", above=0)
+
+    def __post_init__(self) -> None:
+        """Check every value, as the attack would later."""
+        super().__post_init__()
+        BallSettings(eps=self.eps, norm=self.norm)
 
     def attack(self, seed: int, **more: Any) -> dict[str, Any]:
         """Return the settings of an attack inside of training.
@@ -46,8 +55,8 @@ class RobustSettings(RecipeSettings):
         Without early stop: the strongest clip is wanted, not the first that succeeds.
         """
         return {
-            "eps": self.eps, "steps": self.steps, "step": self.step, "seed": seed,
-            "bf16": self.bf16, "early_stop": False, **more,
+            "eps": self.eps, "norm": self.norm, "steps": self.steps, "step": self.step,
+            "seed": seed, "bf16": self.bf16, "early_stop": False, **more,
         }  # fmt: skip
 
 
@@ -158,6 +167,12 @@ def constant(twin: VideoMoE, answer: Callable[[], Tensor]) -> Tensor:
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+
+
+def deployed_scores(twin: VideoMoE, clip: Tensor) -> Tensor:
+    """Return scores as inference has them: by the running statistics, in float32, no gradient."""
+    with as_found(twin), torch.no_grad(), torch.autocast(clip.device.type, enabled=False):
+        return twin.scores(clip)
 
 
 def full(x: Tensor) -> Tensor:

@@ -21,7 +21,9 @@ from vmoe.models.moe import expert_shares
 from vmoe.settings import format_eps, to_mapping
 from vmoe.train import evidence
 
-ATTACKS = ("pgd", "tlga-r", "j-tlga")
+ATTACKS = ("pgd", "apgd-ce", "apgd-margin", "tlga-r", "j-tlga")
+ON_DENSE = ATTACKS[:3]
+PARTS = ("denoiser", "router", "expert")  # what a clip costs
 ROBUST_CLIPS = 200  # of the test split; the attacks take most of the time
 
 
@@ -45,7 +47,7 @@ def make(held: Checkpoint, data: ClipData, *, batch: int, steps: int, eps: float
     clips = np.stack([seen[i][0] for i in range(len(seen))])
     label = np.array([seen[i][1] for i in range(len(seen))], dtype=np.int64)
     some = slice(0, ROBUST_CLIPS)
-    rows = plan(ATTACKS if twin.router is not None else ("pgd",), [eps], steps=steps)
+    rows = plan(ATTACKS if twin.router is not None else ON_DENSE, [eps], steps=steps)
     judges = {"twin": of_twin(twin, device)}
     found = evaluate(twin, clips[some], label[some], rows, judges, batch=batch, device=device)
     cost = flops.count(twin)
@@ -119,7 +121,7 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         f"{model['arch']}, width {model['width']:g}, {model['experts']} expert(s), "
         f"{found['parameters']} parameters, "
-        f"{(cost['router'] + cost['expert']) / 1e6:.4g} MFLOPs a clip{against}.",
+        f"{sum(cost[part] for part in PARTS) / 1e6:.4g} MFLOPs a clip{against}.",
         f"Clean accuracy on {found['clean']['n']} test clips: {_percent(found['clean'])} % "
         "(95 % interval).",
         "",

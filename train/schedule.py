@@ -15,7 +15,6 @@ from vmoe.train.state import State
 
 TERA = 1e12
 FIRST_RATE = 0.02  # share of the highest rate that a training begins with
-SMALLEST = 2  # clips of a walk, at least: BatchNorm needs them
 
 
 class Course:
@@ -25,15 +24,17 @@ class Course:
         clips: how many clips each walk of this epoch goes over.
     """
 
-    def __init__(self, epochs: int, budget: float, state: State) -> None:
+    def __init__(self, epochs: int, budget: float, state: State, smallest: int = 2) -> None:
         """Begin where a state stands.
 
         Args:
             epochs: how many; they do not count where there is a budget.
             budget: in TFLOPs; 0 is none.
             state: what is spent and done, and what walks cost; kept up to date.
+            smallest: clips of a walk, at least: fewer would be a bad batch.
         """
         self._epochs, self._budget, self._state = epochs, budget, state
+        self._smallest = smallest
         self.clips = 0
         self._walks, self._walked, self._planned = 1, 0, True
 
@@ -58,7 +59,7 @@ class Course:
         if self._budget and self._planned:
             each = sum(state.costs[name] for name in walks)
             left = max(self._budget - state.tflops, 0) * TERA / max(each, 1.0)
-            self.clips = min(clips, max(math.ceil(left), SMALLEST))
+            self.clips = min(clips, max(math.ceil(left), self._smallest))
 
     def stops(self, walk: str) -> bool:
         """Return whether the budget ends here, in the middle of a walk."""

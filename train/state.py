@@ -67,6 +67,10 @@ def recipe_of(folder: Path) -> dict[str, Any]:
     Raises:
         VmoeError: no state there.
     """
+    if folder.is_dir() and not (folder / FILE).exists():
+        raise VmoeError(
+            f"{folder} holds no {FILE}: no epoch of it was finished. Start it anew elsewhere."
+        )
     recipe: dict[str, Any] = checkpoint.read_tensors(folder / FILE)[1]["recipe"]
     return recipe
 

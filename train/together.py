@@ -32,6 +32,8 @@ def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
     if ranks.world == 1:
         yield
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where collectives put what they exchange
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
@@ -112,7 +114,13 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Put the sum of all processes' gradients in the place of each, in one exchange."""
     if alone():
         return
-    grads = [p.grad for p in parameters if p.grad is not None]
+    every = list(parameters)
+    have = torch.tensor([float(p.grad is not None) for p in every], device=every[0].device)
+    dist.all_reduce(have)  # of an expert without clips here, others may have gradients
+    for p, some in zip(every, have.tolist(), strict=True):
+        if some and p.grad is None:
+            p.grad = torch.zeros_like(p)
+    grads = [p.grad for p in every if p.grad is not None]
     if grads:
         flat = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(flat)
@@ -143,7 +151,8 @@ SHARED: dict[type[nn.Module], type[SharedNorm2d | SharedNorm3d]] = {
 }
 
 
-def _normalised(norm: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
+def _normalised(norm: nn.modules.batchnorm._BatchNorm, given: Tensor) -> Tensor:
+    x = given.float() if given.dtype == torch.bfloat16 else given  # as torch's own does
     dims = [d for d in range(x.dim()) if d != 1]
     shape = [1, -1, *[1] * (x.dim() - 2)]
     count = total_count(x.numel() // x.shape[1])
@@ -160,13 +169,18 @@ def _normalised(norm: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked += 1
     scale = norm.weight * torch.rsqrt(variance + norm.eps)
-    return off * scale.view(shape) + norm.bias.view(shape)
+    return (off * scale.view(shape) + norm.bias.view(shape)).to(given)
 
 
 def share(twin: nn.Module) -> None:
-    """Let every BatchNorm of a twin count all processes' clips; alone, nothing changes."""
+    """Give a twin the first process's weights, and let its BatchNorms count all processes' clips.
+
+    Alone, nothing changes.
+    """
     if alone():
         return
+    for tensor in twin.state_dict().values():
+        dist.broadcast(tensor, 0)
     twin.total = total_count  # type: ignore[assignment]
     for module in twin.modules():
         for name, child in module.named_children():

@@ -92,36 +92,36 @@ class _Seen(NamedTuple):
 
 
 def validate(
-    twin: VideoMoE, data: ClipData, steps: int, eps: float, batch: int, ranks: Ranks | None = None
-) -> Validation:
+    twin: VideoMoE, data: ClipData, attack: pgd.Settings | None, batch: int,
+    ranks: Ranks | None = None,
+) -> Validation:  # fmt: skip
     """Measure a twin on validation clips.
 
     Args:
         twin: in eval mode.
         data: the clips; the test split is never used here.
-        steps: of PGD; 0 measures clean clips alone.
-        eps: its budget, on pixels in [0, 1].
+        attack: PGD's settings, without early stop; None measures clean clips alone.
         batch: clips of a batch.
         ranks: this process among those that share the clips.
     """
     ranks = ranks or Ranks()
     mine = list(range(ranks.rank, len(data), ranks.world))
-    seen = together.gathered(_look(twin, data, mine, steps, eps, batch))
+    seen = together.gathered(_look(twin, data, mine, attack, batch))
     every, count = torch.cat([each.scores for each in seen]), len(data)
     shares = expert_shares(every.argmax(dim=1), every.shape[1])
     return Validation(
         clean=sum(each.right for each in seen) / count,
-        robust=sum(each.stood for each in seen) / count if steps else None,
+        robust=sum(each.stood for each in seen) / count if attack else None,
         shares=shares,
         load_entropy=entropy(torch.tensor(shares, dtype=torch.float64)),
         route_entropy=entropy(every.double().softmax(dim=1)),
         margin=_margin(every),
-        flips=1 - sum(each.kept for each in seen) / count if steps else 0.0,
+        flips=1 - sum(each.kept for each in seen) / count if attack else 0.0,
     )
 
 
 def _look(
-    twin: VideoMoE, data: ClipData, rows: list[int], steps: int, eps: float, batch: int
+    twin: VideoMoE, data: ClipData, rows: list[int], attack: pgd.Settings | None, batch: int
 ) -> _Seen:
     device = next(twin.parameters()).device
     right, kept, stood = 0, 0, 0
@@ -132,9 +132,8 @@ def _look(
         is_right = out.logits.argmax(dim=1) == part.label
         right += int(is_right.sum())
         scores.append(out.scores.cpu())
-        if steps:
-            how = pgd.Settings(eps=eps, steps=steps, early_stop=False)  # flips, too
-            found = pgd.attack(twin, part.clip, part.label, how, part.index)
+        if attack:
+            found = pgd.attack(twin, part.clip, part.label, attack, part.index)
             stood += int((is_right & ~found.success).sum())  # zero lies in the ball, too
             kept += int((found.route_before == found.route_after).sum())
     none = torch.zeros(0, len(twin.experts))

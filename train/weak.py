@@ -39,6 +39,8 @@ def attack(
 ) -> tuple[Tensor, int]:
     """Return clips that maximise sum_i w_i CE(E_i(x+d), y) + gamma2 TLGA-R's loss.
 
+    The best iterate is the one of highest loss, whether or not the route has changed.
+
     Args:
         twin: in eval mode.
         batch: the clips.
@@ -61,7 +63,7 @@ def attack(
                 at, rank = torch.nonzero(experts[rows] == i, as_tuple=True)
                 each = losses.ce(twin.run_expert(i, moved[at]), label[at])
                 loss = loss.index_add(0, at, weights[rows[at], rank] * each)
-            return judged._replace(loss=loss)
+            return judged._replace(loss=loss, success=torch.zeros_like(judged.success))
 
         return of_router._replace(objectives=(objective,))
 

@@ -10,21 +10,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.twins import SMALL, lively, small
+from tests.twins import SMALL, SPEC, lively, small
 from vmoe.attacks.ranks import Ranks
 from vmoe.batches import Batch, rows_of
+from vmoe.clips import ClipSpec
 from vmoe.data import DataSet, DataSettings, open_data
 from vmoe.errors import SettingError, VmoeError
 from vmoe.loading import Loader
-from vmoe.models import VideoMoE
+from vmoe.models import ModelSettings, VideoMoE, build
 from vmoe.train import averaging, loop, router_start
 from vmoe.train import state as states
 from vmoe.train.passes import Pass, Update, clean_clips
+from vmoe.train.recipes import at_m
 from vmoe.train.validate import entropy
 
 
-def data(split: str = "train", clips: int = 12) -> DataSet:
-    return open_data("camera-motion", split, SMALL, DataSettings(clips=clips))
+def data(split: str = "train", clips: int = 12, spec: ClipSpec = SMALL) -> DataSet:
+    return open_data("camera-motion", split, spec, DataSettings(clips=clips))
 
 
 def of(update: Any, part: str = "whole", name: str = "whole") -> loop.Recipe:
@@ -41,8 +43,9 @@ def run(
 ) -> Iterator[states.State]:
     how = loop.LoopSettings(**{"batch": 4, "val_steps": 0, "epochs": 1, **values})
     state = loop.start(twin or small(classes=10), how)
-    with Loader(data(), how.batch) as loader:
-        yield from loop.run(state, recipe, loader, data("val", 4), how, ranks)
+    spec = state.twin.spec
+    with Loader(data(spec=spec), how.batch) as loader:
+        yield from loop.run(state, recipe, loader, data("val", 4, spec), how, ranks)
 
 
 def test_an_average_follows_by_its_decay_and_faster_at_first() -> None:
@@ -107,6 +110,27 @@ def test_gradients_and_flops_are_counted_and_a_budget_ends_it() -> None:
     assert ended.epoch == 3
     assert ended.tflops == pytest.approx(2.5 * whole)
     assert [r["gradients"] for r in ended.rows] == [12, 12, 6]
+
+
+def test_half_precision_trains_float_weights() -> None:
+    settings = at_m.Settings(steps=1, bf16=True)
+    recipe = loop.Recipe(lambda done: at_m.walks(settings, done), bf16=True)
+    (state,) = run(recipe, build(ModelSettings("tsm", 0.1, 2, 10), SPEC, 0))
+    assert math.isfinite(state.rows[-1]["loss_whole"])
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in state.twin.parameters())
+
+
+def test_a_gradient_that_is_no_number_is_never_stepped() -> None:
+    def update(twin: VideoMoE, batch: Batch, clip: Tensor) -> Update:
+        loss = plain(twin, batch, clip).loss
+        scores = twin.scores(clip)
+        zero = (scores - scores.detach()).abs().sqrt().sum()  # of no finite slope
+        return Update(loss + zero, len(clip))
+
+    twin = small(classes=10)
+    with pytest.raises(VmoeError, match="the gradient's norm of pass 'whole' is nan in epoch 1"):
+        list(run(of(update), twin))
+    assert all(torch.isfinite(p).all() for p in twin.parameters())
 
 
 def test_statistics_stay_by_bn_running() -> None:

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from vmoe.attacks.loop import as_found
 from vmoe.attacks.methods import j_tlga, tlga_r
 from vmoe.batches import Batch
 from vmoe.lipschitz import l_lip
@@ -29,6 +27,7 @@ from vmoe.train.passes import (
     Walk,
     balance_term,
     constant,
+    deployed_scores,
     full,
     whole_update,
 )
@@ -65,7 +64,8 @@ def walks(settings: Settings, done: float) -> list[Walk]:
         clip, _ = misroute(twin, batch, seed)
         if settings.weak_clips == "router":
             return clip, 0
-        how = j_tlga.Settings(**settings.temporal_attack(seed, gamma1=settings.gamma1))
+        more = {"gamma1": settings.gamma1, "gamma2": settings.gamma2}
+        how = j_tlga.Settings(**settings.temporal_attack(seed, **more))
         return weak.attack(twin, batch, clip, how)
 
     def joint(twin: VideoMoE, batch: Batch, seed: int) -> tuple[Tensor, int]:
@@ -96,8 +96,7 @@ def router_update(
     twin: VideoMoE, batch: Batch, clip: Tensor, settings: LipschitzSettings
 ) -> Update:
     """Return CE(R(x'), top1(x)) + lam L_Lip(R) + balance, x' from TLGA-R."""
-    with as_found(twin), torch.no_grad():  # the route of inference: not by the batch's statistics
-        top1 = twin.scores(batch.clip).argmax(dim=1)
+    top1 = deployed_scores(twin, batch.clip).argmax(dim=1)
     clean = full(constant(twin, lambda: twin.scores(batch.clip)))
     scores = full(twin.scores(clip))
     loss = cross_entropy(scores, top1, reduction="none")

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from vmoe.attacks import losses
-from vmoe.attacks.loop import as_found
 from vmoe.attacks.methods import tla_e, tlga_r
 from vmoe.batches import Batch
 from vmoe.models import VideoMoE
@@ -38,6 +37,7 @@ from vmoe.train.passes import (
     Update,
     Walk,
     balance_term,
+    deployed_scores,
     full,
     label_loss,
     pgd_clips,
@@ -97,8 +97,7 @@ def walks(settings: Settings, done: float) -> list[Walk]:
 
 def margin_update(twin: VideoMoE, batch: Batch, clip: Tensor, settings: Settings) -> Update:
     """Return max(0, margin - (R_t(x') - max_{i != t} R_i(x'))) + balance, t shared out of R(x)."""
-    with as_found(twin), torch.no_grad():  # the route of inference: not by the batch's statistics
-        target = shared_out(full(twin.scores(batch.clip))).argmax(dim=1)
+    target = shared_out(deployed_scores(twin, batch.clip)).argmax(dim=1)
     scores = full(twin.scores(clip))
     short = (settings.margin + losses.margin(scores, target)).clamp(min=0)
     return Update(short.mean() + balance_term(twin, scores, settings), 0)
