@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -22,6 +23,7 @@ from vmoe import cli, latest
 from vmoe.errors import SettingError
 from vmoe.settings import Settings, opt
 
+from . import addresses
 from .frames import Stop
 
 if TYPE_CHECKING:
@@ -39,7 +41,8 @@ class RunSettings(Settings):
     camera: int | None = opt(
         None, "a camera of this machine, by its number", at_least=0, at_most=999
     )
-    source: str | None = opt(None, "a video file, a camera (0, /dev/video0), or test")
+    source: str | None = opt(None, "a video file, a folder or glob of pictures, a camera (0, "
+                             "/dev/video0), rtsp:, http:, udp:, - (stdin), or test")  # fmt: skip
     backend: str = opt("auto", "what runs the graphs: auto, onnxruntime, openvino or torch")
     device: str = opt("auto", "auto, cpu or cuda:N")
     threads: int | None = opt(None, "CPU threads of the engine; its own choice if not given",
@@ -57,9 +60,14 @@ class RunSettings(Settings):
     duration: float | None = opt(None, "stop after so many seconds of the stream", above=0)
     loop: bool = opt(False, "start a file again when it ends")
     stats_every: float | None = opt(None, "print counts every so many seconds", above=0)
-    reconnect: int = opt(5, "tries to reopen a camera that was lost", at_least=0)
-    read_timeout: float = opt(3.0, "seconds of silence after which a camera is lost", above=0,
-                              at_most=3600)  # fmt: skip
+    reconnect: int = opt(60, "tries to reopen a live source that was lost, about one a second",
+                         at_least=0)  # fmt: skip
+    read_timeout: float = opt(3.0, "seconds of silence after which a live source is lost",
+                              above=0, at_most=3600)  # fmt: skip
+    rtsp_transport: str = opt("tcp", "what RTSP streams come by", choices=("tcp", "udp"))
+    fps: float = opt(10.0, "frames per second of pictures and of --raw frames", above=0,
+                     at_most=1000)  # fmt: skip
+    raw: str | None = opt(None, "stdin holds raw RGB frames of this size, such as 640x480")
     show: bool = opt(False, "show the annotated stream in a window; q ends it")
     overwrite: bool = opt(False, "replace the files of --save and --jsonl")
     seed: int = opt(0, "seed of --source test", at_least=0)
@@ -69,6 +77,7 @@ class RunSettings(Settings):
     "vmoe-run",
     "vmoe-run --camera 0",
     "vmoe-run --source street.mp4 --save labelled.mp4 --jsonl labels.jsonl",
+    "vmoe-run --source rtsp://user:password@camera.local/stream1 --jsonl labels.jsonl",
     "vmoe-run runs/bundle --source test --duration 10 --json | jq .label",
 )
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
@@ -142,11 +151,24 @@ def _source(settings: RunSettings) -> Source:
         loop=settings.loop,
         reconnect=settings.reconnect,
         read_timeout_s=settings.read_timeout,
+        rtsp_transport=settings.rtsp_transport,
+        fps=settings.fps,
+        raw=_size(settings.raw),
         seed=settings.seed,
     )
     if settings.source is None:
         return camera.open(str(settings.camera or 0), how)
     return sources.open(settings.source, how)
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    """Return the width and height that --raw names."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+    if not found:
+        raise SettingError(f"--raw is {text!r}; it is WIDTHxHEIGHT, such as 640x480.")
+    return int(found[1]), int(found[2])
 
 
 def _watch(pipeline: Pipeline, sinks: list[Sink], stats_every_s: float | None) -> None:
@@ -234,5 +256,5 @@ def _given(settings: RunSettings, names: Container[str]) -> list[str]:
         value = getattr(settings, field.name)
         if field.name in names and value != field.default:
             words.append("--" + field.name.replace("_", "-"))
-            words += [] if value is True else [str(value)]
+            words += [] if value is True else [addresses.shown(str(value))]
     return words

@@ -117,6 +117,20 @@ def test_the_pattern_needs_nothing(run: Run, bundle: Path) -> None:
     assert done.stderr.count("windows: ") >= 2
 
 
+def test_frames_on_stdin(run: Run, bundle: Path, tmp_path: Path) -> None:
+    path = videos.write(tmp_path / "a.ts", 60, 20.0)
+    with path.open("rb") as given:
+        done = run(bundle, "--source", "-", "--json", stdin=given)
+    assert done.returncode == 0, done.stderr
+    assert len(lines_of(done.stdout)) == 18
+    (tmp_path / "a.rgb").write_bytes(b"".join(videos.picture(i).tobytes() for i in range(20)))
+    args = (bundle, "--source", "-", "--raw", "128x96", "--fps", 20, "--json")
+    with (tmp_path / "a.rgb").open("rb") as given:
+        done = run(*args, stdin=given)
+    assert done.returncode == 0, done.stderr
+    assert [line["t_s"] for line in lines_of(done.stdout)] == [0.3, 0.45, 0.6, 0.75, 0.9]
+
+
 def test_a_file_in_a_loop(run: Run, bundle: Path, movie: Path) -> None:
     done = run(bundle, "--source", movie, "--loop", "--duration", 7, "--json")
     assert done.returncode == 0
@@ -248,8 +262,9 @@ def test_sources_that_cannot_be_opened(run: Run, bundle: Path, tmp_path: Path) -
     for source, why in (
         ("missing.mp4", "missing.mp4: No such file or directory"),
         ("garbage.mp4", "garbage.mp4 is no video that can be decoded"),
-        (".", ". is a folder"),
-        ("rtsp://nowhere", "cannot read this kind"),
+        (".", ". is a folder and holds no pictures"),
+        ("gopher://me:sesame@nowhere", "source 'gopher://me:***@nowhere': cannot read this kind"),
+        ("rtsp://me:sesame@127.0.0.1:1/x", "rtsp://me:***@127.0.0.1:1/x: 127.0.0.1 port 1: Conn"),
     ):
         done = run(bundle, "--source", source, "--save", "a.mp4", "--jsonl", "a.jsonl")
         refused(done, 4, why)
@@ -353,6 +368,7 @@ def test_settings_that_cannot_be_used(run: Run, bundle: Path, movie: Path, tmp_p
         (("--device", "gpu"), "--device is 'gpu'; it is auto, cpu or cuda:N"),
         (("--read-timeout", 1e9), "--read-timeout is 1000000000.0; it must be at most 3600"),
         (("--camera", 0), "--camera and --source exclude each other"),
+        (("--raw", "640"), "--raw is '640'; it is WIDTHxHEIGHT, such as 640x480"),
         (("--save", "there.mp4"), "there.mp4 exists. Choose another --save, or say --overwrite"),
         (("--save", "a.gif"), "cannot write '.gif'"),
     ):
