@@ -36,6 +36,7 @@ class SourceSettings:
         rtsp_transport: tcp or udp; of all RTSP streams of this process.
         fps: frames per second of pictures and of raw frames, which carry no times.
         raw: (width, height) of raw RGB frames on stdin; None is a container such as MPEG-TS.
+        replay: of a file: its own times are the clock, also for when frames arrived.
         seed: of the test pattern.
     """
 
@@ -46,6 +47,7 @@ class SourceSettings:
     rtsp_transport: str = "tcp"
     fps: float = 10.0
     raw: tuple[int, int] | None = None
+    replay: bool = False
     seed: int = 0
 
 

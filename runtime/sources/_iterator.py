@@ -62,15 +62,13 @@ class IteratorSource:
             if close is not None:
                 close()
 
-    def _check(self, pixels: clips.Frame, number: int) -> None:
-        right = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8
-        if not (right and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size):
-            what = (
-                f"{pixels.dtype} {list(pixels.shape)}"
-                if hasattr(pixels, "shape")
-                else (type(pixels).__name__)
-            )
-            raise SourceError(
-                f"{self.name}: frame {number} is {what}; give uint8 [H, W, 3], RGB, or a pair of "
-                "its time in seconds and such a frame."
-            )
+    def _check(self, pixels: object, number: int) -> None:
+        what = type(pixels).__name__
+        if isinstance(pixels, np.ndarray):
+            what = f"{pixels.dtype} {list(pixels.shape)}"
+            if pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3:
+                return
+        raise SourceError(
+            f"{self.name}: frame {number} is {what}; give uint8 [H, W, 3], RGB, or a pair of its "
+            "time in seconds and such a frame."
+        )

@@ -88,7 +88,7 @@ class LiveSource(ABC):
                     return
                 self._may_retry(sequence, tries)
                 if not tries:
-                    log.warning("%s; reopening it.", self._lost(sequence))
+                    log.warning("%s. Reopening it.", self._lost(sequence))
                 self._state = REOPENING
                 sleep(wait_s, stop)
                 epoch, tries, wait_s = epoch + 1, tries + 1, min(2 * wait_s, LONGEST_WAIT_S)
@@ -111,7 +111,8 @@ class LiveSource(ABC):
 
     def _lost(self, sequence: int) -> str:
         if not sequence:
-            return f"{self.name}: {self._why_missing() or 'it gives no video'}"
+            why = self._why_missing() or "it gives no video"
+            return f"{self.name}: {why.rstrip('.?')}"
         return f"{self.name} was lost after {sequence} frames"
 
     def _may_retry(self, sequence: int, tries: int) -> None:

@@ -67,6 +67,7 @@ class FileSource:
         self.state = OPENING
         self._path = Path(os.path.realpath(name))  # FFmpeg takes `12:30.avi` for an address
         self._claimed_fps = 0.0
+        self.virtual = settings.replay
         self._loop = settings.loop
         self._timeout_s = settings.read_timeout_s
 
