@@ -60,6 +60,9 @@ class RunSettings(StreamSettings):
                             "several sources one file each, with their numbers")  # fmt: skip
     jsonl: Path | None = opt(None, "write one JSON object per window to a file")
     events: Path | None = opt(None, "write one JSON object per start, update and end of an event")
+    csv: Path | None = opt(None, "write one row per window to a file")
+    mqtt: str | None = opt(None, "publish results and events to mqtt://USER:PASSWORD@HOST/TOPIC")
+    webhook: str | None = opt(None, "POST every start and end of an event to an address")
     loop: bool = opt(False, "start a file again when it ends")
     stats_every: float | None = opt(None, "print counts every so many seconds", above=0)
     reconnect: int = opt(60, "tries to reopen a live source that was lost, about one a second",
@@ -245,7 +248,7 @@ def _refuse_one_file(settings: RunSettings, names: Sequence[str]) -> None:
 
 def _sinks(settings: RunSettings, streams: int, *, as_json: bool, stop: Stop) -> list[Sink]:
     """Make the sinks; what exists already or cannot be is refused here, before any work."""
-    from .sinks import jsonl, terminal
+    from .sinks import csv, jsonl, mqtt, terminal, webhook
 
     overwrite = settings.overwrite
     sinks: list[Sink] = [jsonl.open(None) if as_json else terminal.open(streams=streams)]
@@ -253,6 +256,12 @@ def _sinks(settings: RunSettings, streams: int, *, as_json: bool, stop: Stop) ->
         sinks.append(jsonl.open(settings.jsonl, overwrite=overwrite))
     if settings.events is not None:
         sinks.append(jsonl.open(settings.events, overwrite=overwrite, kind=jsonl.EVENTS))
+    if settings.csv is not None:
+        sinks.append(csv.open(settings.csv, overwrite=overwrite))
+    if settings.mqtt is not None:
+        sinks.append(mqtt.open(settings.mqtt))
+    if settings.webhook is not None:
+        sinks.append(webhook.open(settings.webhook))
     if settings.save is not None:
         from .sinks import video
 
@@ -286,8 +295,8 @@ def _ends_on_signals(stop: Stop) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-FILES = ("save", "jsonl", "events")
-OUTPUTS = {*FILES, "show", "overwrite"}
+FILES = ("save", "jsonl", "events", "csv")
+OUTPUTS = {*FILES, "mqtt", "webhook", "show", "overwrite"}
 SHARED = {"backend", "device", "threads"}  # flags of vmoe-bench too
 NEXT_S = 20.0  # how long the next command watches what has no end
 

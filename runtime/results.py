@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .engine import Prediction
+from .guard import Verdict
 from .windows import Window
 
 
@@ -43,6 +44,7 @@ class Result:
         smooth_label: the label with the highest share, averaged over time.
         smooth_score: that share.
         event: the id of the event that goes on (runtime/smoothing.py); None where none does.
+        guard: what the guard says of it; None where it is off.
     """
 
     window: int
@@ -69,6 +71,7 @@ class Result:
     smooth_label: str = ""
     smooth_score: float = 0.0
     event: int | None = None
+    guard: Verdict | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON can hold it; numbers are rounded to what they mean."""
@@ -96,6 +99,7 @@ class Result:
             "smooth_label": self.smooth_label,
             "smooth_score": round(self.smooth_score, 6),
             "event": self.event,
+            "guard": None if self.guard is None else self.guard.to_json(),
             "stage_ms": {stage: round(ms, 3) for stage, ms in self.stage_ms.items()},
         }
 

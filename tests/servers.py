@@ -146,6 +146,72 @@ def free_port() -> int:
         return port
 
 
+@contextlib.contextmanager
+def broker() -> Iterator[tuple[int, list[tuple[str, bytes]]]]:
+    """Be an MQTT 3.1.1 broker that takes what is published; yield its port, and what it took."""
+    taken: list[tuple[str, bytes]] = []
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def packet(client: socket.socket) -> tuple[int, bytes]:
+        kind, length, shift = client.recv(1)[0], 0, 0
+        while True:
+            byte = client.recv(1)[0]
+            length |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return kind, client.recv(length, socket.MSG_WAITALL) if length else b""
+
+    def serve() -> None:
+        with contextlib.suppress(OSError, IndexError):
+            client, _ = server.accept()
+            with client:
+                while True:
+                    kind, body = packet(client)
+                    if kind >> 4 == 1:  # connect
+                        client.sendall(b"\x20\x02\x00\x00")
+                    elif kind >> 4 == 3:  # publish
+                        size = int.from_bytes(body[:2], "big")
+                        taken.append((body[2 : 2 + size].decode(), body[4 + size :]))
+                        client.sendall(b"\x40\x02" + body[2 + size : 4 + size])
+                    elif kind >> 4 == 12:  # ping
+                        client.sendall(b"\xd0\x00")
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield server.getsockname()[1], taken
+    finally:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+        thread.join()
+
+
+@contextlib.contextmanager
+def hook(*answers: int) -> Iterator[tuple[int, list[tuple[str | None, bytes]]]]:
+    """Take POSTs, and answer these codes, then 204; yield the port, and what came."""
+    taken: list[tuple[str | None, bytes]] = []
+    codes = list(answers)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            taken.append((self.headers.get("Authorization"), body))
+            self.send_response(codes.pop(0) if codes else 204)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield server.server_port, taken
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 class _Quiet(SimpleHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""

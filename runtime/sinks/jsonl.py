@@ -39,17 +39,15 @@ windows        how many windows so far
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import sys
 from pathlib import Path
 from types import TracebackType
 
-from vmoe import output
-from vmoe.errors import OutputError, SettingError
+from vmoe.errors import SettingError
 
 from . import Step
+from ._lines import Lines
 
 RESULTS, EVENTS = "--jsonl", "--events"
 
@@ -78,9 +76,8 @@ class JsonLines:
     def __init__(self, path: Path | None, *, events: bool = False) -> None:
         """Take the file; it is opened with the first line."""
         self.name = str(path) if path is not None else "stdout"
-        self._path, self._events = path, events
-        self._handle = -1
-        self._whole_bytes = 0
+        self._events = events
+        self._lines = Lines(path) if path is not None else None
 
     def take(self, step: Step) -> None:
         """Write the result, if there is one, or the events.
@@ -89,35 +86,19 @@ class JsonLines:
             OutputError: it cannot be written; a line that did not fit on the disk is taken back.
         """
         if self._events:
-            lines = [event.to_json() for event in step.events]
+            objects = [event.to_json() for event in step.events]
         else:
-            lines = [] if step.result is None else [step.result.to_json()]
-        if lines:
-            self._write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-    def _write(self, text: str) -> None:
-        if self._path is None:
+            objects = [] if step.result is None else [step.result.to_json()]
+        text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in objects)
+        if text and self._lines is not None:
+            self._lines.write(text)
+        elif text:
             sys.stdout.write(text)
             sys.stdout.flush()
-            return
-        data = text.encode()
-        if self._handle < 0:
-            self._handle = _begin(self._path)
-        try:
-            while data:
-                data = data[os.write(self._handle, data) :]
-        except OSError as e:
-            with contextlib.suppress(OSError):  # a pipe or device has no length to cut
-                os.ftruncate(self._handle, self._whole_bytes)
-                os.lseek(self._handle, self._whole_bytes, os.SEEK_SET)
-            raise OutputError(
-                f"cannot write {self._path}: {e.strerror}. It holds whole lines up to here."
-            ) from e
-        self._whole_bytes += len(text.encode())
 
     def __enter__(self) -> JsonLines:
-        if self._path is not None:
-            output.probe(self._path)
+        if self._lines is not None:
+            self._lines.probe()
         return self
 
     def __exit__(
@@ -126,18 +107,5 @@ class JsonLines:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        ended = kind in (None, GeneratorExit, BrokenPipeError)
-        if ended and self._path is not None and self._handle < 0:
-            self._handle = _begin(self._path)
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
-
-
-def _begin(path: Path) -> int:
-    """Open a file to be written anew; return its descriptor."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    except OSError as e:
-        raise OutputError(f"cannot write {path}: {e.strerror}.") from e
+        if self._lines is not None:
+            self._lines.close(kind)
