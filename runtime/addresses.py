@@ -43,4 +43,4 @@ def host_and_port(address: str, port: int) -> tuple[str, int]:
     split = urlsplit(address)
     if not split.hostname:
         raise ValueError(f"no host in {shown(address)}")
-    return split.hostname, split.port or port
+    return split.hostname, port if split.port is None else split.port

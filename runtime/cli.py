@@ -63,6 +63,10 @@ class RunSettings(StreamSettings):
     csv: Path | None = opt(None, "write one row per window to a file")
     mqtt: str | None = opt(None, "publish results and events to mqtt://USER:PASSWORD@HOST/TOPIC")
     webhook: str | None = opt(None, "POST every start and end of an event to an address")
+    page: str | None = opt(None, "serve the live page at HOST:PORT; alone: 127.0.0.1:8080",
+                           bare="127.0.0.1:8080")  # fmt: skip
+    metrics: str | None = opt(None, "serve /metrics and /healthz alone; alone: 127.0.0.1:9109",
+                              bare="127.0.0.1:9109")  # fmt: skip
     loop: bool = opt(False, "start a file again when it ends")
     stats_every: float | None = opt(None, "print counts every so many seconds", above=0)
     reconnect: int = opt(60, "tries to reopen a live source that was lost, about one a second",
@@ -82,7 +86,7 @@ class RunSettings(StreamSettings):
     "vmoe-run",
     "vmoe-run --camera 0",
     "vmoe-run --source street.mp4 --save labelled.mp4 --jsonl labels.jsonl",
-    "vmoe-run --source rtsp://user:password@camera.local/stream1 --jsonl labels.jsonl",
+    "vmoe-run --source rtsp://user:password@camera.local/stream1 --page",
     "vmoe-run runs/bundle --source test --duration 10 --json | jq .label",
 )
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
@@ -262,6 +266,13 @@ def _sinks(settings: RunSettings, streams: int, *, as_json: bool, stop: Stop) ->
         sinks.append(mqtt.open(settings.mqtt))
     if settings.webhook is not None:
         sinks.append(webhook.open(settings.webhook))
+    if settings.page is not None or settings.metrics is not None:
+        from .sinks import page
+
+        if settings.page is not None:
+            sinks.append(page.open(settings.page))
+        if settings.metrics is not None:
+            sinks.append(page.open(settings.metrics, page=False))
     if settings.save is not None:
         from .sinks import video
 
@@ -296,7 +307,7 @@ def _ends_on_signals(stop: Stop) -> Iterator[None]:
 
 
 FILES = ("save", "jsonl", "events", "csv")
-OUTPUTS = {*FILES, "mqtt", "webhook", "show", "overwrite"}
+OUTPUTS = {*FILES, "mqtt", "webhook", "page", "metrics", "show", "overwrite"}
 SHARED = {"backend", "device", "threads"}  # flags of vmoe-bench too
 NEXT_S = 20.0  # how long the next command watches what has no end
 

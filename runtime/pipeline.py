@@ -28,7 +28,7 @@ from .lanes import Lane
 from .online import is_online
 from .results import Result
 from .settings import StreamSettings
-from .sinks import Sink, Step
+from .sinks import Sink, Step, Watching
 from .sinks._kept import Kept
 from .sources import Source, SourceSettings
 from .tally import Tally
@@ -84,6 +84,10 @@ class Pipeline:
         lanes: the streams, in the order of the sources.
         hop_s: time between two windows, in seconds.
         online: whether the bundle follows the streams frame by frame.
+        labels: of the bundle.
+        experts: how many it has.
+        guard_mode: off, monitor or enforce.
+        sinks: as they run, with their failures.
     """
 
     def __init__(
@@ -107,6 +111,8 @@ class Pipeline:
         ]
         self.hop_s = self.lanes[0].windows.hop_s
         self._batches = Batches(engine, self.lanes, settings, self.stop, self._changed)
+        self.labels, self.experts = engine.bundle.labels, engine.bundle.experts
+        self.guard_mode = "off"
         self.sinks: list[Kept] = []
 
     @property
@@ -122,6 +128,9 @@ class Pipeline:
             OutputError: a sink missed results; after all streams have ended.
         """
         self.sinks = [Kept(sink) for sink in sinks]
+        for sink in sinks:
+            if isinstance(sink, Watching):
+                sink.watches(self)
         for lane in self.lanes:
             lane.keep_frames = any(sink.wants_frames for sink in sinks)
         threads = [thread for lane in self.lanes for thread in lane.threads()]

@@ -81,6 +81,10 @@ class Tally:
             self.times_ms["label_age_ms"].append(label_age_ms)
         self._last = result
 
+    def label_age_s(self) -> float | None:
+        """Return how old the label that stands is now, in seconds; None before the first."""
+        return None if self._last is None else max(0.0, time.time() - self._last.t_capture)
+
     @staticmethod
     def total(tallies: Sequence[Tally]) -> Tally:
         """Return the counts of several streams together."""

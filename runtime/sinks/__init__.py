@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from vmoe.runtime.frames import Frame
 from vmoe.runtime.results import Result
 from vmoe.runtime.smoothing import Event
+
+if TYPE_CHECKING:
+    from vmoe.runtime.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -59,3 +62,12 @@ class Sink(Protocol):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None: ...
+
+
+@runtime_checkable
+class Watching(Protocol):
+    """A sink that shows more than its steps: the run's counts, and the states of its sources."""
+
+    def watches(self, pipeline: Pipeline) -> None:
+        """Take the run, before its first step."""
+        ...
