@@ -13,9 +13,11 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .engine import Engine, Prediction
 from .frames import POLL_S, Stop
+from .guard import terms
 from .lanes import Lane, Work
 from .settings import StreamSettings
 
@@ -32,13 +34,18 @@ class Batches:
         settings: StreamSettings,
         stop: Stop,
         changed: threading.Condition,
+        filter: str = "off",
     ) -> None:
-        """Take the streams; all of their queues notify `changed`."""
+        """Take the streams, and the filter of the guard's second look.
+
+        All of the streams' queues notify `changed`.
+        """
         self._engine, self._lanes, self._stop = engine, lanes, stop
         self._budget_s = settings.latency_budget / 1000
         self._most, self._changed = settings.max_batch, changed
         self._first = 0  # the stream that is asked first; it goes round
         self._open = list(lanes)
+        self._filter = filter
         self._online = any(lane.follower is not None for lane in lanes)
         self.error: BaseException | None = None
 
@@ -107,6 +114,7 @@ class Batches:
         fresh = [w.window for lane, w in due if w.window and not lane.is_stale(w.window)]
         whole = [window for window in fresh if not self._online]
         answers: dict[int, Prediction] = {}
+        filtered: dict[int, NDArray[np.float32]] = {}
         if whole:
             found = self._engine.infer(np.stack([window.clip for window in whole]))
             for i, window in enumerate(whole):
@@ -114,10 +122,15 @@ class Batches:
                 answers[id(window)] = Prediction(
                     found.logits[one], found.scores[one], found.route[one]
                 )
+            if self._filter != "off":
+                again = terms.filtered(np.stack([w.clip for w in whole]), self._filter)
+                logits = self._engine.infer(again, force_route=found.route.tolist()).logits
+                filtered = {id(w): logits[i : i + 1] for i, w in enumerate(whole)}
         ended = time.monotonic()
         alive = {id(window) for window in fresh}
         for lane, work in due:
             if work.window is not None and self._online and id(work.window) in alive:
                 answers[id(work.window)] = lane.follow(work.window)
                 ended = time.monotonic()
-            lane.hand_on(work, answers.get(id(work.window)), began, ended)
+            key = id(work.window)
+            lane.hand_on(work, answers.get(key), began, ended, filtered.get(key))

@@ -63,6 +63,12 @@ class RunSettings(StreamSettings):
     csv: Path | None = opt(None, "write one row per window to a file")
     mqtt: str | None = opt(None, "publish results and events to mqtt://USER:PASSWORD@HOST/TOPIC")
     webhook: str | None = opt(None, "POST every start and end of an event to an address")
+    guard_calibrate: Path | None = opt(None, "write a guard's profile of clean sources")
+    guard_filter: str = opt("off", "of --guard-calibrate: a second look at a filtered clip, for "
+                            "one more run of the expert",
+                            choices=("off", "median", "jpeg"))  # fmt: skip
+    false_alarms: float = opt(0.01, "of --guard-calibrate: share of clean windows that may raise "
+                              "an alarm", above=0, at_most=0.5)  # fmt: skip
     page: str | None = opt(None, "serve the live page at HOST:PORT; alone: 127.0.0.1:8080",
                            bare="127.0.0.1:8080")  # fmt: skip
     metrics: str | None = opt(None, "serve /metrics and /healthz alone; alone: 127.0.0.1:9109",
@@ -140,7 +146,10 @@ def _run(named: Path | None, settings: RunSettings, *, as_json: bool, stop: Stop
     threads.apply(plan)
     cache = cli.cache_folder() if settings.cache else None
     with engines.load(path, settings.backend, settings.device, plan.engine, cache=cache) as engine:
-        pipeline = Pipeline(engine, sources, settings, stop=stop)
+        calibrate = settings.guard_filter if settings.guard_calibrate is not None else None
+        pipeline = Pipeline(engine, sources, settings, stop=stop, calibrate=calibrate)
+        if settings.guard_calibrate is not None:
+            sinks.append(_calibration(settings, engine, pipeline.hop_s))
         _begin_talk(pipeline, engine, said)
         try:
             _watch(pipeline, sinks, settings.stats_every)
@@ -152,6 +161,20 @@ def _run(named: Path | None, settings: RunSettings, *, as_json: bool, stop: Stop
         log.warning("no window: one needs frames over %.2f s, or was too irregular.", window_s)
     live = any(source.live for source in sources)
     log.info("next: %s", _next_command(path, settings, live=live))
+
+
+def _calibration(settings: RunSettings, engine: Engine, hop_s: float) -> Sink:
+    from .guard import calibration
+
+    assert settings.guard_calibrate is not None
+    return calibration.open(
+        settings.guard_calibrate,
+        bundle=engine.bundle,
+        hop_s=hop_s,
+        filter=settings.guard_filter,
+        false_alarms=settings.false_alarms,
+        overwrite=settings.overwrite,
+    )
 
 
 def _names(settings: RunSettings) -> list[str]:
@@ -239,7 +262,7 @@ def _refuse_one_file(settings: RunSettings, names: Sequence[str]) -> None:
     """Refuse to write over what is read, or two results into one file."""
     files = [("--source", Path(name)) for name in names]
     files = files if settings.replay is None else [("--replay", settings.replay)]
-    written = [(f"--{flag}", getattr(settings, flag)) for flag in FILES]
+    written = [(f"--{flag.replace('_', '-')}", getattr(settings, flag)) for flag in FILES]
     written = [(flag, path) for flag, path in written if path is not None]
     pairs = itertools.chain(itertools.product(files, written), itertools.combinations(written, 2))
     for (first, one), (second, other) in pairs:
@@ -306,7 +329,7 @@ def _ends_on_signals(stop: Stop) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-FILES = ("save", "jsonl", "events", "csv")
+FILES = ("save", "jsonl", "events", "csv", "guard_calibrate")
 OUTPUTS = {*FILES, "mqtt", "webhook", "page", "metrics", "show", "overwrite"}
 SHARED = {"backend", "device", "threads"}  # flags of vmoe-bench too
 NEXT_S = 20.0  # how long the next command watches what has no end

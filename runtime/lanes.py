@@ -15,10 +15,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from . import results
 from .engine import Engine, Prediction
 from .frames import BLOCK, LATEST, Frame, Handover, Stop
+from .guard import ABSTAIN, VOTE, Guard
 from .online import Follower, OnlineWindows, is_online
+from .results import Result
 from .settings import AUTO, StreamSettings
 from .sinks import Step
 from .smoothing import Seen, Smoother
@@ -59,6 +64,7 @@ class Lane:
         settings: StreamSettings,
         stop: Stop,
         changed: threading.Condition,
+        guard: Guard | None = None,
     ) -> None:
         """Take the stream's number and source; nothing is opened yet."""
         self.number, self.source = number, source
@@ -71,6 +77,7 @@ class Lane:
         self.windows: Windows = windows(
             engine.bundle.spec, source.name, hop_s=settings.hop, sampling=settings.sampling
         )
+        self._guard = guard
         self._smoother = Smoother(engine.bundle.labels, settings, number, source.name)
         self.keep_frames = False
         self._frames: Handover[Frame] = Handover(
@@ -176,9 +183,22 @@ class Lane:
         return prediction
 
     def hand_on(
-        self, work: Work, prediction: Prediction | None, began_s: float, ended_s: float
+        self,
+        work: Work,
+        prediction: Prediction | None,
+        began_s: float,
+        ended_s: float,
+        filtered: NDArray[np.float32] | None = None,
     ) -> None:
-        """Make the result of a window, [1] of everything, and hand the step to the sinks."""
+        """Make the result of a window and hand the step to the sinks.
+
+        Args:
+            work: the frame and the window.
+            prediction: of the window alone (N = 1); None where it was too old to be labelled.
+            began_s: when the engine began, on `time.monotonic`'s clock.
+            ended_s: when the label was there.
+            filtered: logits of the filtered clip, [1, K], where the guard wants them.
+        """
         if work.window is None or prediction is None:
             self.tally.windows_dropped += work.window is not None
             if work.frame is not None:
@@ -196,6 +216,8 @@ class Lane:
             virtual=getattr(self.source, "virtual", False),
         )
         shares = results.softmax(prediction.logits[0])
+        if self._guard is not None:
+            result, shares = self._guarded(self._guard, work.window, result, shares, filtered)
         seen = Seen(shares, result.epoch, result.t_first_s, result.t_s, result.t_capture)
         smoothed = self._smoother.update(seen)
         result = replace(
@@ -207,6 +229,36 @@ class Lane:
         self.steps.put(
             Step(work.frame, result, self.source.fps, self.number, tuple(smoothed.events))
         )
+
+    def _guarded(
+        self,
+        guard: Guard,
+        window: Window,
+        result: Result,
+        shares: NDArray[np.float64],
+        filtered: NDArray[np.float32] | None,
+    ) -> tuple[Result, NDArray[np.float64]]:
+        """Let the guard judge a window, and act; return the result and the shares that count."""
+        verdict = guard.judge(
+            shares,
+            np.array(result.weights),
+            result.expert,
+            epoch=result.epoch,
+            t_first_s=result.t_first_s,
+            t_s=result.t_s,
+            age_s=result.age_ms / 1000 if self.source.live else 0.0,  # files wait in queues
+            filtered=None if filtered is None else results.softmax(filtered[0]),
+        )
+        self.tally.alarms += verdict.alarm
+        result = replace(result, guard=verdict)
+        if verdict.acted == ABSTAIN:
+            return replace(result, label=results.ABSTAINED, score=0.0), np.zeros_like(shares)
+        if verdict.acted == VOTE:
+            logits = self._engine.run_all(window.clip[np.newaxis])[0]
+            shares = np.mean([results.softmax(one) for one in logits], axis=0)
+            top = results.listed(shares, self._engine.bundle.labels, self._settings.top)
+            return replace(result, label=top[0][0], score=top[0][1], top=top), shares
+        return result, shares
 
     def end(self) -> None:
         """Say, once everything was labelled, that the stream ends; events end with it."""

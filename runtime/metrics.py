@@ -42,7 +42,7 @@ def exposed(pipeline: Pipeline | None) -> tuple[bytes, str]:
         ) from e
     registry = prometheus.CollectorRegistry()
     if pipeline is not None:
-        registry.register(_Collector(pipeline))  # type: ignore[arg-type]
+        registry.register(_Collector(pipeline))
     return prometheus.generate_latest(registry), prometheus.CONTENT_TYPE_LATEST
 
 

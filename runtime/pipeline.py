@@ -24,6 +24,9 @@ from . import sources
 from .batches import Batches
 from .engine import Engine
 from .frames import POLL_S, Stop
+from .guard import CALIBRATE, ENFORCE, MONITOR, OFF, Guard
+from .guard import profile as profiles
+from .guard.profile import Profile
 from .lanes import Lane
 from .online import is_online
 from .results import Result
@@ -76,6 +79,10 @@ def watch(
     return Pipeline(engine, [opened], how, stop=stop).results(sinks)
 
 
+def _profile(engine: Engine, settings: StreamSettings) -> Profile:
+    return profiles.read(settings.guard_profile or engine.bundle.path / profiles.FILE)
+
+
 class Pipeline:
     """One run of some sources through an engine; `watch` and `Stream` are the short ways.
 
@@ -97,23 +104,59 @@ class Pipeline:
         settings: StreamSettings | None = None,
         *,
         stop: Stop | None = None,
+        calibrate: str | None = None,
     ) -> None:
-        """Take the engine, at least one source, and how they are served; nothing is opened yet."""
+        """Take the engine, at least one source, and how they are served; nothing is opened yet.
+
+        Args:
+            engine: a loaded bundle.
+            sources: at least one.
+            settings: how they are served.
+            stop: ends the run when asked.
+            calibrate: gather the guard's terms for a profile (guard/calibration.py), with this
+                filter: off, median or jpeg.
+
+        Raises:
+            SettingError: settings that do not fit, or no profile for the guard.
+        """
         if not sources:
             raise SettingError("no source is given; name at least one.")
         settings = settings or StreamSettings()
         self.stop = stop or Stop()
         self.online = is_online(engine.bundle)
         self._changed = threading.Condition()
+        self.labels, self.experts = engine.bundle.labels, engine.bundle.experts
+        self.guard_mode = CALIBRATE if calibrate is not None else settings.guard
+        profile = _profile(engine, settings) if self.guard_mode in (MONITOR, ENFORCE) else None
         self.lanes = [
-            Lane(number, source, engine, settings, self.stop, self._changed)
+            Lane(
+                number,
+                source,
+                engine,
+                settings,
+                self.stop,
+                self._changed,
+                self._guard(settings, profile),
+            )
             for number, source in enumerate(sources)
         ]
         self.hop_s = self.lanes[0].windows.hop_s
-        self._batches = Batches(engine, self.lanes, settings, self.stop, self._changed)
-        self.labels, self.experts = engine.bundle.labels, engine.bundle.experts
-        self.guard_mode = "off"
+        if profile is not None:
+            profile.check(engine.bundle, self.hop_s)
+        filter = profile.filter if profile is not None else calibrate or "off"
+        self._batches = Batches(engine, self.lanes, settings, self.stop, self._changed, filter)
         self.sinks: list[Kept] = []
+
+    def _guard(self, settings: StreamSettings, profile: Profile | None) -> Guard | None:
+        if self.guard_mode == OFF:
+            return None
+        return Guard(
+            self.guard_mode,
+            profile,
+            on_alarm=settings.on_alarm,
+            vote_share=settings.vote_share,
+            experts=self.experts,
+        )
 
     @property
     def tally(self) -> Tally:

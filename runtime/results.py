@@ -13,6 +13,8 @@ from .engine import Prediction
 from .guard import Verdict
 from .windows import Window
 
+ABSTAINED = "(abstained)"  # the label where the guard lets none stand
+
 
 @dataclass(frozen=True)
 class Result:
@@ -32,7 +34,7 @@ class Result:
         frame_last: sequence of its last frame.
         gap: whether the stream was broken between the window before and this one.
         dropped: frames of the source that were lost since the window before.
-        label: the most likely label.
+        label: the most likely label; ABSTAINED where the guard lets none stand.
         score: its share of the softmax over the logits, in [0, 1].
         top: the most likely labels with their shares, best first.
         expert: the expert that answered (the route).
@@ -130,8 +132,7 @@ def make(
         virtual: the source's own times are the clock (--replay): t_capture is t_s.
     """
     shares, weights = softmax(prediction.logits[0]), softmax(prediction.scores[0])
-    best = np.argsort(-shares, kind="stable")[:top]
-    listed = tuple((labels[i], float(shares[i])) for i in best)
+    best = listed(shares, labels, top)
     ordered = np.sort(weights)[::-1]
     to_wall_s = time.time() - time.monotonic()
     to_wall_s = window.t_s - window.arrived_s if virtual else to_wall_s
@@ -151,15 +152,23 @@ def make(
         frame_last=window.frame_last,
         gap=window.gap,
         dropped=window.dropped,
-        label=listed[0][0],
-        score=listed[0][1],
-        top=listed,
+        label=best[0][0],
+        score=best[0][1],
+        top=best,
         expert=int(prediction.route[0]),
         weights=tuple(float(weight) for weight in weights),
         route_margin=float(ordered[0] - ordered[1]) if len(ordered) > 1 else 1.0,
         route_entropy=max(0.0, float(-(weights * np.log(np.maximum(weights, 1e-30))).sum())),
         stage_ms={**window.stage_ms, **stages},
     )
+
+
+def listed(
+    shares: NDArray[np.float64], labels: tuple[str, ...], top: int
+) -> tuple[tuple[str, float], ...]:
+    """Return the most likely labels with their shares, best first."""
+    best = np.argsort(-shares, kind="stable")[:top]
+    return tuple((labels[i], float(shares[i])) for i in best)
 
 
 def softmax(values: NDArray[np.float32]) -> NDArray[np.float64]:

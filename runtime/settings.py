@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from vmoe.settings import Settings, opt
 
@@ -34,3 +35,12 @@ class StreamSettings(Settings):
     hysteresis: float = opt(0.1, "share that a label may fall below the threshold, or behind "
                             "another, before its event ends", at_least=0, at_most=1)  # fmt: skip
     min_event: float = opt(0.5, "seconds that a label must hold to be an event", at_least=0)
+    guard: str = opt("off", "monitor reports windows that do not look like clean video; enforce "
+                     "acts on them", choices=("off", "monitor", "enforce"))  # fmt: skip
+    guard_profile: Path | None = opt(
+        None, "what --guard-calibrate wrote of clean video; else the bundle's guard.json"
+    )
+    on_alarm: str = opt("abstain", "what enforce does: abstain, or vote (all experts run, at "
+                        "their cost)", choices=("abstain", "vote"))  # fmt: skip
+    vote_share: float = opt(0.25, "at most so much of 100 windows is voted on, the others abstain",
+                            at_least=0, at_most=1)  # fmt: skip
