@@ -56,7 +56,9 @@ def median(clips: Clips) -> Clips:
     """Return clips, uint8 [N, T, H, W, 3], each frame the median of itself and its neighbours."""
     padded = np.concatenate([clips[:, :1], clips, clips[:, -1:]], axis=1)
     before, here, after = padded[:, :-2], padded[:, 1:-1], padded[:, 2:]
-    return np.maximum(np.minimum(before, here), np.minimum(np.maximum(before, here), after))
+    low, high = np.minimum(before, here), np.maximum(before, here)
+    filtered: Clips = np.maximum(low, np.minimum(high, after))
+    return filtered
 
 
 def jpeg(clips: Clips) -> Clips:
@@ -64,11 +66,11 @@ def jpeg(clips: Clips) -> Clips:
     import cv2
 
     quality = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
-    frames = [
-        cv2.imdecode(cv2.imencode(".jpg", frame, quality)[1], cv2.IMREAD_COLOR)
-        for frame in clips.reshape(-1, *clips.shape[2:])
-    ]
-    return np.stack(frames).reshape(clips.shape)
+    filtered = np.empty_like(clips)
+    for place in np.ndindex(clips.shape[:2]):
+        coded = cv2.imencode(".jpg", clips[place], quality)[1]
+        filtered[place] = cv2.imdecode(coded, cv2.IMREAD_COLOR)
+    return filtered
 
 
 def filtered(clips: Clips, name: str) -> Clips:
