@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -181,6 +184,35 @@ def test_a_slow_viewer_gets_the_newest_frame() -> None:
     assert number == 5
     assert view.jpeg()[1] is jpeg  # encoded once
     assert view.next_jpeg(5, 0.01)[0] == 5
+
+
+def test_vmoe_run_serves_it_until_it_is_ended(engine: Engine, tmp_path: Path) -> None:
+    code = "from vmoe.runtime.cli import main; main(prog_name='vmoe-run')"
+    command = [sys.executable, "-c", code, str(engine.bundle.path), "--source", "test", "--json",
+               "--page", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    assert process.stdout is not None
+    found = {}
+    while len(found) < 2:
+        line = process.stderr.readline()
+        assert line, "it ended"
+        kind, _, url = line.strip().partition(": ")
+        found |= {kind: url} if kind in ("page", "metrics") else {}
+    process.stdout.readline()
+    with urllib.request.urlopen(found["page"], timeout=5) as answer:
+        assert "vmoe live" in answer.read().decode()
+    root = found["metrics"].removesuffix("metrics")
+    with urllib.request.urlopen(root + "healthz", timeout=5) as answer:
+        assert json.loads(answer.read())["sources"] == {"test": "running"}
+    with pytest.raises(urllib.error.HTTPError):
+        urllib.request.urlopen(root, timeout=5)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
 
 
 def test_it_listens_on_this_machine_alone_unless_told(served: Page) -> None:
