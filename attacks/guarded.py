@@ -148,11 +148,12 @@ def _loss(twin: VideoMoE, clip: Tensor, before: Tensor, profile: Profile, weight
     out = twin(clip, route_grad="straight-through")
     own = out.logits.gather(1, before[:, None])[:, 0]
     others = out.logits.scatter(1, before[:, None], -torch.inf).amax(dim=1)
-    loss = (others - own).clamp_max(SURE).mean()
+    loss: Tensor = (others - own).clamp_max(SURE).mean()
     if not weight:
         return loss
     filtered = None
     if profile.filter == "median":
         filtered = twin.run_routed(median(clip), out.route).softmax(dim=1)
     found = score(profile, out.logits.softmax(dim=1), out.scores.softmax(dim=1), filtered)
-    return loss - weight * (found - profile.threshold + SURE).clamp_min(0).mean()
+    known: Tensor = (found - profile.threshold + SURE).clamp_min(0).mean()
+    return loss - weight * known

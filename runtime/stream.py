@@ -10,6 +10,7 @@ print(result.source, result.t_s, result.label, result.score)
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
@@ -25,7 +26,7 @@ from .sources import Source, SourceSettings
 from .sources._iterator import Given, IteratorSource
 from .tally import Tally
 
-Named: TypeAlias = str | Path | Source | Iterable[Given]
+Named: TypeAlias = str | int | Path | Source | Iterable[Given]
 
 
 class Stream:
@@ -51,13 +52,16 @@ class Stream:
                 open `Source`, or an iterable of frames, uint8 [H, W, 3] RGB, or of pairs of a
                 timestamp in seconds and a frame (`sources._iterator.IteratorSource`).
             settings: how the streams are served: hop, sampling, smoothing ...
-            how: how sources that are named are read.
+            how: how sources that are named are read; of several, one that is not there yet is
+                waited for.
             sinks: what else takes every step, such as `sinks.jsonl.open(Path("labels.jsonl"))`.
 
         Raises:
             SourceError: a source that is named is not there.
         """
         self._stop = Stop()
+        how = how or SourceSettings()
+        how = replace(how, patient=how.patient or len(given) > 1)
         opened = [_opened(source, how) for source in given]
         self._pipeline = Pipeline(engine, opened, settings, stop=self._stop)
         self._results: Generator[Result, None, None] = self._pipeline.results(sinks)
@@ -97,8 +101,8 @@ class Stream:
         self._results.close()
 
 
-def _opened(given: Named, how: SourceSettings | None) -> Source:
-    if isinstance(given, (str, Path)):
+def _opened(given: Named, how: SourceSettings) -> Source:
+    if isinstance(given, (str, int, Path)):
         return sources.open(str(given), how)
     if isinstance(given, Iterable):
         return IteratorSource(given)

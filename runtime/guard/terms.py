@@ -13,7 +13,6 @@ label_age       capture to label, in lengths of the window, beyond one: a label 
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,8 +69,7 @@ def jpeg(clips: Clips) -> Clips:
     filtered = np.empty_like(clips)
     for place in np.ndindex(clips.shape[:2]):
         coded = cv2.imencode(".jpg", clips[place], quality)[1]
-        frame: Any = cv2.imdecode(coded, cv2.IMREAD_COLOR)
-        filtered[place] = frame
+        filtered[place] = np.asarray(cv2.imdecode(coded, cv2.IMREAD_COLOR), np.uint8)
     return filtered
 
 

@@ -88,6 +88,17 @@ def test_a_file_cut_in_the_middle_serves_what_it_has(tmp_path: Path, suffix: str
     assert [videos.number_of(f.pixels) for f in got[:-1]] == list(range(len(got) - 1))
 
 
+def test_a_file_that_is_still_written_is_read_as_far_as_it_is(tmp_path: Path) -> None:
+    data = videos.write(tmp_path / "a.ts", 60).read_bytes()
+    growing = tmp_path / "growing.ts"
+    growing.write_bytes(data[: len(data) // 2])
+    half = [videos.number_of(f.pixels) for f in take(sources.open(str(growing)))]
+    assert half[:-1] == list(range(len(half) - 1))  # the last one is only half there
+    assert 20 < len(half) < 40
+    growing.write_bytes(data)
+    assert len(take(sources.open(str(growing)))) == 60
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".avi"])
 def test_a_file_overwritten_from_the_middle_on(tmp_path: Path, suffix: str) -> None:
     whole = videos.cut(videos.write(tmp_path / f"a{suffix}"), 1.0)

@@ -12,7 +12,7 @@ import pytest
 
 from tests import bundles, servers, videos
 from vmoe.clips import Clips, ClipSpec
-from vmoe.errors import SourceError
+from vmoe.errors import SettingError, SourceError
 from vmoe.runtime import Engine, Pipeline, SourceSettings, Stream, StreamSettings, load, threads
 from vmoe.runtime.engine import Prediction
 from vmoe.runtime.frames import Frame, Stop
@@ -184,6 +184,17 @@ def test_a_stream_of_a_programs_own_frames(engine: Engine) -> None:
     )
     assert {r.expert for r in got} == {2}
     assert stream.tally.windows == len(got)
+
+
+def test_what_a_stream_takes(engine: Engine, tmp_path: Path) -> None:
+    path = videos.write(tmp_path / "a.avi", 20)
+    with Stream(engine, path, str(path), Coloured("c", 0)) as stream:
+        assert {result.stream for result in stream} == {0, 1, 2}
+    assert set(stream.states) == {str(path), "c"}
+    with pytest.raises(SourceError, match="camera 77"):
+        Stream(engine, 77)
+    with pytest.raises(SettingError, match="no source is given"):
+        Stream(engine)
 
 
 def test_a_stream_can_be_left_and_stopped(engine: Engine) -> None:
