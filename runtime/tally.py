@@ -17,7 +17,7 @@ import numpy as np
 
 from .results import Result
 
-REMEMBERED = 16384  # newest windows whose latencies are kept
+REMEMBERED = 2048  # newest windows of a stream whose latencies are kept: less than 0.5 MiB
 STAGES = ("decode_ms", "prepare_ms", "wait_ms", "infer_ms")
 COUNTS = (
     "frames", "frames_dropped", "frames_duplicated", "frames_late", "frames_unseen", "windows",
