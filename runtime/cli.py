@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -20,11 +21,14 @@ import click
 
 from vmoe import cli, latest
 from vmoe.errors import SettingError
-from vmoe.settings import Settings, opt
+from vmoe.settings import opt
 
+from . import addresses
 from .frames import Stop
+from .settings import StreamSettings
 
 if TYPE_CHECKING:
+    from .engine import Engine
     from .pipeline import Pipeline
     from .sinks import Sink
     from .sources import Source
@@ -33,35 +37,54 @@ log = logging.getLogger("vmoe")
 
 
 @dataclass(frozen=True)
-class RunSettings(Settings):
-    """The flags of vmoe-run."""
+class RunSettings(StreamSettings):
+    """The flags of vmoe-run: those of its streams, and what is read and written."""
 
     camera: int | None = opt(
         None, "a camera of this machine, by its number", at_least=0, at_most=999
     )
-    source: str | None = opt(None, "a video file, a camera (0, /dev/video0), or test")
+    source: tuple[str, ...] = opt((), "a video file, a folder or glob of pictures, a camera (0, "
+                                  "/dev/video0), rtsp:, http:, udp:, - (stdin), or test",
+                                  repeat=True)  # fmt: skip
+    list: Path | None = opt(None, "a file that names sources, one a line; # begins a comment")
+    replay: Path | None = opt(None, "a video file by the live path, on the file's own clock, "
+                              "with nothing dropped: the labels of offline evaluation")  # fmt: skip
     backend: str = opt("auto", "what runs the graphs: auto, onnxruntime, openvino or torch")
     device: str = opt("auto", "auto, cpu or cuda:N")
-    threads: int | None = opt(None, "CPU threads of the engine; its own choice if not given",
-                              at_least=1)  # fmt: skip
+    threads: int | None = opt(None, "CPU threads of the engine; if not given, what decoding the "
+                              "sources leaves", at_least=1)  # fmt: skip
     cache: bool = opt(
         True, "keep large graphs as optimised for this CPU in the user's cache folder"
     )
-    hop: float | None = opt(None, "seconds between two windows; half a window if not given, of "
-                            "a bundle in the online form one frame", above=0)  # fmt: skip
-    sampling: str = opt("exact", "exact refuses sources slower than the model's frame spacing; "
-                        "nearest repeats frames", choices=("exact", "nearest"))  # fmt: skip
-    top: int = opt(3, "how many labels to list", at_least=1)
-    save: Path | None = opt(None, "write the annotated video: .mp4, .avi or .mkv (lossless)")
+    save: Path | None = opt(None, "write the annotated video: .mp4, .avi or .mkv (lossless); of "
+                            "several sources one file each, with their numbers")  # fmt: skip
     jsonl: Path | None = opt(None, "write one JSON object per window to a file")
-    duration: float | None = opt(None, "stop after so many seconds of the stream", above=0)
+    events: Path | None = opt(None, "write one JSON object per start, update and end of an event")
+    csv: Path | None = opt(None, "write one row per window to a file")
+    mqtt: str | None = opt(None, "publish results and events to mqtt://USER:PASSWORD@HOST/TOPIC")
+    webhook: str | None = opt(None, "POST every start and end of an event to an address")
+    guard_calibrate: Path | None = opt(None, "write a guard's profile of clean sources")
+    guard_filter: str = opt("off", "of --guard-calibrate: a second look at a filtered clip, for "
+                            "one more run of the expert",
+                            choices=("off", "median", "jpeg"))  # fmt: skip
+    false_alarms: float = opt(0.01, "of --guard-calibrate: share of clean windows that may raise "
+                              "an alarm", above=0, at_most=0.5)  # fmt: skip
+    page: str | None = opt(None, "serve the live page at HOST:PORT; alone: 127.0.0.1:8080",
+                           bare="127.0.0.1:8080")  # fmt: skip
+    metrics: str | None = opt(None, "serve /metrics and /healthz alone; alone: 127.0.0.1:9109",
+                              bare="127.0.0.1:9109")  # fmt: skip
     loop: bool = opt(False, "start a file again when it ends")
     stats_every: float | None = opt(None, "print counts every so many seconds", above=0)
-    reconnect: int = opt(5, "tries to reopen a camera that was lost", at_least=0)
-    read_timeout: float = opt(3.0, "seconds of silence after which a camera is lost", above=0,
-                              at_most=3600)  # fmt: skip
+    reconnect: int = opt(60, "tries to reopen a live source that was lost, about one a second",
+                         at_least=0)  # fmt: skip
+    read_timeout: float = opt(3.0, "seconds of silence after which a live source is lost",
+                              above=0, at_most=3600)  # fmt: skip
+    rtsp_transport: str = opt("tcp", "what RTSP streams come by", choices=("tcp", "udp"))
+    fps: float = opt(10.0, "frames per second of pictures and of --raw frames", above=0,
+                     at_most=1000)  # fmt: skip
+    raw: str | None = opt(None, "stdin holds raw RGB frames of this size, such as 640x480")
     show: bool = opt(False, "show the annotated stream in a window; q ends it")
-    overwrite: bool = opt(False, "replace the files of --save and --jsonl")
+    overwrite: bool = opt(False, "replace the files of --save, --jsonl, --events and --csv")
     seed: int = opt(0, "seed of --source test", at_least=0)
 
 
@@ -69,6 +92,7 @@ class RunSettings(Settings):
     "vmoe-run",
     "vmoe-run --camera 0",
     "vmoe-run --source street.mp4 --save labelled.mp4 --jsonl labels.jsonl",
+    "vmoe-run --source rtsp://user:password@camera.local/stream1 --page",
     "vmoe-run runs/bundle --source test --duration 10 --json | jq .label",
 )
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
@@ -79,16 +103,26 @@ class RunSettings(Settings):
 def command(
     stop: Stop, /, bundle: Path | None, as_json: bool, config: Path | None, **flags: Any
 ) -> None:
-    """Label what a camera or a video shows, window by window, until it ends or Ctrl-C.
+    """Label what cameras or videos show, window by window, until they end or Ctrl-C.
 
     BUNDLE is a folder that vmoe-export wrote; the newest under runs/ if not given, else the one
-    that ships. Without --camera or --source it watches camera 0. A camera is served live: the
-    newest frame wins, and every drop is counted. Of a file nothing is dropped.
+    that ships. Without a source it watches camera 0. Several are served at once, by one engine. A
+    camera is served live: the newest frame wins, and every drop is counted. Of a file nothing is
+    dropped.
     """
     settings = cli.resolve(RunSettings, flags, config)
-    if settings.camera is not None and settings.source is not None:
-        raise SettingError("--camera and --source exclude each other; give one.")
+    given = [f for f in ("camera", "source", "list", "replay") if _is_given(settings, f)]
+    if len(given) > 1 and given != ["source", "list"]:
+        raise SettingError(f"--{given[0]} and --{given[1]} exclude each other; give one.")
+    if settings.replay is not None:
+        settings = dataclasses.replace(
+            settings, source=(str(settings.replay),), buffer="block", max_staleness=None
+        )
     _run(bundle, settings, as_json=as_json, stop=stop)
+
+
+def _is_given(settings: RunSettings, flag: str) -> bool:
+    return getattr(settings, flag) not in (None, ())
 
 
 def main(args: Sequence[str] | None = None, prog_name: str | None = None) -> None:
@@ -99,54 +133,120 @@ def main(args: Sequence[str] | None = None, prog_name: str | None = None) -> Non
 
 
 def _run(named: Path | None, settings: RunSettings, *, as_json: bool, stop: Stop) -> None:
-    _refuse_one_file(settings)
-    sinks = _sinks(settings, as_json=as_json, stop=stop)
+    names = _names(settings)
+    _refuse_one_file(settings, names)
+    sinks = _sinks(settings, len(names), as_json=as_json, stop=stop)
     path, said = latest.bundle(named)
     from . import engine as engines
+    from . import threads
     from .pipeline import Pipeline
 
-    source = _source(settings)
+    sources = _sources(settings, names)
+    plan = threads.plan(len(sources), settings.threads)
+    threads.apply(plan)
     cache = cli.cache_folder() if settings.cache else None
-    with engines.load(
-        path, settings.backend, settings.device, settings.threads, cache=cache
-    ) as engine:
-        pipeline = Pipeline(
-            engine,
-            source,
-            hop_s=settings.hop,
-            sampling=settings.sampling,
-            top=settings.top,
-            duration_s=settings.duration,
-            stop=stop,
-        )
-        spec, model = engine.bundle.spec, engine.bundle.model.get("name", "model")
-        seen = f"{spec.frames} frames over {spec.window_s:.2f} s, every {pipeline.hop_s:.2f} s"
-        seen += ", frame by frame" if pipeline.online else ""
-        log.info("%s", said)
-        log.info("source: %s; %s on %s sees %s.", source.name, model, engine.backend_name, seen)
+    with engines.load(path, settings.backend, settings.device, plan.engine, cache=cache) as engine:
+        calibrate = settings.guard_filter if settings.guard_calibrate is not None else None
+        pipeline = Pipeline(engine, sources, settings, stop=stop, calibrate=calibrate)
+        if settings.guard_calibrate is not None:
+            sinks.append(_calibration(settings, engine, pipeline.hop_s))
+        _begin_talk(pipeline, engine, said)
         try:
             _watch(pipeline, sinks, settings.stats_every)
         finally:
             if pipeline.tally.windows or sys.exc_info()[0] is None:
-                log.info("\n".join(pipeline.tally.lines()))
+                log.info("\n".join(_counts(pipeline)))
     if not pipeline.tally.windows:
-        log.warning("no window: one needs frames over %.2f s, or was too irregular.", spec.window_s)
-    log.info("next: %s", _next_command(path, settings, live=source.live))
+        window_s = engine.bundle.spec.window_s
+        log.warning("no window: one needs frames over %.2f s, or was too irregular.", window_s)
+    live = any(source.live for source in sources)
+    log.info("next: %s", _next_command(path, settings, live=live))
 
 
-def _source(settings: RunSettings) -> Source:
+def _calibration(settings: RunSettings, engine: Engine, hop_s: float) -> Sink:
+    from .guard import calibration
+
+    assert settings.guard_calibrate is not None
+    return calibration.open(
+        settings.guard_calibrate,
+        bundle=engine.bundle,
+        hop_s=hop_s,
+        filter=settings.guard_filter,
+        false_alarms=settings.false_alarms,
+        overwrite=settings.overwrite,
+    )
+
+
+def _names(settings: RunSettings) -> list[str]:
+    """Return the names of all sources that the flags give."""
+    if settings.list is None:
+        return list(settings.source) or [str(settings.camera or 0)]
+    try:
+        lines = [line.strip() for line in settings.list.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as e:
+        why = e.strerror if isinstance(e, OSError) else "it is no text"
+        raise SettingError(f"cannot read --list {settings.list}: {why}.") from e
+    names = [line for line in lines if line and not line.startswith("#")]
+    if not names:
+        raise SettingError(f"--list {settings.list} names no source; write one a line.")
+    return [*settings.source, *names]
+
+
+def _sources(settings: RunSettings, names: Sequence[str]) -> Sequence[Source]:
     from . import sources
     from .sources import camera
 
     how = sources.SourceSettings(
         loop=settings.loop,
         reconnect=settings.reconnect,
+        patient=len(names) > 1,
         read_timeout_s=settings.read_timeout,
+        rtsp_transport=settings.rtsp_transport,
+        fps=settings.fps,
+        raw=_size(settings.raw),
+        replay=settings.replay is not None,
         seed=settings.seed,
     )
-    if settings.source is None:
-        return camera.open(str(settings.camera or 0), how)
-    return sources.open(settings.source, how)
+    if names.count("-") > 1:
+        raise SettingError("--source - is given twice; there is one stdin.")
+    if not settings.source and settings.list is None:
+        return [camera.open(names[0], how)]
+    return [sources.open(name, how) for name in names]
+
+
+def _begin_talk(pipeline: Pipeline, engine: Engine, said: str) -> None:
+    spec, model = engine.bundle.spec, engine.bundle.model.get("name", "model")
+    seen = f"{spec.frames} frames over {spec.window_s:.2f} s, every {pipeline.hop_s:.2f} s"
+    seen += ", frame by frame" if pipeline.online else ""
+    log.info("%s", said)
+    names = [lane.source.name for lane in pipeline.lanes]
+    kind = "source: " if len(names) == 1 else f"{len(names)} sources: "
+    log.info("%s%s; %s on %s sees %s.", kind, ", ".join(names), model, engine.backend_name, seen)
+
+
+def _counts(pipeline: Pipeline) -> list[str]:
+    """Return what was counted, as lines; of several streams one for each before the whole."""
+    lines = []
+    for lane in pipeline.lanes if len(pipeline.lanes) > 1 else ():
+        tally = lane.tally
+        lines.append(
+            f"{lane.source.name}: {tally.frames} frames, {tally.frames_dropped} dropped; "
+            f"{tally.windows} windows, {tally.windows_dropped + tally.results_dropped} dropped; "
+            f"{lane.source.state}"
+        )
+    missed = [f"{sink.name}: {sink.failures} failures, {sink.missed} not written"
+              for sink in pipeline.sinks if sink.failures]  # fmt: skip
+    return [*lines, *pipeline.tally.lines(), *missed]
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    """Return the width and height that --raw names."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+    if not found:
+        raise SettingError(f"--raw is {text!r}; it is WIDTHxHEIGHT, such as 640x480.")
+    return int(found[1]), int(found[2])
 
 
 def _watch(pipeline: Pipeline, sinks: list[Sink], stats_every_s: float | None) -> None:
@@ -155,15 +255,17 @@ def _watch(pipeline: Pipeline, sinks: list[Sink], stats_every_s: float | None) -
     for _ in pipeline.results(sinks):
         if stats_every_s and time.monotonic() >= due_s:
             due_s += stats_every_s
-            log.info("\n".join(pipeline.tally.lines()))
+            log.info("\n".join(_counts(pipeline)))
 
 
-def _refuse_one_file(settings: RunSettings) -> None:
+def _refuse_one_file(settings: RunSettings, names: Sequence[str]) -> None:
     """Refuse to write over what is read, or two results into one file."""
-    source = Path(settings.source) if settings.source is not None else None
-    named = {"--source": source, "--save": settings.save, "--jsonl": settings.jsonl}
-    files = [(flag, path) for flag, path in named.items() if path is not None]
-    for (first, one), (second, other) in itertools.combinations(files, 2):
+    files = [("--source", Path(name)) for name in names]
+    files = files if settings.replay is None else [("--replay", settings.replay)]
+    written = [(f"--{flag.replace('_', '-')}", getattr(settings, flag)) for flag in FILES]
+    written = [(flag, path) for flag, path in written if path is not None]
+    pairs = itertools.chain(itertools.product(files, written), itertools.combinations(written, 2))
+    for (first, one), (second, other) in pairs:
         same = os.path.realpath(one) == os.path.realpath(other)
         with contextlib.suppress(OSError):  # what is not there is no other's link
             same = same or one.samefile(other)
@@ -171,17 +273,36 @@ def _refuse_one_file(settings: RunSettings) -> None:
             raise SettingError(f"{first} and {second} are one file ({other}); name another.")
 
 
-def _sinks(settings: RunSettings, *, as_json: bool, stop: Stop) -> list[Sink]:
+def _sinks(settings: RunSettings, streams: int, *, as_json: bool, stop: Stop) -> list[Sink]:
     """Make the sinks; what exists already or cannot be is refused here, before any work."""
-    from .sinks import jsonl, terminal
+    from .sinks import csv, jsonl, mqtt, terminal, webhook
 
-    sinks: list[Sink] = [jsonl.open(None) if as_json else terminal.open()]
+    overwrite = settings.overwrite
+    sinks: list[Sink] = [jsonl.open(None) if as_json else terminal.open(streams=streams)]
     if settings.jsonl is not None:
-        sinks.append(jsonl.open(settings.jsonl, overwrite=settings.overwrite))
+        sinks.append(jsonl.open(settings.jsonl, overwrite=overwrite))
+    if settings.events is not None:
+        sinks.append(jsonl.open(settings.events, overwrite=overwrite, kind=jsonl.EVENTS))
+    if settings.csv is not None:
+        sinks.append(csv.open(settings.csv, overwrite=overwrite))
+    if settings.mqtt is not None:
+        sinks.append(mqtt.open(settings.mqtt))
+    if settings.webhook is not None:
+        sinks.append(webhook.open(settings.webhook))
+    if settings.page is not None or settings.metrics is not None:
+        from .sinks import page
+
+        if settings.page is not None:
+            sinks.append(page.open(settings.page))
+        if settings.metrics is not None:
+            sinks.append(page.open(settings.metrics, page=False))
     if settings.save is not None:
         from .sinks import video
 
-        sinks.append(video.open(settings.save, overwrite=settings.overwrite))
+        for stream in range(streams):
+            path = settings.save
+            path = path if streams == 1 else path.with_stem(f"{path.stem}-{stream}")
+            sinks.append(video.open(path, overwrite=overwrite, stream=stream))
     if settings.show:
         from .sinks import window
 
@@ -208,7 +329,8 @@ def _ends_on_signals(stop: Stop) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-OUTPUTS = {"save", "jsonl", "show", "overwrite"}
+FILES = ("save", "jsonl", "events", "csv", "guard_calibrate")
+OUTPUTS = {*FILES, "mqtt", "webhook", "page", "metrics", "show", "overwrite"}
 SHARED = {"backend", "device", "threads"}  # flags of vmoe-bench too
 NEXT_S = 20.0  # how long the next command watches what has no end
 
@@ -218,8 +340,9 @@ def _next_command(bundle: Path, settings: RunSettings, *, live: bool) -> str:
     names = {field.name for field in dataclasses.fields(settings)}
     if settings.save is not None:
         return shlex.join(["vmoe-bench", str(bundle), *_given(settings, SHARED)])
-    words = ["vmoe-run", str(bundle), *_given(settings, names - OUTPUTS)]
-    if settings.source is None and settings.camera is None:
+    skipped = {*OUTPUTS, *({"source", "buffer"} if settings.replay else ())}
+    words = ["vmoe-run", str(bundle), *_given(settings, names - skipped)]
+    if not settings.source and settings.list is None and settings.camera is None:
         words += ["--camera", "0"]
     if settings.duration is None and (live or settings.loop):
         words += ["--duration", f"{NEXT_S:g}"]
@@ -228,11 +351,13 @@ def _next_command(bundle: Path, settings: RunSettings, *, live: bool) -> str:
 
 
 def _given(settings: RunSettings, names: Container[str]) -> list[str]:
-    """Return the flags of these names that differ from their defaults."""
+    """Return the flags of these names that differ from their defaults; passwords hidden."""
     words: list[str] = []
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if field.name in names and value != field.default:
+        if field.name not in names or value == field.default:
+            continue
+        for one in value if isinstance(value, tuple) else (value,):
             words.append("--" + field.name.replace("_", "-"))
-            words += [] if value is True else [str(value)]
+            words += [] if one is True else [addresses.shown(str(one))]
     return words

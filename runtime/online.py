@@ -136,7 +136,8 @@ class OnlineWindows(Windows):
         Raises:
             SourceError: the source's frames are too far apart for the spec.
         """
-        self._account(frame)
+        if not self._account(frame):
+            return None
         early_s = statistics.median(self._apart) / 2 if self._apart else 0.0
         if frame.t_s < self._wanted_s - early_s - EARLY_S:
             return None

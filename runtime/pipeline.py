@@ -1,14 +1,13 @@
-"""source -> windows -> engine -> sinks: a thread each, bounded queues between them.
+"""sources -> windows -> engine -> sinks: threads with bounded queues between them.
 
-    capture thread      owns the source; live: never waits for anybody
-    windows thread      prepares frames, makes windows
-    engine thread       labels windows
-    the caller's thread takes results, feeds the sinks; signals arrive here
+    two threads a stream     its source and its windows (lanes.py)
+    engine thread            labels windows of all streams, batched (batches.py)
+    the caller's thread      takes results, feeds the sinks; signals arrive here
 
 Of a live source the newest frame wins at every queue, and every drop is counted; of a file
-nothing is dropped, and the slowest stage sets the pace. An error of a stage travels down the
-queues in order: what came before it is still served, then it is raised to the caller, and all
-threads end.
+nothing is dropped, and the slowest stage sets the pace. A stream that is lost ends alone: what
+came before is still served, and when all streams have ended, the loss is raised to the caller.
+Any other error ends everything.
 """
 
 from __future__ import annotations
@@ -16,38 +15,31 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import time
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
+from vmoe.errors import OutputError, SettingError, SourceError
 
-from vmoe.errors import SettingError
-
-from . import results, sources
+from . import sources
+from .batches import Batches
 from .engine import Engine
-from .frames import Frame, Handover, Stop
-from .online import Follower, OnlineWindows, is_online
+from .frames import POLL_S, Stop
+from .guard import CALIBRATE, ENFORCE, MONITOR, OFF, Guard
+from .guard import profile as profiles
+from .guard.profile import Profile
+from .lanes import Lane
+from .online import is_online
 from .results import Result
-from .sinks import Sink, Step
+from .settings import StreamSettings
+from .sinks import Sink, Step, Watching
+from .sinks._kept import Kept
 from .sources import Source, SourceSettings
 from .tally import Tally
-from .windows import EXACT, Window, Windows
+from .windows import EXACT
 
 log = logging.getLogger("vmoe")
 
-LIVE_FRAMES, FILE_FRAMES = 2, 8  # frames that wait to be prepared
-WAITING = 16  # steps that wait for the engine, and for the sinks
 JOIN_S = 10.0  # how long a thread may take to let go of a device that does not answer
-
-
-@dataclass(frozen=True)
-class _Work:
-    """A frame on its way to the engine, and the window that ends with it."""
-
-    frame: Frame | None
-    window: Window | None
 
 
 def watch(
@@ -62,11 +54,13 @@ def watch(
     settings: SourceSettings | None = None,
     stop: Stop | None = None,
 ) -> Generator[Result, None, None]:
-    """Label a stream: yield one result for each of its windows, in order.
+    """Label one stream: yield one result for each of its windows, in order.
+
+    `Stream` (runtime/stream.py) is the same for several streams, with all settings.
 
     Args:
         engine: a loaded bundle.
-        source: a video file, a camera's number, `test`, or an open `Source`.
+        source: what `sources.open` takes, or an open `Source`.
         hop_s: time between two windows, in seconds; None is half a window, of a bundle in the
             online form one frame.
         sampling: `exact`, or `nearest` for sources slower than the model wants.
@@ -81,172 +75,170 @@ def watch(
             last result that it gave.
     """
     opened = sources.open(str(source), settings) if isinstance(source, (str, Path)) else source
-    pipeline = Pipeline(
-        engine, opened, hop_s=hop_s, sampling=sampling, top=top, duration_s=duration_s, stop=stop
-    )
-    return pipeline.results(sinks)
+    how = StreamSettings(hop=hop_s, sampling=sampling, top=top, duration=duration_s)
+    return Pipeline(engine, [opened], how, stop=stop).results(sinks)
+
+
+def _profile(engine: Engine, settings: StreamSettings) -> Profile:
+    return profiles.read(settings.guard_profile or engine.bundle.path / profiles.FILE)
 
 
 class Pipeline:
-    """One run of one source through an engine; `watch` is the short way.
+    """One run of some sources through an engine; `watch` and `Stream` are the short ways.
 
     Attributes:
-        tally: what has been counted so far.
         stop: ends the run when asked.
+        lanes: the streams, in the order of the sources.
         hop_s: time between two windows, in seconds.
-        online: whether the bundle follows the stream frame by frame.
+        online: whether the bundle follows the streams frame by frame.
+        labels: of the bundle.
+        experts: how many it has.
+        guard_mode: off, monitor or enforce.
+        sinks: as they run, with their failures.
     """
 
     def __init__(
         self,
         engine: Engine,
-        source: Source,
+        sources: Sequence[Source],
+        settings: StreamSettings | None = None,
         *,
-        hop_s: float | None = None,
-        sampling: str = EXACT,
-        top: int = 3,
-        duration_s: float | None = None,
         stop: Stop | None = None,
+        calibrate: str | None = None,
     ) -> None:
-        """Take the arguments of `watch`; nothing is opened yet."""
-        if top < 1:
-            raise SettingError(f"--top is {top}; it must be at least 1.")
-        self.tally = Tally()
+        """Take the engine, at least one source, and how they are served; nothing is opened yet.
+
+        Args:
+            engine: a loaded bundle.
+            sources: at least one.
+            settings: how they are served.
+            stop: ends the run when asked.
+            calibrate: gather the guard's terms for a profile (guard/calibration.py), with this
+                filter: off, median or jpeg.
+
+        Raises:
+            SettingError: settings that do not fit, or no profile for the guard.
+        """
+        if not sources:
+            raise SettingError("no source is given; name at least one.")
+        settings = settings or StreamSettings()
         self.stop = stop or Stop()
-        self._engine, self._source = engine, source
-        self._top, self._duration_s = top, duration_s
         self.online = is_online(engine.bundle)
-        self._follower = Follower(engine) if self.online else None
-        windows = OnlineWindows if self.online else Windows
-        self._windows = windows(engine.bundle.spec, source.name, hop_s=hop_s, sampling=sampling)
-        self.hop_s = self._windows.hop_s
-        live = source.live
-        self._frames: Handover[Frame] = Handover(
-            LIVE_FRAMES if live else FILE_FRAMES, newest_wins=live
+        self._changed = threading.Condition()
+        self.labels, self.experts = engine.bundle.labels, engine.bundle.experts
+        self.guard_mode = CALIBRATE if calibrate is not None else settings.guard
+        profile = _profile(engine, settings) if self.guard_mode in (MONITOR, ENFORCE) else None
+        self.lanes = [
+            Lane(
+                number,
+                source,
+                engine,
+                settings,
+                self.stop,
+                self._changed,
+                self._guard(settings, profile),
+            )
+            for number, source in enumerate(sources)
+        ]
+        self.hop_s = self.lanes[0].windows.hop_s
+        if profile is not None:
+            profile.check(engine.bundle, self.hop_s)
+        filter = profile.filter if profile is not None else calibrate or "off"
+        self._batches = Batches(engine, self.lanes, settings, self.stop, self._changed, filter)
+        self.sinks: list[Kept] = []
+
+    def _guard(self, settings: StreamSettings, profile: Profile | None) -> Guard | None:
+        if self.guard_mode == OFF:
+            return None
+        return Guard(
+            self.guard_mode,
+            profile,
+            on_alarm=settings.on_alarm,
+            vote_share=settings.vote_share,
+            experts=self.experts,
         )
-        self._work: Handover[_Work] = Handover(
-            WAITING,
-            newest_wins=live,
-            precious=lambda work: work.window is not None,
-            on_drop=self._work_dropped,
-        )
-        self._steps: Handover[Step] = Handover(
-            WAITING,
-            newest_wins=live,
-            precious=lambda step: step.result is not None,
-            on_drop=self._step_dropped,
-        )
-        self._keep_frames = False
+
+    @property
+    def tally(self) -> Tally:
+        """What has been counted so far, of all streams together."""
+        return Tally.total([lane.tally for lane in self.lanes])
 
     def results(self, sinks: Sequence[Sink] = ()) -> Generator[Result, None, None]:
-        """Run; feed the sinks; yield the results. May be called once."""
-        self._keep_frames = any(sink.wants_frames for sink in sinks)
-        threads = [
-            self._thread("capture", self._capture, None, self._frames),
-            self._thread("windows", self._make_windows, self._frames, self._work),
-            self._thread("engine", self._infer, self._work, self._steps),
-        ]
+        """Run; feed the sinks; yield the results. May be called once.
+
+        Raises:
+            SourceError: a source was lost or refused; after all streams have ended.
+            OutputError: a sink missed results; after all streams have ended.
+        """
+        self.sinks = [Kept(sink) for sink in sinks]
+        for sink in sinks:
+            if isinstance(sink, Watching):
+                sink.watches(self)
+        for lane in self.lanes:
+            lane.keep_frames = any(sink.wants_frames for sink in sinks)
+        threads = [thread for lane in self.lanes for thread in lane.threads()]
+        threads.append(threading.Thread(target=self._batches.run, name="vmoe-engine", daemon=True))
         with contextlib.ExitStack() as stack:
-            for sink in sinks:
+            for sink in self.sinks:
                 stack.enter_context(sink)
             stack.callback(self._end, threads)  # threads end before the sinks are closed
             for thread in threads:
                 thread.start()
-            for step in self._steps:
-                for sink in sinks:
+            for lane, step in self._steps():
+                for sink in self.sinks:
                     sink.take(step)
                 if step.result is not None:
-                    self.tally.add(step.result)
+                    lane.tally.add(step.result)
                     yield step.result
+            self._raise_lost()
+        self._raise_missed()
 
-    def _thread(
-        self,
-        name: str,
-        body: Callable[[], None],
-        before: Handover[Frame] | Handover[_Work] | None,
-        after: Handover[Frame] | Handover[_Work] | Handover[Step],
-    ) -> threading.Thread:
-        """Make a stage's thread: whatever ends it, its neighbours learn of it."""
+    def _steps(self) -> Iterator[tuple[Lane, Step]]:
+        """Yield the steps of all streams as they come, each stream's in order."""
+        running = list(self.lanes)
+        while running:
+            with self._changed:
+                if not any(lane.steps.first() or lane.steps.done for lane in running):
+                    self._changed.wait(POLL_S)  # a signal must find the main thread awake
+            for lane in list(running):
+                step = lane.steps.take()
+                if step is not None:
+                    yield lane, step
+                elif lane.steps.done:
+                    running.remove(lane)
+                    self._ended(lane)
+        if self._batches.error is not None:
+            raise self._batches.error
 
-        def run() -> None:
-            error: BaseException | None = None
-            try:
-                body()
-            except BaseException as e:
-                error = e
-            finally:
-                if before is not None:
-                    before.abandon()
-                after.end(error)
+    def _ended(self, lane: Lane) -> None:
+        """Look how a stream ended: its loss is told now, anything else is raised now."""
+        error = lane.steps.error
+        if error is None:
+            return
+        if not isinstance(error, SourceError):
+            raise error
+        if len(self.lanes) > 1:
+            log.warning("%s", error)
 
-        return threading.Thread(target=run, name=f"vmoe-{name}", daemon=True)
+    def _raise_lost(self) -> None:
+        lost = [lane.steps.error for lane in self.lanes if lane.steps.error is not None]
+        if len(self.lanes) == 1 and lost:
+            raise lost[0]
+        if lost:
+            raise SourceError(f"{len(lost)} of {len(self.lanes)} sources were lost: {lost[0]}")
+
+    def _raise_missed(self) -> None:
+        missed = [sink for sink in self.sinks if sink.error is not None]
+        if missed:
+            counts = ", ".join(f"{sink.name} {sink.missed}" for sink in missed)
+            raise OutputError(f"results and events that were not written: {counts}. "
+                              f"{missed[0].error}")  # fmt: skip
 
     def _end(self, threads: list[threading.Thread]) -> None:
         self.stop.ask()
-        for queue in (self._frames, self._work, self._steps):
-            queue.abandon()
+        for lane in self.lanes:
+            lane.abandon()
         for thread in threads:
             thread.join(JOIN_S)
             if thread.is_alive():
                 log.warning("%s does not end; its device does not answer.", thread.name)
-
-    def _capture(self) -> None:
-        """Read the source from open to release, in one thread."""
-        first_s: float | None = None
-        limit_s = self._duration_s
-        with contextlib.closing(self._source.frames(self.stop)) as frames:
-            for frame in frames:
-                if first_s is None:
-                    first_s = frame.t_s
-                    if limit_s is not None and self._source.live:
-                        self.stop.ask_at(time.monotonic() + limit_s)
-                self.tally.stream_s = frame.t_s - first_s
-                if limit_s is not None and frame.t_s - first_s >= limit_s:
-                    return
-                if not self._frames.put(frame):
-                    return
-
-    def _make_windows(self) -> None:
-        windows, tally = self._windows, self.tally
-        for frame in self._frames:
-            window = windows.push(frame)
-            tally.frames, tally.frames_dropped = windows.frames, windows.dropped
-            tally.windows_incomplete = windows.incomplete
-            tally.epochs = windows.epoch + 1
-            if self._keep_frames or window is not None:
-                kept = replace(frame, epoch=windows.epoch) if self._keep_frames else None
-                self._work.put(_Work(kept, window))
-        windows.end()
-
-    def _infer(self) -> None:
-        if self._source.live:
-            self._engine.load_parts()  # else a first visit to an expert would cost a live window
-        for work in self._work:
-            result = None if work.window is None else self._label(work.window)
-            self._steps.put(Step(work.frame, result, self._source.fps))
-
-    def _label(self, window: Window) -> Result:
-        began = time.monotonic()
-        if self._follower is None:
-            prediction = self._engine.infer(window.clip[np.newaxis])
-        else:
-            prediction = self._follower.infer(window)
-            self.tally.frames_run = self._follower.frames
-            self.tally.warm_ups = self._follower.warm_ups
-        return results.make(
-            window,
-            prediction,
-            self._engine.bundle.labels,
-            self._source.name,
-            top=self._top,
-            began_s=began,
-            ended_s=time.monotonic(),
-        )
-
-    def _work_dropped(self, work: _Work) -> None:
-        self.tally.windows_dropped += work.window is not None
-        self.tally.frames_unseen += work.frame is not None
-
-    def _step_dropped(self, step: Step) -> None:
-        self.tally.results_dropped += step.result is not None
-        self.tally.frames_unseen += step.frame is not None

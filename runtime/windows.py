@@ -86,6 +86,9 @@ class Windows:
         made: how many windows were.
         incomplete: windows that were due, but whose times the frames could not honour.
         dropped: frames that the source or its queue lost.
+        duplicated: frames with the timestamp of the one before; they are in no window.
+        late: frames that came more than half a spacing later, by their timestamps, than the
+            promptest of their epoch.
         frame_s: median distance between the first frames, in seconds; 0 before it is known.
         epoch: of the newest frame: the source's own, and one more for every break in its times.
     """
@@ -108,6 +111,7 @@ class Windows:
         if not self.hop_s > 0:
             raise SettingError(f"--hop is {hop_s}; it must be above 0 seconds.")
         self.frames = self.made = self.incomplete = self.dropped = 0
+        self.duplicated = self.late = 0
         self.frame_s = 0.0
         self._spec, self._source, self._nearest = spec, source, sampling == NEAREST
         self._ring: deque[Kept] = deque()
@@ -120,6 +124,7 @@ class Windows:
         self._next = 0  # the sequence that comes next where nothing is lost
         self._lost = 0
         self._broken = False
+        self._prompt_s = 0.0  # the least that a frame of the epoch came after its timestamp
 
     def push(self, frame: Frame) -> Window | None:
         """Take a frame; return the window that ends with it, if one is due.
@@ -127,7 +132,8 @@ class Windows:
         Raises:
             SourceError: the source's frames are too far apart for the spec.
         """
-        self._account(frame)
+        if not self._account(frame):
+            return None
         began = time.monotonic()
         pixels = clips.prepare(frame.pixels, self._spec)
         prepare_ms = (time.monotonic() - began) * 1000
@@ -147,23 +153,39 @@ class Windows:
         """
         self._refuse_slow()
 
-    def _account(self, frame: Frame) -> None:
-        """Count the frame and what was lost before it; begin anew after a break."""
+    def _account(self, frame: Frame) -> bool:
+        """Count the frame and what was lost before it; begin anew after a break.
+
+        Returns:
+            Whether it may be in a window; a duplicate may not.
+        """
         lost = max(0, frame.sequence - self._next)
         self.frames += 1
         self.dropped += lost
         self._lost += lost
-        last, self._last = self._last, frame
         self._next = frame.sequence + 1
+        last = self._last
+        if last is not None and frame.epoch == last.epoch and frame.t_s <= last.t_s:
+            self.duplicated += 1
+            return False
+        self._last = frame
         if last is None or frame.epoch != last.epoch or self._is_break(last, frame):
             self._broken = last is not None
             self.epoch = frame.epoch + self._breaks
             self._begin(frame.t_s)
+            self._prompt_s = frame.arrived_s - frame.t_s
         elif self.frame_s == 0.0:  # of two neighbours, however many were lost between them
             steps = frame.sequence - last.sequence
             self._distances.append((frame.t_s - last.t_s) / max(1, steps))
             if len(self._distances) >= LOOKED_AT:
                 self._refuse_slow()
+        self._count_late(frame)
+        return True
+
+    def _count_late(self, frame: Frame) -> None:
+        after_s = frame.arrived_s - frame.t_s
+        self._prompt_s = min(self._prompt_s, after_s)
+        self.late += after_s - self._prompt_s > self._spec.spacing_s / 2
 
     def _begin(self, t_s: float) -> None:
         """Forget what was, at the first frame of an epoch."""

@@ -10,7 +10,7 @@ from vmoe import opencv
 from vmoe.clips import Frame
 
 SIZE = (96, 128)  # height and width
-CODECS = {".mp4": "mp4v", ".avi": "MJPG", ".mkv": "FFV1"}
+CODECS = {".mp4": "mp4v", ".avi": "MJPG", ".mkv": "FFV1", ".ts": "mp4v"}
 
 
 def picture(number: int) -> Frame:
@@ -28,13 +28,13 @@ def number_of(frame: Frame) -> int:
     return sum(1 << bit for bit in range(8) if bars[bit] > 128)
 
 
-def write(path: Path, frames: int = 60, fps: float = 20.0) -> Path:
-    """Write a video of numbered frames; the codec follows from the name."""
+def write(path: Path, frames: int = 60, fps: float = 20.0, *, first: int = 0) -> Path:
+    """Write a video of numbered frames, from `first` on; the codec follows from the name."""
     cv2 = opencv.quiet()
     fourcc = cv2.VideoWriter_fourcc(*CODECS[path.suffix])
     writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, fourcc, fps, SIZE[::-1])
     assert writer.isOpened()
-    for number in range(frames):
+    for number in range(first, first + frames):
         writer.write(cv2.cvtColor(picture(number), cv2.COLOR_RGB2BGR))
     writer.release()
     return path

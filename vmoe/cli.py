@@ -228,6 +228,11 @@ def _option(field: dataclasses.Field[Any], hint: Any, also: Mapping[str, Any]) -
         return click.option(f"{flag}/--no-{flag[2:]}", default=None, help=f"{text} {shown}")
     member: Any = typing.get_args(hint)[0] if tuple in kinds else kinds[0]
     kind = _click_type(field.name, member, field.metadata["choices"])
+    if field.metadata["repeat"]:
+        return click.option(flag, type=kind, multiple=True, help=f"{text}; may be given again")
+    if field.metadata["bare"] is not None:
+        bare = field.metadata["bare"]
+        return click.option(flag, type=kind, is_flag=False, flag_value=bare, help=text)
     if tuple in kinds:
         kind = ListType(kind)
     early = field.name == "norm"  # budgets are read by it
@@ -280,7 +285,7 @@ def resolve(cls: type[S], flags: dict[str, Any], config: Path | None = None, **f
         fixed: values that the command itself decides.
     """
     names = {field.name for field in dataclasses.fields(cls)}
-    given = {k: v for k, v in flags.items() if k in names and v is not None}
+    given = {k: v for k, v in flags.items() if k in names and v not in (None, ())}
     return _settings.from_mapping(cls, {**given, **fixed}, str(config or "flags"))
 
 

@@ -32,6 +32,39 @@ def quiet(read_timeout_s: float = 3.0) -> Any:
     return cv2
 
 
+# Of live streams: what they are analysed for before the first frame, in microseconds (FFmpeg's own
+# choice is seconds). Not nobuffer: what a process says here holds for its files too, and there
+# nobuffer loses the first frames. Anything said here drops OpenCV's own default of TCP.
+LIVE_OPTIONS = "rtsp_transport;{transport}|analyzeduration;500000"
+OPTIONS_KEY = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
+OPEN_TIMEOUT_S = 5.0
+
+
+def say_transport(transport: str) -> None:
+    """Choose tcp or udp for the RTSP streams that this process opens from now on.
+
+    A choice that stands in the environment already is the user's, and kept.
+    """
+    ours = {LIVE_OPTIONS.format(transport=kind) for kind in ("tcp", "udp")}
+    if os.environ.get(OPTIONS_KEY, "") in {"", *ours}:
+        os.environ[OPTIONS_KEY] = LIVE_OPTIONS.format(transport=transport)
+
+
+def ffmpeg(name: str, read_timeout_s: float, open_timeout_s: float = OPEN_TIMEOUT_S) -> Any:
+    """Open a file or an address with FFmpeg: with timeouts, and one decoder thread.
+
+    Returns:
+        A capture, opened or not; who called this releases it, in the same thread.
+    """
+    cv2 = quiet(read_timeout_s)
+    wanted = [
+        cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, math.ceil(open_timeout_s * 1000),
+        cv2.CAP_PROP_READ_TIMEOUT_MSEC, math.ceil(read_timeout_s * 1000),
+        cv2.CAP_PROP_N_THREADS, 1,
+    ]  # fmt: skip
+    return cv2.VideoCapture(name, cv2.CAP_FFMPEG, wanted)
+
+
 def can_open(path: Path) -> bool:
     """Return whether OpenCV can take a path: one that is no UTF-8 crashes the process."""
     try:

@@ -30,6 +30,8 @@ def opt(
     at_most: float | None = None,
     choices: tuple[str, ...] | None = None,
     parse: typing.Callable[[str], Any] | None = None,
+    repeat: bool = False,
+    bare: str | None = None,
 ) -> Any:
     """Return a dataclass field with its help and its check.
 
@@ -41,6 +43,8 @@ def opt(
         at_most: the largest value that is allowed.
         choices: the only values that are allowed (of a tuple: of its members).
         parse: makes the value from a flag's text, and raises SettingError.
+        repeat: of a tuple: the flag is given once for each member, which may hold commas.
+        bare: the value of a flag that stands without one.
     """
     meta = {
         "help": help,
@@ -49,6 +53,8 @@ def opt(
         "at_most": at_most,
         "choices": choices,
         "parse": parse,
+        "repeat": repeat,
+        "bare": bare,
     }
     return dataclasses.field(default=default, metadata=meta)
 

@@ -1,6 +1,7 @@
-"""JSON lines: one object per window, whole lines only.
+"""JSON lines: one object per window (or per event), whole lines only.
 
-window         number of the window, from 0
+window         number of the window of its stream, from 0
+stream         number of the stream, in the order of the sources, from 0
 source         the source's name
 epoch          changes at every reconnect, loop and break in the timestamps
 t_first_s      timestamp of its first frame, on the source's own clock, in seconds
@@ -18,26 +19,41 @@ expert         the expert that answered
 weights        softmax of the router's scores, one for each expert
 route_margin   weight of the best expert less that of the second, in [0, 1]
 route_entropy  entropy of the weights, in nats
+smooth_label   the label with the highest share, averaged over time (--smooth)
+smooth_score   that share
+event          id of the event that goes on, null where none does
+guard          null, or the guard's {"score", "alarm", "why", "acted"} (runtime/guard)
 stage_ms       {"decode_ms", "prepare_ms", "wait_ms", "infer_ms"}, milliseconds
+
+`--events` writes a line for each event's start, its updates (once a second) and its end instead:
+
+event          start, update or end
+id             number of the event of its stream, from 0
+stream, source as above
+label, score   what it is, and its highest averaged share so far
+t_start_s      first frame of its first window, on the source's own clock, in seconds
+t_end_s        last frame of its last window so far
+t_start, t_end when those frames were there, in seconds since 1970
+windows        how many windows so far
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import sys
 from pathlib import Path
 from types import TracebackType
 
-from vmoe import output
-from vmoe.errors import OutputError, SettingError
+from vmoe.errors import SettingError
 
 from . import Step
+from ._lines import Lines
+
+RESULTS, EVENTS = "--jsonl", "--events"
 
 
-def open(path: Path | None, *, overwrite: bool = False) -> JsonLines:
-    """Return a sink that writes a file, or stdout where `path` is None.
+def open(path: Path | None, *, overwrite: bool = False, kind: str = RESULTS) -> JsonLines:
+    """Return a sink that writes a file, or stdout where `path` is None; results or events.
 
     A file begins with the first result and grows line by line, so that it can be followed while
     the run goes on. Where nothing was labelled it is as it was, or (after a clean end) empty.
@@ -46,10 +62,10 @@ def open(path: Path | None, *, overwrite: bool = False) -> JsonLines:
         SettingError: the file exists and `overwrite` is off.
     """
     if path is not None and path.is_dir():
-        raise SettingError(f"--jsonl {path} is a folder; name a file.")
+        raise SettingError(f"{kind} {path} is a folder; name a file.")
     if path is not None and path.is_file() and not overwrite:
-        raise SettingError(f"{path} exists. Choose another --jsonl, or say --overwrite.")
-    return JsonLines(path)
+        raise SettingError(f"{path} exists. Choose another {kind}, or say --overwrite.")
+    return JsonLines(path, events=kind == EVENTS)
 
 
 class JsonLines:
@@ -57,42 +73,32 @@ class JsonLines:
 
     wants_frames = False
 
-    def __init__(self, path: Path | None) -> None:
-        """Take the file; it is opened with the first result."""
-        self._path = path
-        self._handle = -1
-        self._whole_bytes = 0
+    def __init__(self, path: Path | None, *, events: bool = False) -> None:
+        """Take the file; it is opened with the first line."""
+        self.name = str(path) if path is not None else "stdout"
+        self._events = events
+        self._lines = Lines(path) if path is not None else None
 
     def take(self, step: Step) -> None:
-        """Write the result, if there is one.
+        """Write the result, if there is one, or the events.
 
         Raises:
             OutputError: it cannot be written; a line that did not fit on the disk is taken back.
         """
-        if step.result is None:
-            return
-        text = json.dumps(step.result.to_json(), ensure_ascii=False) + "\n"
-        if self._path is None:
+        if self._events:
+            objects = [event.to_json() for event in step.events]
+        else:
+            objects = [] if step.result is None else [step.result.to_json()]
+        text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in objects)
+        if text and self._lines is not None:
+            self._lines.write(text)
+        elif text:
             sys.stdout.write(text)
             sys.stdout.flush()
-            return
-        data = text.encode()
-        if self._handle < 0:
-            self._handle = _begin(self._path)
-        try:
-            while data:
-                data = data[os.write(self._handle, data) :]
-        except OSError as e:
-            with contextlib.suppress(OSError):  # a pipe or device has no length to cut
-                os.ftruncate(self._handle, self._whole_bytes)
-            raise OutputError(
-                f"cannot write {self._path}: {e.strerror}. It holds whole lines up to here."
-            ) from e
-        self._whole_bytes += len(text.encode())
 
     def __enter__(self) -> JsonLines:
-        if self._path is not None:
-            output.probe(self._path)
+        if self._lines is not None:
+            self._lines.probe()
         return self
 
     def __exit__(
@@ -101,18 +107,5 @@ class JsonLines:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        ended = kind in (None, GeneratorExit, BrokenPipeError)
-        if ended and self._path is not None and self._handle < 0:
-            self._handle = _begin(self._path)
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
-
-
-def _begin(path: Path) -> int:
-    """Open a file to be written anew; return its descriptor."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    except OSError as e:
-        raise OutputError(f"cannot write {path}: {e.strerror}.") from e
+        if self._lines is not None:
+            self._lines.close(kind)

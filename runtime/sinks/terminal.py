@@ -11,20 +11,26 @@ from vmoe.runtime.results import Result
 from . import Step
 
 
-def open() -> Terminal:
-    """Return a sink that prints on stdout."""
-    return Terminal()
+def open(*, streams: int = 1) -> Terminal:
+    """Return a sink that prints on stdout; of several streams each line names its own."""
+    return Terminal(named=streams > 1)
 
 
 class Terminal:
     """See `Sink`."""
 
+    name = "the terminal"
     wants_frames = False
+
+    def __init__(self, *, named: bool) -> None:
+        """Take whether lines name their stream."""
+        self._named = named
 
     def take(self, step: Step) -> None:
         """Print the result, if there is one."""
         if step.result is not None:
-            click.echo(line(step.result))
+            source = f"{step.result.source}  " if self._named else ""
+            click.echo(source + line(step.result))
 
     def __enter__(self) -> Terminal:
         return self

@@ -1,4 +1,4 @@
-"""An annotated video: the source's own frames, in the source's own time.
+"""An annotated video of one stream: the source's own frames, in the source's own time.
 
 The video has one constant rate. Where the source's times are uneven, or frames were dropped,
 the frame before is repeated, and frames beyond the rate that the source names are left out, so
@@ -31,12 +31,13 @@ AHEAD = 2  # frames that a shaking clock may put the video ahead of the stream
 LONGEST_REPEAT_S = 10.0  # a longer break is not filled up
 
 
-def open(path: Path, *, overwrite: bool = False) -> Video:
+def open(path: Path, *, overwrite: bool = False, stream: int = 0) -> Video:
     """Return a sink that writes a video.
 
     Args:
         path: .mp4, .avi or .mkv (lossless).
         overwrite: replace a file that is there.
+        stream: the number of the stream that is written; steps of others are passed over.
 
     Raises:
         SettingError: the file exists, is of another kind, or its name is no UTF-8.
@@ -47,7 +48,7 @@ def open(path: Path, *, overwrite: bool = False) -> Video:
         raise SettingError(f"--save {str(path)!a} is no UTF-8, so that OpenCV cannot write it.")
     if path.is_dir() or (path.exists() and not overwrite):
         raise SettingError(f"{path} exists. Choose another --save, or say --overwrite.")
-    return Video(path)
+    return Video(path, stream)
 
 
 class Video:
@@ -55,29 +56,35 @@ class Video:
 
     wants_frames = True
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, stream: int) -> None:
         """Take the file's name; nothing is written before the first frame."""
-        self._path = path
+        self.name = str(path)
+        self._path, self._stream = path, stream
         self._stack = contextlib.ExitStack()
         self._temporary = path
+        self._result: Result | None = None
+        self._epoch = 0
+        self._open = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget what was written, before a file and after one that failed."""
         self._writer: Any = None
         self._size = (0, 0)
         self._fps = UNKNOWN_FPS
         self._written = 0
         self._last: clips.Frame | None = None  # annotated, BGR
-        self._result: Result | None = None
         self._labelled = False
         self._offset_s: float | None = None  # stream time that is frame 0 of the video
-        self._epoch = 0
 
     def take(self, step: Step) -> None:
         """Write the frame, with the newest result on it.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: it cannot be written. Nothing of it is left; the next frame begins anew.
         """
-        import cv2
-
+        if step.stream != self._stream:
+            return
         if step.result is not None:
             self._result, self._labelled = step.result, True
         frame = step.frame
@@ -85,11 +92,22 @@ class Video:
             return
         if frame.epoch != self._epoch:  # a new epoch's first windows are not there yet
             self._result, self._epoch = step.result, frame.epoch
+        try:
+            if not self._open:
+                self.__enter__()
+            self._draw(frame, step.fps)
+        except OutputError:
+            self._discard()
+            raise
+
+    def _draw(self, frame: Frame, fps: float) -> None:
+        import cv2
+
         drawn = cv2.cvtColor(
             _draw.annotate(frame.pixels, self._result, frame.t_s), cv2.COLOR_RGB2BGR
         )
         if self._writer is None:
-            self._open_writer(step.fps, (drawn.shape[1], drawn.shape[0]))
+            self._open_writer(fps, (drawn.shape[1], drawn.shape[0]))
         if (drawn.shape[1], drawn.shape[0]) != self._size:  # a source that changed its size
             drawn = cv2.resize(drawn, self._size)
         for _ in range(self._copies_before(frame)):
@@ -148,6 +166,7 @@ class Video:
 
     def __enter__(self) -> Video:
         self._temporary = self._stack.enter_context(output.whole_file(self._path))
+        self._open = True
         return self
 
     def __exit__(
@@ -164,9 +183,14 @@ class Video:
                 self._finish()
             log.info("saved %s (%d frames)", self._path, self._written)
             return
+        self._discard()
+
+    def _discard(self) -> None:
+        """Remove what was written of the file."""
         if self._writer is not None:
             self._writer.release()
-            self._writer = None
+        self._open = False
+        self._begin()
         with contextlib.suppress(_NothingWrittenError), self._stack:
             raise _NothingWrittenError
 

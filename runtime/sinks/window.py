@@ -53,22 +53,24 @@ def _answers(display: str) -> bool:
 class Screen:
     """See `Sink`. Steps must be taken in the main thread, as window systems want it."""
 
+    name = "--show"
     wants_frames = True
 
     def __init__(self, stop: Stop) -> None:
         """Take what a key in the window asks to end."""
         self._stop = stop
-        self._result: Result | None = None
+        self._results: dict[int, Result | None] = {}  # by stream
         self._cv2: Any = None
 
     def take(self, step: Step) -> None:
         """Show the frame."""
-        self._result = step.result or self._result
+        result = self._results[step.stream] = step.result or self._results.get(step.stream)
         if step.frame is None:
             return
         cv2 = self._cv2
-        drawn = _draw.annotate(step.frame.pixels, self._result, step.frame.t_s)
-        cv2.imshow(TITLE, cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
+        drawn = _draw.annotate(step.frame.pixels, result, step.frame.t_s)
+        title = TITLE if not step.stream else f"{TITLE} {step.stream}"
+        cv2.imshow(title, cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
         if cv2.waitKey(1) & 0xFF in ENDING_KEYS:
             self._stop.ask()
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
 import re
 import time
-from collections.abc import Generator, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 from vmoe import opencv
 from vmoe.errors import SourceError
-from vmoe.runtime.frames import Frame, Stop
+from vmoe.runtime.frames import Stop
 
 from . import SourceSettings
-
-log = logging.getLogger("vmoe")
+from ._live import LiveSource, Shot
 
 LINUX = platform.system() == "Linux"  # V4L2, and devices that can be looked at
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 5.0  # before the first try to reopen; it doubles
 SAME_CLOCK_S = 5.0  # a driver's time this near to ours is on our clock
 
 
@@ -49,19 +45,13 @@ def open(name: str, settings: SourceSettings) -> CameraSource:
     return source
 
 
-class CameraSource:
+class CameraSource(LiveSource):
     """See `Source`."""
-
-    live = True
 
     def __init__(self, index: int, settings: SourceSettings) -> None:
         """Take the camera's number."""
-        self.name = f"camera {index}"
-        self.fps = 0.0
+        super().__init__(f"camera {index}", settings)
         self._index = index
-        self._start_s: float | None = None  # when its first frame was taken, on time.monotonic
-        self._tries = settings.reconnect
-        self._timeout_s = settings.read_timeout_s
 
     def why_missing(self) -> str | None:
         """Return what the system says of the device; None where it can be opened."""
@@ -78,47 +68,23 @@ class CameraSource:
             return f"{device}: {e.strerror}. Is another program using it?"
         return None
 
-    def frames(self, stop: Stop) -> Generator[Frame, None, None]:
-        """Yield frames until `stop`; reopen a lost camera, each time in a new epoch.
+    def _why_missing(self) -> str | None:
+        busy = f"/dev/video{self._index} is there but gives no video. "
+        return self.why_missing() or (
+            busy + "Is another program using it, or is it no capture device?"
+        )
 
-        Timestamps are the driver's (or ours, where it gives none), from the first frame on.
-        """
+    def _shots(self, stop: Stop) -> Iterator[Shot]:
+        """Yield frames of one connection; their times are the driver's, else ours."""
         cv2 = opencv.quiet(self._timeout_s)
-        sequence, epoch, tries, wait_s = 0, 0, 0, FIRST_WAIT_S
-        while not stop.asked():
-            why = self.why_missing()
-            for frame in self._once(cv2, sequence, epoch, stop) if not why else ():
-                sequence, tries, wait_s = frame.sequence + 1, 0, FIRST_WAIT_S
-                yield frame
-            if stop.asked():
-                return
-            self._may_retry(sequence, tries, why)
-            log.warning("%s was lost after %d frames; reopening it.", self.name, sequence)
-            _sleep(wait_s, stop)
-            epoch, tries, wait_s = epoch + 1, tries + 1, min(2 * wait_s, LONGEST_WAIT_S)
-
-    def _may_retry(self, sequence: int, tries: int, why: str | None) -> None:
-        """Raise SourceError where there is nothing to wait for any more."""
-        if not sequence:
-            busy = f"/dev/video{self._index} is there but gives no video. "
-            why = why or busy + "Is another program using it, or is it no capture device?"
-            raise SourceError(f"{self.name}: {why}")
-        if tries >= self._tries:
-            raise SourceError(
-                f"{self.name} was lost after {sequence} frames, and {tries} tries to reopen it "
-                "failed. Look at its cable and power; --reconnect N tries longer."
-            )
-
-    def _once(self, cv2: Any, sequence: int, epoch: int, stop: Stop) -> Iterator[Frame]:
-        """Yield frames of one connection until it is lost."""
-        api = cv2.CAP_V4L2 if LINUX else cv2.CAP_ANY
-        capture = cv2.VideoCapture(self._index, api)
+        if self.why_missing():
+            return
+        capture = cv2.VideoCapture(self._index, cv2.CAP_V4L2 if LINUX else cv2.CAP_ANY)
         try:
             if not capture.isOpened():
                 return
             claimed = capture.get(cv2.CAP_PROP_FPS)
             self.fps = claimed if 0 < claimed < 1000 else 0.0
-            last_s = -1.0
             while not stop.asked() and capture.grab():
                 now = time.monotonic()
                 ok, bgr = capture.retrieve()
@@ -128,15 +94,6 @@ class CameraSource:
                 ms = (time.monotonic() - now) * 1000
                 driver_s = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
                 at_s = driver_s if 0 <= now - driver_s < SAME_CLOCK_S else now
-                if at_s > last_s:  # a driver that repeats a timestamp has repeated its frame
-                    start_s = self._start_s = at_s if self._start_s is None else self._start_s
-                    yield Frame(pixels, at_s - start_s, sequence, epoch, at_s, ms)
-                    sequence, last_s = sequence + 1, at_s
+                yield Shot(pixels, at_s, at_s, ms)
         finally:
             capture.release()
-
-
-def _sleep(seconds: float, stop: Stop) -> None:
-    until = time.monotonic() + seconds
-    while not stop.asked() and time.monotonic() < until:
-        time.sleep(0.05)

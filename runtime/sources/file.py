@@ -16,11 +16,10 @@ from vmoe import opencv
 from vmoe.errors import SourceError
 from vmoe.runtime.frames import Frame, Stop
 
-from . import SourceSettings, _container
+from . import ENDED, OPENING, RUNNING, SourceSettings, _container
 
 log = logging.getLogger("vmoe")
 
-OPEN_TIMEOUT_MS = 5000
 MISSING_SHARE = 0.02  # of a file's length, that its last frames may lack before it counts as broken
 UNKNOWN_FPS = 25.0  # of a file that gives neither timestamps nor a rate
 BELIEVED_FPS = 240.0  # a claim above is often a clock's rate (WebM: 1000), so it is measured
@@ -65,31 +64,37 @@ class FileSource:
         """Take a path that `open` has looked at."""
         self.name = name
         self.fps = 0.0
+        self.state = OPENING
         self._path = Path(os.path.realpath(name))  # FFmpeg takes `12:30.avi` for an address
         self._claimed_fps = 0.0
+        self.virtual = settings.replay
         self._loop = settings.loop
-        self._timeout_ms = math.ceil(settings.read_timeout_s * 1000)
+        self._timeout_s = settings.read_timeout_s
 
     def frames(self, stop: Stop) -> Generator[Frame, None, None]:
         """Yield every frame; with `loop` again and again, each round an epoch, time going on."""
         count, start_s = 0, 0.0
-        for epoch in itertools.count():
-            end_s = start_s
-            for frame in self._once(epoch, count, start_s, stop):
-                count, end_s = frame.sequence + 1, frame.t_s
-                yield frame
-            if stop.asked() or not self._loop:
-                return
-            start_s = end_s + 1 / self.fps
+        try:
+            for epoch in itertools.count():
+                end_s = start_s
+                for frame in self._once(epoch, count, start_s, stop):
+                    count, end_s = frame.sequence + 1, frame.t_s
+                    yield frame
+                if stop.asked() or not self._loop:
+                    return
+                start_s = end_s + 1 / self.fps
+        finally:
+            self.state = ENDED
 
     def _once(self, epoch: int, first: int, start_s: float, stop: Stop) -> Iterator[Frame]:
         cv2 = opencv.quiet()
-        capture = self._open(cv2)
+        capture = self._open()
         try:
             read, last_s = 0, -math.inf
             while not stop.asked():
                 began = time.monotonic()
                 ok, bgr = capture.read()
+                self.state = RUNNING
                 if not ok:
                     self._judge(capture.get(cv2.CAP_PROP_FRAME_COUNT), read, last_s)
                     return
@@ -104,8 +109,9 @@ class FileSource:
         finally:
             capture.release()
 
-    def _open(self, cv2: Any) -> Any:
-        capture = self._capture(cv2)
+    def _open(self) -> Any:
+        cv2 = opencv.quiet()
+        capture = self._capture()
         if not capture.isOpened():
             capture.release()
             raise SourceError(
@@ -114,20 +120,16 @@ class FileSource:
             )
         self._claimed_fps = capture.get(cv2.CAP_PROP_FPS)
         believed = 0 < self._claimed_fps <= BELIEVED_FPS
-        self.fps = self._claimed_fps if believed else self._measured_fps(cv2)
+        self.fps = self._claimed_fps if believed else self._measured_fps()
         return capture
 
-    def _capture(self, cv2: Any) -> Any:
-        wanted = [
-            cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, OPEN_TIMEOUT_MS,
-            cv2.CAP_PROP_READ_TIMEOUT_MSEC, self._timeout_ms,
-            cv2.CAP_PROP_N_THREADS, 1,
-        ]  # fmt: skip
-        return cv2.VideoCapture(str(self._path), cv2.CAP_FFMPEG, wanted)
+    def _capture(self) -> Any:
+        return opencv.ffmpeg(str(self._path), self._timeout_s)
 
-    def _measured_fps(self, cv2: Any) -> float:
+    def _measured_fps(self) -> float:
         """Return the rate that the first timestamps show, in a capture of its own."""
-        capture = self._capture(cv2)
+        cv2 = opencv.quiet()
+        capture = self._capture()
         times_ms: list[float] = []
         try:
             while len(times_ms) < MEASURED and capture.grab():

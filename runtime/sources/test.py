@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from vmoe import clips, opencv
 from vmoe.runtime.frames import Frame, Stop
 
-from . import SourceSettings
+from . import ENDED, OPENING, RUNNING, SourceSettings
 
 FPS = 30.0
 MOVE_S = 3.0  # how long one move takes
@@ -75,6 +75,7 @@ class TestSource:
         """Take what draws the pictures and the order of moves."""
         self.name = "test"
         self.fps = FPS
+        self.state = OPENING
         self._seed = seed
 
     def frames(self, stop: Stop) -> Generator[Frame, None, None]:
@@ -90,7 +91,9 @@ class TestSource:
             if now - due > BEHIND_S:
                 number += round((now - due) * FPS)
                 continue
+            self.state = RUNNING
             pixels = render(number, self._seed)
             ms = (time.monotonic() - now) * 1000
             yield Frame(pixels, number / FPS, number, 0, time.monotonic(), ms)
             number += 1
+        self.state = ENDED

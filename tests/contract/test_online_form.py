@@ -31,7 +31,7 @@ from vmoe.export import ExportSettings, bisect, online
 from vmoe.export.onnx import Parts
 from vmoe.export.pipeline import Plan, write
 from vmoe.models import ModelSettings, VideoMoE, build
-from vmoe.runtime import Engine, Pipeline, load
+from vmoe.runtime import Engine, Pipeline, StreamSettings, load
 from vmoe.runtime.backends import ENGINES
 from vmoe.runtime.frames import Frame, Stop
 from vmoe.runtime.online import Follower, OnlineWindows
@@ -213,7 +213,7 @@ class Given:
 
 def test_a_pipeline_follows_the_stream(engine: Engine) -> None:
     frames = stream(120)[0]
-    pipeline = Pipeline(engine, Given(), top=len(LABELS))
+    pipeline = Pipeline(engine, [Given()], StreamSettings(top=len(LABELS)))
     got = list(pipeline.results())
     assert (pipeline.online, pipeline.hop_s) == (True, SPEC.spacing_s)
     assert [r.frame_last for r in got] == [*range(20, 60, 2), *range(80, 120, 2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import shutil
@@ -21,15 +22,17 @@ from vmoe.errors import OutputError, SettingError, SourceError
 from vmoe.runtime import sinks
 from vmoe.runtime.frames import Frame, Stop
 from vmoe.runtime.results import Result
-from vmoe.runtime.sinks import Sink, Step, _draw, jsonl, terminal, video, window
+from vmoe.runtime.sinks import Sink, Step, _draw, _kept, jsonl, terminal, video, window
+from vmoe.runtime.smoothing import Event
 
 FPS = 20.0
 
 
 def result(number: int = 0, t_s: float = 0.3) -> Result:
     return Result(
-        window=number, source="a.mp4", epoch=0, t_first_s=t_s - 0.3, t_s=t_s, t_capture=1000.0,
-        t_label=1000.0125, age_ms=12.5, frame_first=0, frame_last=6, gap=False, dropped=0,
+        window=number, stream=0, source="a.mp4", epoch=0, t_first_s=t_s - 0.3, t_s=t_s,
+        t_capture=1000.0, t_label=1000.0125, age_ms=12.5, frame_first=0, frame_last=6,
+        gap=False, dropped=0,
         label="pan-left", score=0.75, top=(("pan-left", 0.75), ("shake", 0.2)), expert=1,
         weights=(0.25, 0.75), route_margin=0.5, route_entropy=0.562335,
         stage_ms={"decode_ms": 1.0, "prepare_ms": 0.5, "wait_ms": 0.1, "infer_ms": 10.9},
@@ -57,6 +60,52 @@ def test_a_sink_is_a_file_with_open(name: str) -> None:
     assert callable(module.open)
 
 
+class Flaky:
+    """A sink that fails while it is told to."""
+
+    name, wants_frames = "flaky", False
+
+    def __init__(self) -> None:
+        self.broken, self.seen = False, 0
+
+    def take(self, step: Step) -> None:
+        if self.broken:
+            raise OutputError("cannot write flaky: full.")
+        self.seen += 1
+
+    def __enter__(self) -> Flaky:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing is held."""
+
+
+def test_a_sink_that_fails_is_tried_again_and_what_it_misses_is_counted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(_kept.time, "monotonic", lambda: now)
+    monkeypatch.setattr(logging.getLogger("vmoe"), "propagate", True)
+    sink = Flaky()
+    kept, step = _kept.Kept(sink), Step(None, result(), FPS)
+    kept.take(step)
+    sink.broken = True
+    for _ in range(3):  # tried once; then it is left alone for a while
+        kept.take(step)
+    assert (sink.seen, kept.failures, kept.missed) == (1, 1, 3)
+    now += 0.6
+    kept.take(step)
+    assert (kept.failures, kept.missed) == (2, 4)
+    sink.broken = False
+    now += 0.9  # the wait has doubled
+    kept.take(step)
+    assert sink.seen == 1
+    now += 0.2
+    kept.take(step)
+    assert (sink.seen, kept.failures, kept.missed) == (2, 2, 5)
+    assert caplog.text.count("cannot write flaky: full. The stream goes on; flaky is tried") == 1
+
+
 def test_a_line_for_a_person(capsys: pytest.CaptureFixture[str]) -> None:
     feed(terminal.open(), steps(5))
     line = capsys.readouterr().out
@@ -76,6 +125,20 @@ def test_json_lines_have_the_keys_that_are_documented(tmp_path: Path) -> None:
     assert all(key in jsonl.__doc__ for key in [*lines[0], *lines[0]["stage_ms"]])
 
 
+def test_events_have_lines_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    event = Event("start", 3, 0, "a.mp4", "shake", 0.75, 1.0, 2.0, 1001.0, 1002.0, 4)
+    feed(
+        jsonl.open(path, kind=jsonl.EVENTS),
+        [Step(None, result(), FPS), Step(None, result(), FPS, 0, (event, event))],
+    )
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 2
+    assert (lines[0]["event"], lines[0]["id"], lines[0]["label"]) == ("start", 3, "shake")
+    assert jsonl.__doc__ is not None
+    assert all(key in jsonl.__doc__ for key in lines[0])
+
+
 def test_json_lines_on_a_full_disk_stay_whole(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot write /dev/full: No space left"):
         feed(jsonl.open(Path("/dev/full"), overwrite=True), steps(5))
@@ -84,7 +147,31 @@ def test_json_lines_on_a_full_disk_stay_whole(tmp_path: Path) -> None:
         feed(jsonl.open(path), steps(50))
     text = path.read_text()
     assert text.endswith("}\n")
-    assert [json.loads(line)["window"] for line in text.splitlines()] == [0, 1]
+    assert [json.loads(line)["window"] for line in text.splitlines()] == [0]
+
+
+def test_json_lines_go_on_when_there_is_room_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    given = list(steps(25))
+    with jsonl.open(path) as sink:
+        with _SmallFiles(1000), pytest.raises(OutputError):  # noqa: PT012
+            for step in given:
+                sink.take(step)
+        sink.take(given[-1])
+    assert [json.loads(line)["window"] for line in path.read_text().splitlines()] == [0, 4]
+
+
+def test_a_video_that_failed_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = list(steps(80))
+    with video.open(tmp_path / "a.avi") as sink:
+        with monkeypatch.context() as full, pytest.raises(OutputError, match="full"):  # noqa: PT012
+            full.setattr(video, "ROOM_BYTES", 1 << 60)
+            for step in given[:70]:
+                sink.take(step)
+        assert list(tmp_path.iterdir()) == []
+        for step in given[70:]:
+            sink.take(step)
+    assert len(videos.read(tmp_path / "a.avi")) == 10
 
 
 def test_json_lines_begin_with_the_first_result(tmp_path: Path) -> None:

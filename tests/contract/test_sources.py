@@ -19,6 +19,7 @@ from vmoe.runtime.sources import SourceSettings, _container, camera, file
 from vmoe.runtime.sources import test as pattern
 
 KINDS = registry.names(sources.SOURCES)
+SUFFIXES = (".mp4", ".avi", ".mkv")
 
 
 def take(source: sources.Source, count: int | None = None) -> list[Frame]:
@@ -58,7 +59,7 @@ def test_a_source_ends_when_asked(name: str, tmp_path: Path) -> None:
     assert seen == 1
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".avi", ".mkv"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_every_frame_of_a_file_in_order_with_its_time(tmp_path: Path, suffix: str) -> None:
     source = sources.open(str(videos.write(tmp_path / f"a{suffix}", 50, 20.0)))
     got = take(source)
@@ -76,7 +77,7 @@ def test_a_file_in_a_loop_is_a_new_epoch_each_round_and_time_goes_on(tmp_path: P
     np.testing.assert_allclose([f.t_s for f in got], np.arange(25) / 20, atol=0.002)
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".avi", ".mkv"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_file_cut_in_the_middle_serves_what_it_has(tmp_path: Path, suffix: str) -> None:
     cut = videos.cut(videos.write(tmp_path / f"a{suffix}"), 0.5)
     got = []
@@ -85,6 +86,17 @@ def test_a_file_cut_in_the_middle_serves_what_it_has(tmp_path: Path, suffix: str
             got.append(frame)
     assert 15 <= len(got) <= 45
     assert [videos.number_of(f.pixels) for f in got[:-1]] == list(range(len(got) - 1))
+
+
+def test_a_file_that_is_still_written_is_read_as_far_as_it_is(tmp_path: Path) -> None:
+    data = videos.write(tmp_path / "a.ts", 60).read_bytes()
+    growing = tmp_path / "growing.ts"
+    growing.write_bytes(data[: len(data) // 2])
+    half = [videos.number_of(f.pixels) for f in take(sources.open(str(growing)))]
+    assert half[:-1] == list(range(len(half) - 1))  # the last one is only half there
+    assert 20 < len(half) < 40
+    growing.write_bytes(data)
+    assert len(take(sources.open(str(growing)))) == 60
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".avi"])
@@ -116,7 +128,7 @@ def test_a_length_that_is_only_an_estimate_is_a_warning(
 
 
 def test_containers_know_whether_they_are_whole(tmp_path: Path) -> None:
-    for suffix in videos.CODECS:
+    for suffix in SUFFIXES:
         whole = videos.write(tmp_path / f"a{suffix}", 60, 20.0)
         assert not _container.is_cut(whole)
         assert _container.is_cut(videos.cut(whole, 0.6))
@@ -130,7 +142,7 @@ def test_containers_know_whether_they_are_whole(tmp_path: Path) -> None:
 def test_missing_empty_and_garbage_files_each_say_so(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="No such file or directory"):
         sources.open(str(tmp_path / "no.mp4"))
-    with pytest.raises(SourceError, match="is a folder"):
+    with pytest.raises(SourceError, match="is a folder and holds no pictures"):
         sources.open(str(tmp_path))
     empty = tmp_path / "empty.mp4"
     empty.touch()

@@ -15,10 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests import bundles, videos
+from vmoe import latest, opencv
 from vmoe.clips import ClipSpec
+from vmoe.data import folder
+from vmoe.runtime import load
 
 RUN = [sys.executable, "-c", "from vmoe.runtime.cli import main; main(prog_name='vmoe-run')"]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -115,6 +119,72 @@ def test_the_pattern_needs_nothing(run: Run, bundle: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert len(lines_of(done.stdout)) >= 2
     assert done.stderr.count("windows: ") >= 2
+
+
+def test_frames_on_stdin(run: Run, bundle: Path, tmp_path: Path) -> None:
+    path = videos.write(tmp_path / "a.ts", 60, 20.0)
+    with path.open("rb") as given:
+        done = run(bundle, "--source", "-", "--json", stdin=given)
+    assert done.returncode == 0, done.stderr
+    assert len(lines_of(done.stdout)) == 18
+    (tmp_path / "a.rgb").write_bytes(b"".join(videos.picture(i).tobytes() for i in range(20)))
+    args = (bundle, "--source", "-", "--raw", "128x96", "--fps", 20, "--json")
+    with (tmp_path / "a.rgb").open("rb") as given:
+        done = run(*args, stdin=given)
+    assert done.returncode == 0, done.stderr
+    assert [line["t_s"] for line in lines_of(done.stdout)] == [0.3, 0.45, 0.6, 0.75, 0.9]
+
+
+def test_several_sources_one_of_them_lost(
+    run: Run, bundle: Path, movie: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "cameras.txt").write_text(
+        f"# two of them\n{movie}\n\nrtsp://me:sesame@127.0.0.1:1/x\n"
+    )
+    done = run(
+        bundle, "--source", movie, "--list", "cameras.txt", "--reconnect", 1, "--json", "--save",
+        "a.avi", "--events", "e.jsonl", "--threshold", 0, "--min-event", 0,
+    )  # fmt: skip
+    refused(done, 4, "1 of 3 sources were lost: rtsp://me:***@127.0.0.1:1/x: 127.0.0.1 port 1")
+    got = lines_of(done.stdout)
+    assert sorted({line["stream"] for line in got}) == [0, 1]
+    assert len(got) == 36
+    assert "sesame" not in done.stdout + done.stderr
+    assert f"{movie}: 60 frames, 0 dropped; 18 windows" in done.stderr
+    assert len(videos.read(tmp_path / "a-0.avi")) == len(videos.read(tmp_path / "a-1.avi")) == 60
+    events = lines_of((tmp_path / "e.jsonl").read_text())
+    assert [e["event"] for e in events if e["stream"] == 0][:: len(events) // 2 - 1] == [
+        "start",
+        "end",
+    ]
+
+
+def test_a_replay_gives_the_labels_of_offline_evaluation(run: Run, tmp_path: Path) -> None:
+    """The offline side is what trains and attacks: vmoe.data.folder's clips, all in one batch."""
+    cv2 = opencv.quiet()
+    fourcc = cv2.VideoWriter_fourcc(*"FFV1")
+    writer = cv2.VideoWriter(str(tmp_path / "a.mkv"), cv2.CAP_FFMPEG, fourcc, 15.0, (160, 120))
+    noise = np.random.default_rng(0).integers(0, 256, (30, 90, 3), dtype=np.uint8)
+    scene = cv2.resize(noise, (720, 240), interpolation=cv2.INTER_CUBIC)
+    for number in range(45):  # first the camera stands still, then it pans
+        left = 8 * max(0, number - 20)
+        writer.write(np.ascontiguousarray(scene[60:180, left : left + 160]))
+    writer.release()
+    done = run(latest.shipped(), "--replay", "a.mkv", "--hop", "0.05", "--json")
+    assert done.returncode == 0, done.stderr
+    got = lines_of(done.stdout)
+    with load(latest.shipped()) as engine:
+        video = folder.read(tmp_path / "a.mkv", engine.bundle.spec)
+        assert video.frames is not None
+        clips = video.clips[1:]  # live, the first window is a whole window after the first frame
+        offline = engine.infer(video.frames[clips])
+        labels = [engine.bundle.labels[i] for i in offline.logits.argmax(axis=1)]
+    assert [line["frame_last"] for line in got] == [int(clip[-1]) for clip in clips]
+    assert [line["frame_first"] for line in got] == [int(clip[0]) for clip in clips]
+    assert [line["label"] for line in got] == labels
+    assert [line["expert"] for line in got] == offline.route.tolist()
+    assert len(set(labels)) > 1
+    assert all(line["t_capture"] == line["t_s"] for line in got)  # the file's own clock
 
 
 def test_a_file_in_a_loop(run: Run, bundle: Path, movie: Path) -> None:
@@ -220,7 +290,7 @@ def test_the_next_command_has_the_flags_of_this_one(run: Run, bundle: Path, tmp_
     assert set(command[2:-2]) == {"--source", slow.name, *flags}
     assert next_of(run(*command[1:])) == ["vmoe-bench", str(bundle), "--threads", "1"]
     command = next_of(run(bundle, "--source", "test", "--duration", 0.6, "--seed", 3))
-    assert command[2:-2] == ["--source", "test", "--duration", "0.6", "--seed", "3"]
+    assert command[2:-2] == ["--duration", "0.6", "--source", "test", "--seed", "3"]
 
 
 def test_a_reader_that_leaves_is_no_error(bundle: Path, movie: Path, tmp_path: Path) -> None:
@@ -248,8 +318,9 @@ def test_sources_that_cannot_be_opened(run: Run, bundle: Path, tmp_path: Path) -
     for source, why in (
         ("missing.mp4", "missing.mp4: No such file or directory"),
         ("garbage.mp4", "garbage.mp4 is no video that can be decoded"),
-        (".", ". is a folder"),
-        ("rtsp://nowhere", "cannot read this kind"),
+        (".", ". is a folder and holds no pictures"),
+        ("gopher://me:sesame@nowhere", "source 'gopher://me:***@nowhere': cannot read this kind"),
+        ("rtsp://me:sesame@127.0.0.1:1/x", "rtsp://me:***@127.0.0.1:1/x: 127.0.0.1 port 1: Conn"),
     ):
         done = run(bundle, "--source", source, "--save", "a.mp4", "--jsonl", "a.jsonl")
         refused(done, 4, why)
@@ -353,6 +424,11 @@ def test_settings_that_cannot_be_used(run: Run, bundle: Path, movie: Path, tmp_p
         (("--device", "gpu"), "--device is 'gpu'; it is auto, cpu or cuda:N"),
         (("--read-timeout", 1e9), "--read-timeout is 1000000000.0; it must be at most 3600"),
         (("--camera", 0), "--camera and --source exclude each other"),
+        (("--replay", "a.mp4"), "--source and --replay exclude each other"),
+        (("--list", "no.txt"), "cannot read --list no.txt: No such file or directory"),
+        (("--list", "/dev/null"), "--list /dev/null names no source"),
+        (("--source", "-", "--source", "-"), "--source - is given twice"),
+        (("--raw", "640"), "--raw is '640'; it is WIDTHxHEIGHT, such as 640x480"),
         (("--save", "there.mp4"), "there.mp4 exists. Choose another --save, or say --overwrite"),
         (("--save", "a.gif"), "cannot write '.gif'"),
     ):
@@ -373,8 +449,9 @@ def test_a_full_disk(run: Run, bundle: Path, movie: Path, tmp_path: Path) -> Non
     done = run(bundle, "--source", movie, "--save", "a.avi", preexec_fn=small_files)
     refused(done, 1, "cannot write a.avi", "Nothing was left half-written")
     assert list(tmp_path.iterdir()) == []
-    done = run(bundle, "--source", movie, "--jsonl", "/dev/full")
-    refused(done, 1, "cannot write /dev/full: No space left on device")
+    done = run(bundle, "--source", movie, "--jsonl", "/dev/full", "--json")
+    refused(done, 1, "not written: /dev/full 18. cannot write /dev/full: No space left on device")
+    assert len(lines_of(done.stdout)) == 18  # the others go on
 
 
 # --- real streams -------------------------------------------------------------------------------
@@ -446,7 +523,7 @@ def test_a_camera_that_is_unplugged(run: Run, bundle: Path, emulation: dict[str,
     got = lines_of(done.stdout)
     assert len({line["epoch"] for line in got}) >= 2
     assert [line["gap"] for line in got].count(True) == len({line["epoch"] for line in got}) - 1
-    assert "reopening it" in done.stderr
+    assert "Reopening it" in done.stderr
 
 
 def test_a_camera_that_stalls(run: Run, bundle: Path, emulation: dict[str, str]) -> None:

@@ -1,0 +1,236 @@
+"""How well the guard finds attacked streams, and what an attack that knows it does.
+
+Streams are the test pattern's moves at 10 frames a second, two moves each, watched by the model
+that ships, every 0.4 s. The guard is calibrated on streams of other seeds. An attack changes the
+stream's frames once, within eps, and rounds them to uint8; engine and guard judge. PGD, TLGA-R and
+J-TLGA attack clips that follow each other; `stream` attacks all overlapping windows together
+(attacks/guarded.py), and `adaptive` so with the guard's score in its loss, at several weights.
+
+    misled       windows whose label is not the clean one
+    AUC          of the guard's score, attacked windows against clean ones
+    found at a   misled windows with an alarm, where a share a of clean windows may have one
+    past at a    windows that are misled without an alarm, of all
+    clean at a   alarms on clean windows of the test streams
+
+Adaptive rows differ by the weight of the guard in the loss; the worst is what counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import figures
+import numpy as np
+import torch
+from figures import Figure
+from numpy.typing import NDArray
+
+from vmoe import bundle, checkpoint, cli, clips, latest, report
+from vmoe.attacks import guarded
+from vmoe.attacks.guarded import StreamAttackSettings
+from vmoe.attacks.methods import j_tlga, pgd, tlga_r
+from vmoe.batches import to_tensor
+from vmoe.models import VideoMoE
+from vmoe.runtime import Engine, load
+from vmoe.runtime.bench import context
+from vmoe.runtime.guard import CALIBRATE, MONITOR, Guard, profile, terms
+from vmoe.runtime.guard.profile import Profile
+from vmoe.runtime.results import softmax
+from vmoe.runtime.sources import test as pattern
+
+MOVES, STEP = 2, 4  # moves of a stream; frames from one window to the next
+EVERY = 3  # of the pattern's frames: 10 a second
+RATES = (0.01, 0.05)
+WEIGHTS = (0.3, 3.0)  # of the guard in the adaptive attack's loss
+BASELINE = 0.911  # mean AUC of the detector of arXiv 2404.10790, at the cost of a second model
+
+
+class Judged(NamedTuple):
+    """What engine and guard say of a stream's windows."""
+
+    labels: NDArray[np.int64]
+    scores: NDArray[np.float64]
+    terms: list[tuple[dict[str, float], int]]
+
+
+class Row(NamedTuple):
+    """What one attack came to."""
+
+    attack: str
+    misled: float
+    auc: float
+    found: tuple[float, ...]
+    past: tuple[float, ...]
+
+
+def stream(seed: int, spec: clips.ClipSpec) -> clips.Clips:
+    """Return the frames of a stream as the model takes them, uint8 [F, H, W, 3]."""
+    count = round(MOVES * pattern.MOVE_S * pattern.FPS)
+    seen = (pattern.render(number, seed) for number in range(0, count, EVERY))
+    return np.stack([clips.prepare(frame, spec) for frame in seen])
+
+
+def windows(frames: int, length: int) -> NDArray[np.int64]:
+    """Return the frames of each window, int [N, T]."""
+    starts = np.arange(0, frames - length + 1, STEP)
+    return starts[:, None] + np.arange(length)
+
+
+def judge(engine: Engine, frames: clips.Clips, clean: Profile | None, look: str) -> Judged:
+    """Let the deployed model and the guard judge every window."""
+    spec = engine.bundle.spec
+    found = engine.infer(frames[windows(len(frames), spec.frames)])
+    again = None
+    if look != "off":
+        again = engine.infer(
+            terms.filtered(frames[windows(len(frames), spec.frames)], look),
+            force_route=found.route.tolist(),
+        )
+    guard = Guard(MONITOR if clean else CALIBRATE, clean, experts=engine.bundle.experts)
+    verdicts = [
+        guard.judge(
+            softmax(found.logits[i]), softmax(found.scores[i]), int(found.route[i]), epoch=0,
+            t_first_s=0.4 * i, t_s=0.4 * i + spec.window_s, age_s=0.0,
+            filtered=None if again is None else softmax(again.logits[i]),
+        )
+        for i in range(len(found.route))
+    ]  # fmt: skip
+    pairs = [(v.terms, int(route)) for v, route in zip(verdicts, found.route, strict=True)]
+    scores = np.array([v.score for v in verdicts])
+    return Judged(found.logits.argmax(axis=1), scores, pairs)
+
+
+def calibrated(engine: Engine, seeds: Sequence[int], look: str) -> list[Profile]:
+    """Return a profile for each of RATES."""
+    spec = engine.bundle.spec
+    seen = [judge(engine, stream(seed, spec), None, look).terms for seed in seeds]
+    twin = str(engine.bundle.twin["sha256"])
+    return [
+        profile.make(seen, experts=engine.bundle.experts, twin=twin, hop_s=0.4, filter=look,
+                     false_alarms=rate)
+        for rate in RATES
+    ]  # fmt: skip
+
+
+Attack = Callable[[clips.Clips], clips.Clips]
+
+
+def attacks(twin: VideoMoE, clean: Profile, eps: float, steps: int) -> dict[str, Attack]:
+    """Return the attacks, by name."""
+
+    def clip_by_clip(method: object) -> Attack:
+        def attack(frames: clips.Clips) -> clips.Clips:
+            whole = len(frames) // twin.spec.frames * twin.spec.frames
+            given = to_tensor(frames[:whole].reshape(-1, twin.spec.frames, *frames.shape[1:]))
+            with torch.no_grad():
+                label = twin(given).logits.argmax(dim=1)
+            how = method.Settings(eps=eps, steps=steps, grid=True)  # type: ignore[attr-defined]
+            found = method.attack(twin, given, label, how)  # type: ignore[attr-defined]
+            moved = (255 * found.adversarial).round().byte().permute(0, 2, 3, 4, 1).numpy()
+            return np.concatenate([moved.reshape(whole, *frames.shape[1:]), frames[whole:]])
+
+        return attack
+
+    def all_together(weight: float) -> Attack:
+        how = StreamAttackSettings(eps=eps, steps=2 * steps, weight=weight)
+
+        def attack(frames: clips.Clips) -> clips.Clips:
+            given = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
+            places = torch.from_numpy(windows(len(frames), twin.spec.frames))
+            moved = guarded.attack(twin, given, places, clean, how)
+            return (255 * moved).round().byte().permute(0, 2, 3, 1).numpy()
+
+        return attack
+
+    named = {"pgd": pgd, "tlga-r": tlga_r, "j-tlga": j_tlga}
+    found = {name: clip_by_clip(method) for name, method in named.items()}
+    found["stream"] = all_together(0.0)
+    return found | {f"adaptive, weight {w:g}": all_together(w) for w in WEIGHTS}
+
+
+def auc(clean: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    """Return how often a score of the others is above a clean one, ties half."""
+    above = (other[:, None] > clean[None]).mean() + (other[:, None] == clean[None]).mean() / 2
+    return float(above)
+
+
+def row(name: str, clean: list[Judged], other: list[Judged], profiles: list[Profile]) -> Row:
+    """Compare attacked streams with what they were."""
+    before, after = (np.concatenate([one.labels for one in many]) for many in (clean, other))
+    quiet, loud = (np.concatenate([one.scores for one in many]) for many in (clean, other))
+    wrong = before != after
+    caught = [loud > one.threshold for one in profiles]
+    return Row(
+        name,
+        float(wrong.mean()),
+        auc(quiet, loud),
+        tuple(float(c[wrong].mean()) if wrong.any() else float("nan") for c in caught),
+        tuple(float((wrong & ~c).mean()) for c in caught),
+    )
+
+
+@cli.command(
+    "guard.py",
+    "python benchmarks/guard.py --quick",
+    "python benchmarks/guard.py --out benchmarks/results/guard.json",
+    "python benchmarks/guard.py --filter median --eps 4",
+)
+@click.option("--quick", is_flag=True, help="Few streams; tells the direction.")
+@click.option("--filter", "look", type=click.Choice(terms.FILTERS[:2]), default="off",
+              show_default=True, help="The guard's second look.")  # fmt: skip
+@click.option("--eps", type=cli.EpsType(), default="8/255", show_default=True, help="L-infinity.")
+@click.option("--out", multiple=True, type=click.Path(path_type=Path),
+              help="Write the results, .json or .md; may be given again.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace results that exist.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a figure on stdout.")
+def main(
+    quick: bool, look: str, eps: float, out: tuple[Path, ...], overwrite: bool, as_json: bool
+) -> None:
+    """Measure how well the guard finds attacked streams, and an attack that knows it."""
+    figures.check_files(out, overwrite=overwrite)
+    machine = context.read()
+    calibration, tests, steps = (16, 3, 5) if quick else (48, 12, 15)
+    twin = checkpoint.load(latest.shipped() / bundle.TWIN).twin
+    with load(latest.shipped()) as engine:
+        profiles = calibrated(engine, range(1000, 1000 + calibration), look)
+        given = [stream(seed, engine.bundle.spec) for seed in range(tests)]
+        clean = [judge(engine, frames, profiles[0], look) for frames in given]
+        rows = []
+        for name, attack in attacks(twin, profiles[1], eps, steps).items():
+            moved = [attack(frames) for frames in given]
+            largest = max(
+                int(np.abs(a.astype(int) - b).max()) for a, b in zip(moved, given, strict=True)
+            )
+            assert largest <= 255 * eps + 1e-6
+            other = [judge(engine, frames, profiles[0], look) for frames in moved]
+            rows.append(row(name, clean, other, profiles))
+            cli.log.info("%s", rows[-1])
+    scores = np.concatenate([one.scores for one in clean])
+    false = [float((scores > one.threshold).mean()) for one in profiles]
+    found = [
+        Figure(f"guard_auc_{one.attack}".replace(", weight ", "_").replace("-", "_"), one.auc,
+               "share", BASELINE, "higher", len(scores), more={"misled": one.misled})
+        for one in rows
+    ]  # fmt: skip
+    found += [
+        Figure(f"guard_false_alarms_{rate:g}", value, "share", rate, n=len(scores))
+        for rate, value in zip(RATES, false, strict=True)
+    ]
+    figures.say(found, as_json=as_json)
+    heads = ["attack", "misled %", "AUC", *(f"found at {r:.0%}" for r in RATES),
+             *(f"past at {r:.0%}" for r in RATES)]  # fmt: skip
+    lines = [[r.attack, 100 * r.misled, r.auc, *(100 * x for x in (*r.found, *r.past))]
+             for r in rows]  # fmt: skip
+    table = report.table(lines, heads)
+    click.echo(table, err=True)
+    title = f"The guard, filter {look}, eps {255 * eps:g}/255"
+    record = {"rows": [r._asdict() for r in rows], "filter": look,
+              "windows_of_calibration": profiles[0].windows}  # fmt: skip
+    figures.write(out, title, found, machine, {title: table}, record)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Video over HTTP: MJPEG of a camera, HLS, MPEG-TS without an end, or a whole file.
+
+What has an end (a file, an HLS recording) is served as a file is, nothing dropped; the rest is
+live, and reopened when it is lost. MJPEG carries no timestamps: its frames are stamped as they
+arrive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from vmoe import opencv
+from vmoe.errors import SourceError
+from vmoe.runtime import addresses
+from vmoe.runtime.frames import Stop
+
+from . import SourceSettings, _network
+from ._live import FRAMES_AT_MOST, NetworkSource, Shot
+
+SCHEMES = ("http://", "https://")
+PORTS = {"http": 80, "https": 443}
+MISSING_SHARE = 0.02  # of a file's frames: their number is often an estimate
+
+
+def claims(name: str) -> bool:
+    """Return whether a name is an HTTP address."""
+    return name.lower().startswith(SCHEMES)
+
+
+def open(name: str, settings: SourceSettings) -> HttpSource:
+    """Return the source; its server is asked when frames are."""
+    return HttpSource(addresses.shown(name), name, settings)
+
+
+class HttpSource(NetworkSource):
+    """See `Source`. Whether it is live is known once it was opened."""
+
+    def __init__(self, name: str, address: str, settings: SourceSettings) -> None:
+        """Take the address as it is printed, and as it is."""
+        super().__init__(name, address, settings)
+        self._expected = 0  # frames of what has an end
+
+    def _learn(self, capture: Any) -> None:
+        super()._learn(capture)
+        frames = capture.get(opencv.quiet().CAP_PROP_FRAME_COUNT)
+        self._expected = round(frames) if 0 < frames < FRAMES_AT_MOST else 0
+        self.live = not self._expected
+
+    def _own_clock(self, capture: Any) -> bool:
+        cv2 = opencv.quiet()
+        code = int(capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little", signed=True)
+        return not self.live or code not in (b"MJPG", b"mjpg")
+
+    def _read(self, capture: Any, stop: Stop) -> Iterator[Shot]:
+        read = 0
+        for shot in super()._read(capture, stop):
+            read += 1
+            yield shot
+        if self._expected and not stop.asked() and read < self._expected * (1 - MISSING_SHARE):
+            raise SourceError(
+                f"{self.name} breaks off: {read} of {self._expected} frames could be read. "
+                "Try again, or download it first."
+            )
+
+    def _why_missing(self) -> str | None:
+        return _network.why_not(self._address, PORTS[self._address.partition("://")[0].lower()])

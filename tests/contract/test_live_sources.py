@@ -1,0 +1,334 @@
+"""Live sources against real servers on loopback; which frame is which is read from its pixels."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import servers, videos
+from vmoe import opencv
+from vmoe.errors import SourceError
+from vmoe.runtime import addresses, sources
+from vmoe.runtime.frames import Frame, Stop
+from vmoe.runtime.sources import ENDED, OPENING, REOPENING, RUNNING, STALLED, SourceSettings
+from vmoe.runtime.sources._iterator import IteratorSource
+from vmoe.runtime.sources.stdin import StdinSource
+
+FRAMES = 60
+
+
+@pytest.fixture(scope="module")
+def ts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return videos.write(tmp_path_factory.mktemp("ts") / "a.ts", FRAMES, servers.FPS)
+
+
+def numbers(frames: list[Frame]) -> list[int]:
+    return [videos.number_of(frame.pixels) for frame in frames]
+
+
+class Watched:
+    """Reads a source in a thread; notes every state that it is seen in."""
+
+    def __init__(self, source: sources.Source) -> None:
+        self.source, self.stop = source, Stop()
+        self.frames: list[Frame] = []
+        self.states = [source.state]
+        self.error: SourceError | None = None
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        try:
+            for frame in self.source.frames(self.stop):
+                self.frames.append(frame)
+        except SourceError as e:
+            self.error = e
+
+    def until(self, count: int | None = None, state: str | None = None) -> float:
+        """Wait for so many frames, or for a state; return how long that took, in seconds."""
+        began = time.monotonic()
+        while time.monotonic() < began + 15:
+            if self.source.state != self.states[-1]:
+                self.states.append(self.source.state)
+            if self.source.state == state or (count and len(self.frames) >= count):
+                return time.monotonic() - began
+            time.sleep(0.005)
+        raise AssertionError(f"{len(self.frames)} frames, {self.states}, {self.error}")
+
+    def __enter__(self) -> Watched:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop.ask()
+        self._thread.join()
+
+
+def test_rtsp_is_reopened_in_a_new_epoch_when_its_server_is_killed(ts: Path) -> None:
+    server = servers.Rtsp(ts, FRAMES)
+    source = sources.open(server.url, SourceSettings(read_timeout_s=1.0))
+    try:
+        with Watched(source) as seen:
+            counts = [0]
+            for _ in range(3):
+                seen.until(count=counts[-1] + 8)
+                server.kill()
+                seen.until(state=REOPENING)
+                counts.append(len(seen.frames))
+                time.sleep(0.4)
+                server = servers.Rtsp(ts, FRAMES, server.port)
+            seen.until(count=counts[-1] + 3)
+    finally:
+        server.kill()
+    for epoch, (first, after) in enumerate(itertools.pairwise([*counts, counts[-1] + 3])):
+        part = seen.frames[first:after]
+        assert len({frame.epoch for frame in part}) == 1
+        assert numbers(part) == list(range(len(part))), epoch  # from the server's first frame on
+    assert len({frame.epoch for frame in seen.frames}) == 4
+    assert [f.sequence for f in seen.frames] == list(range(len(seen.frames)))
+    assert all(b.t_s > a.t_s for a, b in itertools.pairwise(seen.frames))
+    order = [RUNNING, REOPENING] * 3 + [RUNNING]
+    assert [s for s in seen.states if s != STALLED] == [OPENING, *order]
+    assert source.state == ENDED
+    assert seen.error is None
+
+
+def test_a_frozen_server_is_found_out_within_twice_the_read_timeout(ts: Path) -> None:
+    with servers.Rtsp(ts, FRAMES) as server:
+        source = sources.open(server.url, SourceSettings(read_timeout_s=0.6))
+        with Watched(source) as seen:
+            seen.until(count=10)
+            server.frozen.set()
+            took_s = seen.until(state=REOPENING)
+            before = len(seen.frames)
+            server.frozen.clear()
+            seen.until(count=before + 5)
+    assert took_s < 2 * 0.6 + 0.3  # 0.3 s of frames were still on their way
+    assert STALLED in seen.states
+    assert numbers(seen.frames[:before]) == list(range(before))
+    assert numbers(seen.frames[before : before + 5]) == list(range(5))
+    assert seen.frames[before].epoch == seen.frames[0].epoch + 1
+
+
+def test_a_stream_that_is_lost_for_good_is_an_error_without_its_password(ts: Path) -> None:
+    server = servers.Rtsp(ts, FRAMES)
+    settings = SourceSettings(read_timeout_s=1.0, reconnect=1)
+    with Watched(sources.open(server.url, settings)) as seen:
+        seen.until(count=5)
+        server.kill()
+        seen.until(state=ENDED)
+    said = str(seen.error)
+    assert f"rtsp://viewer:***@127.0.0.1:{server.port}/live was lost after" in said
+    assert "1 tries to reopen it failed" in said
+    assert "sesame" not in said
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("rtsp://u:sesame@127.0.0.1:1/x", "127.0.0.1 port 1: Connection refused"),
+        ("http://u:sesame@no.invalid/x?token=sesame", "the host no.invalid is not known"),
+        ("rtsp://:99999/x", "Write scheme://user:password@host:port/path"),
+    ],
+)
+def test_why_an_address_cannot_be_opened(address: str, why: str) -> None:
+    with pytest.raises(SourceError, match=why) as e:
+        list(sources.open(address).frames(Stop()))
+    assert "sesame" not in str(e.value)
+
+
+def test_a_server_without_video_says_so(tmp_path: Path) -> None:
+    with servers.http(tmp_path) as root, pytest.raises(SourceError, match="answers, but gives no"):
+        list(sources.open(f"{root}/no.mp4").frames(Stop()))
+
+
+def test_several_sources_wait_for_one_that_is_not_there_yet(ts: Path) -> None:
+    port = servers.free_port()
+    source = sources.open(f"rtsp://127.0.0.1:{port}/live", SourceSettings(patient=True))
+    with Watched(source) as seen:
+        seen.until(state=REOPENING)
+        with servers.Rtsp(ts, FRAMES, port):
+            seen.until(count=3)
+    assert numbers(seen.frames)[:3] == [0, 1, 2]
+
+
+def test_a_file_by_http_is_no_live_stream(ts: Path, tmp_path: Path) -> None:
+    whole = videos.cut(videos.write(tmp_path / "a.mp4", FRAMES, 20.0), 1.0)
+    with servers.http(tmp_path) as root:
+        source = sources.open(f"{root}/{whole.name}")
+        assert numbers(list(source.frames(Stop()))) == list(range(FRAMES))
+        assert not source.live
+        videos.cut(tmp_path / "a.mp4", 0.6)
+        with pytest.raises(SourceError, match=r"breaks off: \d+ of 60 frames"):
+            list(sources.open(f"{root}/{whole.name}").frames(Stop()))
+
+
+def test_hls_that_has_an_end_is_read_to_it(ts: Path, tmp_path: Path) -> None:
+    for part in range(2):
+        videos.write(tmp_path / f"{part}.ts", 20, 20.0, first=20 * part)
+    lines = ["#EXTM3U", "#EXT-X-VERSION:3", "#EXT-X-TARGETDURATION:1"]
+    for part in range(2):
+        lines += [*(["#EXT-X-DISCONTINUITY"] * part), "#EXTINF:1.0,", f"{part}.ts"]
+    (tmp_path / "a.m3u8").write_text("\n".join([*lines, "#EXT-X-ENDLIST", ""]))
+    with servers.http(tmp_path) as root:
+        source = sources.open(f"{root}/a.m3u8")
+        got = list(source.frames(Stop()))
+    assert not source.live
+    assert numbers(got)[:20] == list(range(20))
+    assert numbers(got)[-1] == 39
+
+
+def test_mjpeg_is_stamped_as_it_arrives() -> None:
+    with servers.http() as root:
+        source = sources.open(root + "/cam", SourceSettings(reconnect=0))
+        got = list(itertools.islice(source.frames(Stop()), 20))
+    assert source.live
+    assert numbers(got) == list(range(20))
+    apart = np.diff([frame.t_s for frame in got])
+    assert 0.04 < np.median(apart) < 0.08  # FFmpeg would say 0.04, whatever the camera does
+
+
+def test_udp(ts: Path) -> None:
+    port = servers.free_port()
+    source = sources.open(f"udp://127.0.0.1:{port}", SourceSettings(read_timeout_s=0.5))
+    with Watched(source) as seen, servers.udp(ts, FRAMES, port) as silent:
+        seen.until(count=10)
+        silent.set()
+        seen.until(state=REOPENING)
+        seen.stop.ask()
+    got = numbers(seen.frames[:10])
+    assert got == list(range(got[0], got[0] + 10))
+
+
+# --- stdin, pictures, a program's own frames ----------------------------------------------------
+
+
+@pytest.fixture
+def piped() -> Iterator[tuple[int, io.FileIO]]:
+    out, into = os.pipe()
+    writer = io.FileIO(into, "w")
+    yield out, writer
+    writer.close()
+    os.close(out)
+
+
+def fill(writer: io.FileIO, data: bytes) -> threading.Thread:
+    def write() -> None:
+        left = data
+        while left:
+            left = left[writer.write(left) or 0 :]
+        writer.close()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    return thread
+
+
+def test_a_container_on_stdin(piped: tuple[int, io.FileIO], ts: Path) -> None:
+    thread = fill(piped[1], ts.read_bytes())
+    got = list(StdinSource(piped[0], SourceSettings()).frames(Stop()))
+    thread.join()
+    assert numbers(got) == list(range(FRAMES))
+    np.testing.assert_allclose([f.t_s for f in got], np.arange(FRAMES) / 20, atol=0.002)
+
+
+def test_raw_frames_on_stdin(piped: tuple[int, io.FileIO]) -> None:
+    data = b"".join(videos.picture(i).tobytes() for i in range(5))
+    thread = fill(piped[1], data + b"rest")
+    got = []
+    settings = SourceSettings(raw=videos.SIZE[::-1], fps=20.0)
+    with pytest.raises(SourceError, match="4 bytes are left after 5 frames of 128x96"):  # noqa: PT012
+        for frame in StdinSource(piped[0], settings).frames(Stop()):
+            got.append(frame)
+    thread.join()
+    assert numbers(got) == list(range(5))
+    assert [f.t_s for f in got] == [0.0, 0.05, 0.1, 0.15, 0.2]
+
+
+@pytest.mark.parametrize("raw", [None, videos.SIZE])
+def test_silent_stdin_can_be_left(
+    piped: tuple[int, io.FileIO], raw: tuple[int, int] | None
+) -> None:
+    with Watched(StdinSource(piped[0], SourceSettings(raw=raw))) as seen:
+        time.sleep(0.1)
+    assert seen.frames == []
+    assert seen.error is None
+
+
+def test_garbage_on_stdin(piped: tuple[int, io.FileIO]) -> None:
+    thread = fill(piped[1], np.random.default_rng(0).bytes(20000))
+    with pytest.raises(SourceError, match="source -: no video that can be decoded"):
+        list(StdinSource(piped[0], SourceSettings()).frames(Stop()))
+    thread.join()
+
+
+def test_nothing_piped_in_is_said() -> None:
+    code = "from vmoe.runtime import sources; sources.open('-')"
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" -c "{code}" <&-', sys.executable], capture_output=True, text=True
+    )
+    assert "source -: nothing is piped in" in done.stderr
+
+
+def test_pictures_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    cv2 = opencv.quiet()
+    for number in range(12):
+        bgr = cv2.cvtColor(videos.picture(number), cv2.COLOR_RGB2BGR)
+        cv2.imwrite(str(tmp_path / f"{number}.png"), bgr)
+    (tmp_path / "notes.txt").write_text("no picture")
+    source = sources.open(str(tmp_path), SourceSettings(fps=5.0))
+    got = list(source.frames(Stop()))
+    assert numbers(got) == list(range(12))
+    assert got[-1].t_s == pytest.approx(11 / 5)
+    assert (source.live, source.state) == (False, ENDED)
+    some = sources.open(str(tmp_path / "1*.png"), SourceSettings(loop=True))
+    again = list(itertools.islice(some.frames(Stop()), 4))
+    assert numbers(again) == [1, 10, 11, 1]
+    assert [f.epoch for f in again] == [0, 0, 0, 1]
+    with pytest.raises(SourceError, match="names no pictures"):
+        sources.open(str(tmp_path / "2*.jpg"))
+    (tmp_path / "3.png").write_bytes(b"broken")
+    with pytest.raises(SourceError, match=r"3\.png is no picture that can be decoded"):
+        list(sources.open(str(tmp_path)).frames(Stop()))
+
+
+def test_frames_of_a_program() -> None:
+    given = [videos.picture(i) for i in range(5)]
+    got = list(IteratorSource(given, fps=20.0).frames(Stop()))
+    assert numbers(got) == list(range(5))
+    assert got[-1].t_s == pytest.approx(0.2)
+    timed = list(IteratorSource([(3.5, given[0]), (4.5, given[1])]).frames(Stop()))
+    assert [frame.t_s for frame in timed] == [3.5, 4.5]
+    for wrong, said in ((np.zeros((4, 4, 3)), r"frame 0 is float64 \[4, 4, 3\]"), ("x", "is str")):
+        with pytest.raises(SourceError, match=said):
+            list(IteratorSource([wrong]).frames(Stop()))  # type: ignore[list-item]
+
+
+# --- passwords ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("rtsp://admin:pa:ss@cam.local:554/1", "rtsp://admin:***@cam.local:554/1"),
+        ("rtsp://admin:p@ss@cam.local/1", "rtsp://admin:***@cam.local/1"),
+        ("rtsp://admin:p/a@cam.local/1", "rtsp://admin:***@cam.local/1"),
+        ("http://cam:8080/live@2x.m3u8", "http://cam:8080/live@2x.m3u8"),
+        ("http://cam/a?user=me&password=x&q=1", "http://cam/a?user=me&password=***&q=1"),
+        ("https://cam/a?access_token=x#t", "https://cam/a?access_token=***#t"),
+        ("rtsp://admin@cam/1", "rtsp://admin@cam/1"),
+        ("udp://@:5000", "udp://@:5000"),
+        ("a:b@c.mp4", "a:b@c.mp4"),
+    ],
+)
+def test_passwords_are_not_shown(address: str, shown: str) -> None:
+    assert addresses.shown(address) == shown
