@@ -10,7 +10,7 @@ demo: $(VENV)/.ready
 	$(BIN)/vmoe demo $(if $(SOURCE),--source "$(SOURCE)")
 
 test: $(VENV)/.ready
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -27,6 +27,7 @@ EPS = 4 / 255
 SPEC = ClipSpec(8, 0.1, 64, 64)
 ARCH, WIDTH, EXPERTS = "tsm", 0.125, 4
 SEQUENCE = re.compile(r"seq\d+")
+FOLDS = 3
 PARTS = ("test", "train", "val", "test", "train", "train")  # of every six recordings
 
 
@@ -45,7 +46,7 @@ class Size:
     test: int = 200
     tflops: float = 2.0
     trial_tflops: float = 0.8
-    ut_tflops: float = 0.7
+    ut_tflops: float = 0.5
     start_epochs: int = 36
     steps: int = 10
 
@@ -56,8 +57,8 @@ QUICK = Size(200, 20, 20, 0.02, 0.02, 0.02, 1, 3)
 def camera_motion(folder: Path, seed: int, size: Size) -> Task:
     """Return camera-motion with the test clips of a seed."""
     train = _rendered(folder, "train", size.train)
-    test = _rendered(folder, "test", 3 * size.test)
-    at = np.arange(size.test) + size.test * (seed % 3)
+    test = _rendered(folder, "test", max(3, seed + 1) * size.test)
+    at = np.arange(size.test) + size.test * seed
     mine = Held(test.clips[at], test.label[at], test.labels)
     model = ModelSettings(ARCH, WIDTH, EXPERTS, len(train.labels))
     turns, val = Turns(train, len(train) // 6), _rendered(folder, "val", size.val)
@@ -86,7 +87,9 @@ def hold(data: DataSet) -> Held:
 
 
 def ut_interaction(folder: Path, fold: int, size: Size, where: Path) -> Task:
-    """Return a fold of UT-Interaction, a folder of whose classes is at `where`."""
+    """Return a fold, 0 to 2, of UT-Interaction, a folder of whose classes is at `where`."""
+    if fold not in range(FOLDS):
+        raise SettingError(f"fold {fold} of UT-Interaction: there are 0 to {FOLDS - 1}.")
     place = _links(folder / f"fold{fold}", fold, where)
     train, val, test = (open_data(str(place), split, SPEC) for split in ("train", "val", "test"))
     model = ModelSettings(ARCH, WIDTH, EXPERTS, len(train.labels))
