@@ -38,3 +38,25 @@ def test_two_processes_end_where_one_does(trained: Path, method: str) -> None:
     for name in one:  # float64: what differs is the order of sums
         torch.testing.assert_close(one[name], two[name], rtol=1e-8, atol=1e-9)
     assert told == pytest.approx(also, rel=1e-9)
+
+
+def test_the_command_trains_resumes_and_talks_once(tmp_path: Path) -> None:
+    small = ["--arch", "tsm", "--width", "0.1", "--frames", "2", "--size", "16", "--clips", "12",
+             "--val-clips", "4", "--batch", "6", "--val-steps", "0", "--no-report"]  # fmt: skip
+    out = tmp_path / "run"
+
+    def train(*more: str) -> str:
+        command = [*TORCHRUN, "-m", "vmoe.train.cli", "--out", str(out), *more]
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, timeout=300, check=False,
+            cwd=ROOT, env=two_processes.environment(),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stderr
+
+    said = train(*small, "--method", "standard", "--epochs", "1")
+    assert said.count("next: vmoe-export") == 1
+    assert (out / "best.safetensors").exists()
+    rows = (out / "results.csv").read_text().splitlines()
+    assert len(rows) == 2
+    assert "resumed after epoch 1" in train("--no-report", "--resume")
