@@ -6,7 +6,8 @@ import re
 from urllib.parse import urlsplit
 
 HIDDEN = "***"
-SECRETS = re.compile(r"([?&;][^=&;]*(?:pass|pwd|token|key|secret|auth|sig)[^=&;]*=)[^&;#]*", re.I)
+# Of a query, and of the paths in which some cameras take them: /user=admin_password=x_channel=1
+SECRETS = re.compile(r"((?:pas|psw|pwd|token|key|secret|auth|sig)[^=&;?#/@]*=)[^&;#]*", re.I)
 
 
 def shown(address: str) -> str:
@@ -26,11 +27,11 @@ def shown(address: str) -> str:
 
 def _password_ends(rest: str) -> int:
     """Return the place of the @ behind user and password; -1 where there are none."""
-    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
-    if "@" in authority:
-        return authority.rindex("@")
-    after_colon = authority.partition(":")[2]
-    # No port: a password that holds a / itself, which no client reads, but which we would print.
+    # A password may hold / ? or # itself, which no client reads, but which we would print.
+    at = max(re.split(r"[?#]", rest, maxsplit=1)[0].rfind("@"), rest.partition("/")[0].rfind("@"))
+    if at >= 0:
+        return at
+    after_colon = re.split(r"[/?#]", rest, maxsplit=1)[0].partition(":")[2]
     return rest.rfind("@") if after_colon and not after_colon.isdigit() else -1
 
 
@@ -40,7 +41,11 @@ def host_and_port(address: str, port: int) -> tuple[str, int]:
     Raises:
         ValueError: its port is no port, or it has no host.
     """
-    split = urlsplit(address)
-    if not split.hostname:
+    try:
+        split = urlsplit(address)
+        host, own_port = split.hostname, split.port
+    except ValueError:  # its message may hold half of a password
+        raise ValueError("its host cannot be read, or its port is no number") from None
+    if not host:
         raise ValueError(f"no host in {shown(address)}")
-    return split.hostname, port if split.port is None else split.port
+    return host, port if own_port is None else own_port

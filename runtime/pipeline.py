@@ -230,9 +230,10 @@ class Pipeline:
     def _raise_missed(self) -> None:
         missed = [sink for sink in self.sinks if sink.error is not None]
         if missed:
-            counts = ", ".join(f"{sink.name} {sink.missed}" for sink in missed)
-            raise OutputError(f"results and events that were not written: {counts}. "
-                              f"{missed[0].error}")  # fmt: skip
+            counts = ", ".join(f"{sink.name} {sink.missed}" for sink in missed if sink.missed)
+            why = " ".join(str(sink.error) for sink in missed)
+            why = f"results and events that were not written: {counts}. {why}" if counts else why
+            raise OutputError(why)
 
     def _end(self, threads: list[threading.Thread]) -> None:
         self.stop.ask()

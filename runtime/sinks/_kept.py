@@ -39,14 +39,22 @@ class Kept:
                 self._sink.take(step)
                 self._wait_s = FIRST_WAIT_S
                 return
-        except OutputError as e:
-            self.failures += 1
-            if self.error is None:
-                log.warning("%s The stream goes on; %s is tried again.", e, self.name)
-            self.error = e
+        except BrokenPipeError:  # whoever read it has seen enough
+            raise
+        except (OutputError, OSError, UnicodeError) as e:
+            first, error = self.error is None, self._failed(e)
+            if first:
+                log.warning("%s The stream goes on; %s is tried again.", error, self.name)
             self._again_s = time.monotonic() + self._wait_s
             self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S)
         self.missed += (step.result is not None) + len(step.events)
+
+    def _failed(self, e: Exception) -> OutputError:
+        """Count and keep a failure; return it as the error that it is to the user."""
+        self.failures += 1
+        why = getattr(e, "strerror", None) or e
+        self.error = e if isinstance(e, OutputError) else OutputError(f"{self.name}: {why}.")
+        return self.error
 
     def __enter__(self) -> Kept:
         self._sink.__enter__()
@@ -58,4 +66,15 @@ class Kept:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._sink.__exit__(kind, error, trace)
+        """Leave the sink. Its failure is kept: the sinks left after it learn how the stream ended.
+
+        Where something else ended the stream, nobody will raise the failure, so it is told here.
+        """
+        try:
+            self._sink.__exit__(kind, error, trace)
+        except BrokenPipeError:
+            raise
+        except (OutputError, OSError, UnicodeError) as e:
+            failed = self._failed(e)
+            if kind is not None:
+                log.warning("%s", failed)

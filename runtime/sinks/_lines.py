@@ -33,7 +33,8 @@ class Lines:
             OutputError: they cannot be written; what did not fit on the disk is taken back.
         """
         self._open()
-        data = text.encode()
+        data = text.encode(errors="backslashreplace")  # a file's name may be no UTF-8
+        size = len(data)
         try:
             while data:
                 data = data[os.write(self._handle, data) :]
@@ -44,7 +45,7 @@ class Lines:
             raise OutputError(
                 f"cannot write {self._path}: {e.strerror}. It holds whole lines up to here."
             ) from e
-        self._whole_bytes += len(text.encode())
+        self._whole_bytes += size
 
     def close(self, kind: type[BaseException] | None) -> None:
         """End the file; one that nothing was written to begins where the run ended well."""

@@ -93,7 +93,7 @@ class JsonLines:
         if text and self._lines is not None:
             self._lines.write(text)
         elif text:
-            sys.stdout.write(text)
+            sys.stdout.write(text.encode(errors="backslashreplace").decode())
             sys.stdout.flush()
 
     def __enter__(self) -> JsonLines:

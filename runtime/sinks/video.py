@@ -147,7 +147,10 @@ class Video:
         self._writer.write(drawn)
         self._written += 1
         if self._written % LOOKED_AT == 0:
-            free = shutil.disk_usage(self._temporary.parent).free
+            try:
+                free = shutil.disk_usage(self._temporary.parent).free
+            except OSError as e:  # its mount went
+                raise OutputError(f"cannot write {self._path}: {e.strerror}.") from e
             if free < ROOM_BYTES:
                 raise OutputError(
                     f"cannot write {self._path}: the disk is full ({free} bytes are left). "

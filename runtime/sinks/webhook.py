@@ -46,9 +46,9 @@ class Webhook:
 
     def __init__(self, url: str) -> None:
         """Take the address."""
-        self.name = addresses.shown(url)
         split = urlsplit(url)
         netloc = split.netloc.rpartition("@")[2]
+        self.name = f"{split.scheme}://{netloc}"  # a webhook's path is often its token
         self._url = urlunsplit(split._replace(netloc=netloc))
         self._headers = {
             "Content-Type": "application/json",

@@ -21,6 +21,7 @@ SOURCES = "vmoe.runtime.sources"
 # States of a source. A live one is stalled when it is silent for half of its read timeout.
 OPENING, RUNNING, STALLED, REOPENING, ENDED = "opening", "running", "stalled", "reopening", "ended"
 STATES = (OPENING, RUNNING, STALLED, REOPENING, ENDED)
+PATHS = {"file", "images"}  # sources that take names of any kind
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def open(name: str, settings: SourceSettings | None = None) -> Source:
     """
     settings = settings or SourceSettings()
     modules = {kind: registry.load(SOURCES, kind, "source") for kind in registry.names(SOURCES)}
-    for module in _file_last(modules):
+    for module in _paths_last(modules):
         if module.claims(name):
             source: Source = module.open(name, settings)
             return source
@@ -101,6 +102,6 @@ def open(name: str, settings: SourceSettings | None = None) -> Source:
     )
 
 
-def _file_last(modules: dict[str, ModuleType]) -> list[ModuleType]:
-    """Return the modules with the file source last: any name may be a file's."""
-    return sorted(modules.values(), key=lambda module: module.__name__.endswith(".file"))
+def _paths_last(modules: dict[str, ModuleType]) -> list[ModuleType]:
+    """Return the modules with pictures and files last: a folder may be called `test`."""
+    return [modules[kind] for kind in sorted(modules, key=lambda kind: (kind in PATHS, kind))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator, Iterable, Iterator
 
@@ -19,8 +20,8 @@ Given = clips.Frame | tuple[float, clips.Frame]
 class IteratorSource:
     """See `Source`. What is iterated runs in the capture thread, and is closed there.
 
-    Items are frames, uint8 [H, W, 3] RGB, 1 / fps apart; or pairs of a timestamp in seconds, which
-    must rise, and a frame.
+    Items are frames, uint8 [H, W, 3] RGB, 1 / fps apart; or pairs of a timestamp in seconds and a
+    frame. A timestamp that steps back begins a new epoch.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class IteratorSource:
         """Yield what is given.
 
         Raises:
-            SourceError: an item that is no frame, or a timestamp that steps back.
+            SourceError: an item that is no frame.
         """
         items: Iterator[Given] = iter(self._given)
         start_s: float | None = None
+        epoch, last_s = 0, -math.inf
         try:
             for number, item in enumerate(items):
                 if stop.asked():
@@ -55,7 +57,8 @@ class IteratorSource:
                 own_s = now - start_s if self.live else number / self.fps
                 t_s, pixels = item if isinstance(item, tuple) else (own_s, item)
                 self._check(pixels, number)
-                yield Frame(pixels, float(t_s), number, 0, now, 0.0)
+                epoch, last_s = epoch + (t_s < last_s), t_s
+                yield Frame(pixels, float(t_s), number, epoch, now, 0.0)
         finally:
             self.state = ENDED
             close = getattr(items, "close", None)

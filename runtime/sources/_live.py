@@ -80,6 +80,7 @@ class LiveSource(ABC):
         sequence, epoch, tries, wait_s = 0, 0, 0, FIRST_WAIT_S
         try:
             while not stop.asked():
+                before = sequence
                 for frame in self._epochs(sequence, epoch, stop):
                     sequence, epoch, tries = frame.sequence + 1, frame.epoch, 0
                     wait_s = FIRST_WAIT_S
@@ -91,7 +92,8 @@ class LiveSource(ABC):
                     log.warning("%s. Reopening it.", self._lost(sequence))
                 self._state = REOPENING
                 sleep(wait_s, stop)
-                epoch, tries, wait_s = epoch + 1, tries + 1, min(2 * wait_s, LONGEST_WAIT_S)
+                epoch += sequence > before  # a connection that gave no frame was no epoch
+                tries, wait_s = tries + 1, min(2 * wait_s, LONGEST_WAIT_S)
         finally:
             self._state = ENDED
 

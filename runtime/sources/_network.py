@@ -22,7 +22,7 @@ def why_not(address: str, port: int) -> str:
         return f"{e}. Write scheme://user:password@host:port/path."
     try:
         socket.create_connection((host, port), timeout=ASK_S).close()
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):  # such as cam..local
         return f"the host {host} is not known. Look at its name."
     except TimeoutError:
         return f"{host} port {port} does not answer. Is it on, and on this network?"

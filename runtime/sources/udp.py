@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
+from urllib.parse import urlsplit
+
 from vmoe.runtime import addresses
 
 from . import SourceSettings
@@ -17,7 +20,28 @@ def claims(name: str) -> bool:
 
 def open(name: str, settings: SourceSettings) -> UdpSource:
     """Return the source; it listens at the address given, and nowhere else."""
-    return UdpSource(addresses.shown(name), name, settings)
+    return UdpSource(addresses.shown(name), bound(name), settings)
+
+
+def bound(address: str) -> str:
+    """Return an address with its host as FFmpeg's `localaddr`, without which all are listened to.
+
+    A multicast group is joined, not bound to; a `localaddr` of the user's own stays.
+    """
+    try:
+        host = urlsplit(address).hostname
+    except ValueError:
+        return address
+    if not host or "localaddr=" in address or _is_multicast(host):
+        return address
+    return f"{address}{'&' if '?' in address else '?'}localaddr={host}"
+
+
+def _is_multicast(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_multicast
+    except ValueError:  # a name
+        return False
 
 
 class UdpSource(NetworkSource):
@@ -28,5 +52,6 @@ class UdpSource(NetworkSource):
     def _why_missing(self) -> str | None:
         return (
             f"nothing that can be decoded came within {self.open_timeout_s:g} s. Send MPEG-TS "
-            "there: ffmpeg -re -i VIDEO -f mpegts ADDRESS; and look at the port."
+            "there: ffmpeg -re -i VIDEO -f mpegts ADDRESS; the address must be one of this machine "
+            "or a multicast group; and look at the port."
         )

@@ -20,7 +20,7 @@ from vmoe import opencv
 from vmoe.errors import SourceError
 from vmoe.runtime import addresses, sources
 from vmoe.runtime.frames import Frame, Stop
-from vmoe.runtime.sources import ENDED, OPENING, REOPENING, RUNNING, STALLED, SourceSettings
+from vmoe.runtime.sources import ENDED, OPENING, REOPENING, RUNNING, STALLED, SourceSettings, udp
 from vmoe.runtime.sources._iterator import IteratorSource
 from vmoe.runtime.sources.stdin import StdinSource
 
@@ -138,12 +138,15 @@ def test_a_stream_that_is_lost_for_good_is_an_error_without_its_password(ts: Pat
         ("rtsp://u:sesame@127.0.0.1:1/x", "127.0.0.1 port 1: Connection refused"),
         ("http://u:sesame@no.invalid/x?token=sesame", "the host no.invalid is not known"),
         ("rtsp://:99999/x", "Write scheme://user:password@host:port/path"),
+        ("rtsp://admin:ses/ame@cam/1", "its port is no number. Write scheme://"),
+        ("rtsp://cam..local/1", r"the host cam\.\.local is not known"),
     ],
 )
 def test_why_an_address_cannot_be_opened(address: str, why: str) -> None:
     with pytest.raises(SourceError, match=why) as e:
         list(sources.open(address).frames(Stop()))
     assert "sesame" not in str(e.value)
+    assert "ses" not in str(e.value)  # nor half of one
 
 
 def test_a_server_without_video_says_so(tmp_path: Path) -> None:
@@ -202,11 +205,29 @@ def test_udp(ts: Path) -> None:
     source = sources.open(f"udp://127.0.0.1:{port}", SourceSettings(read_timeout_s=0.5))
     with Watched(source) as seen, servers.udp(ts, FRAMES, port) as silent:
         seen.until(count=10)
+        listening = [
+            line.split()[1]
+            for name in ("udp", "udp6")
+            for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+        ]
         silent.set()
         seen.until(state=REOPENING)
         seen.stop.ask()
+    here = [where for where in listening if where.endswith(f":{port:04X}")]
+    assert here == [f"0100007F:{port:04X}"]  # 127.0.0.1 and no other
     got = numbers(seen.frames[:10])
     assert got == list(range(got[0], got[0] + 10))
+
+
+def test_udp_is_bound_to_its_host_alone() -> None:
+    for given, bound in (
+        ("udp://10.0.0.7:5000?fifo_size=9", "udp://10.0.0.7:5000?fifo_size=9&localaddr=10.0.0.7"),
+        ("udp://[::1]:5000", "udp://[::1]:5000?localaddr=::1"),
+        ("udp://239.0.0.1:5000", "udp://239.0.0.1:5000"),
+        ("udp://@:5000", "udp://@:5000"),
+        ("udp://10.0.0.7:5000?localaddr=10.0.0.8", "udp://10.0.0.7:5000?localaddr=10.0.0.8"),
+    ):
+        assert udp.bound(given) == bound
 
 
 # --- stdin, pictures, a program's own frames ----------------------------------------------------
@@ -308,6 +329,8 @@ def test_frames_of_a_program() -> None:
     assert got[-1].t_s == pytest.approx(0.2)
     timed = list(IteratorSource([(3.5, given[0]), (4.5, given[1])]).frames(Stop()))
     assert [frame.t_s for frame in timed] == [3.5, 4.5]
+    back = [(1.0, given[0]), (2.0, given[1]), (0.0, given[2]), (1.0, given[3])]
+    assert [frame.epoch for frame in IteratorSource(back).frames(Stop())] == [0, 0, 1, 1]
     for wrong, said in ((np.zeros((4, 4, 3)), r"frame 0 is float64 \[4, 4, 3\]"), ("x", "is str")):
         with pytest.raises(SourceError, match=said):
             list(IteratorSource([wrong]).frames(Stop()))  # type: ignore[list-item]
@@ -322,7 +345,12 @@ def test_frames_of_a_program() -> None:
         ("rtsp://admin:pa:ss@cam.local:554/1", "rtsp://admin:***@cam.local:554/1"),
         ("rtsp://admin:p@ss@cam.local/1", "rtsp://admin:***@cam.local/1"),
         ("rtsp://admin:p/a@cam.local/1", "rtsp://admin:***@cam.local/1"),
-        ("http://cam:8080/live@2x.m3u8", "http://cam:8080/live@2x.m3u8"),
+        ("rtsp://admin:1234/x@cam/1", "rtsp://admin:***@cam/1"),
+        ("rtsp://admin:12#34@cam/1", "rtsp://admin:***@cam/1"),
+        ("http://cam:8080/live@2x.m3u8", "http://cam:***@2x.m3u8"),  # it may be a password
+        ("http://cam:8080/live?mail=a@b", "http://cam:8080/live?mail=a@b"),
+        ("rtsp://h/user=admin_password=XYZ_channel=1.sdp", "rtsp://h/user=admin_password=***"),
+        ("http://h/v?loginuse=admin&loginpas=8888", "http://h/v?loginuse=admin&loginpas=***"),
         ("http://cam/a?user=me&password=x&q=1", "http://cam/a?user=me&password=***&q=1"),
         ("https://cam/a?access_token=x#t", "https://cam/a?access_token=***#t"),
         ("rtsp://admin@cam/1", "rtsp://admin@cam/1"),

@@ -45,7 +45,7 @@ def test_a_webhook_that_never_answers_is_counted_and_its_password_is_not_said(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("vmoe"), "propagate", True)
-    url = f"http://me:sesame@127.0.0.1:{servers.free_port()}/x"
+    url = f"http://me:sesame@127.0.0.1:{servers.free_port()}/services/sesame"
     with pytest.raises(OutputError, match="2 messages never arrived, 0 did") as e:
         feed(webhook.open(url), told("start", "end"))
     assert caplog.text.count("Connection refused. It is tried again.") == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -104,6 +106,70 @@ def test_a_sink_that_fails_is_tried_again_and_what_it_misses_is_counted(
     kept.take(step)
     assert (sink.seen, kept.failures, kept.missed) == (2, 2, 5)
     assert caplog.text.count("cannot write flaky: full. The stream goes on; flaky is tried") == 1
+
+
+class Failing(Flaky):
+    """A sink that fails as it is told, also when it is left; it notes how."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error, self.left_with = error, "never"
+
+    def take(self, step: Step) -> None:
+        raise self.error
+
+    def __exit__(self, *error: object) -> None:
+        self.left_with = str(error[0])
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device"), "flaky: No space left on device."),
+        (UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates"), "flaky: 'utf-8' codec can't"),
+        (OutputError("cannot write it."), "cannot write it."),
+    ],
+)
+def test_whatever_a_sink_fails_with_stays_its_own(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vmoe"), "propagate", True)
+    first, last = Failing(error), Failing(error)
+    with contextlib.ExitStack() as stack:
+        kept = [stack.enter_context(_kept.Kept(sink)) for sink in (first, last)]
+        kept[0].take(Step(None, result(), FPS))
+    assert (kept[0].failures, kept[0].missed, kept[1].failures) == (2, 1, 1)
+    assert str(kept[1].error).startswith(said)
+    assert first.left_with == last.left_with == "None"
+    caplog.clear()
+    with pytest.raises(ZeroDivisionError), _kept.Kept(first):
+        raise ZeroDivisionError
+    assert said in caplog.text  # nobody else will tell
+    with pytest.raises(BrokenPipeError), _kept.Kept(Failing(BrokenPipeError())) as broken:
+        broken.take(Step(None, result(), FPS))
+
+
+def test_a_name_that_is_no_utf8_is_written_as_json_escapes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = dataclasses.replace(result(), source="a\udcff.mp4")
+    for path in (tmp_path / "a.jsonl", None):
+        feed(jsonl.open(path), [Step(None, named, FPS)])
+        text = path.read_text() if path else capsys.readouterr().out
+        assert json.loads(text)["source"] == named.source
+
+
+def test_a_video_whose_disk_has_gone_is_an_error_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(path: Path) -> None:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(video.shutil, "disk_usage", gone)
+    with pytest.raises(OutputError, match=r"cannot write .*a\.avi: Stale file handle"):
+        feed(video.open(tmp_path / "a.avi"), steps(video.LOOKED_AT + 1))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_line_for_a_person(capsys: pytest.CaptureFixture[str]) -> None:

@@ -213,6 +213,14 @@ def test_an_unknown_kind_says_what_there_is() -> None:
         sources.open("gopher://x")
 
 
+def test_a_folder_called_test_does_not_take_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "test").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert sources.open("test").live
+
+
 def test_camera_names() -> None:
     assert [camera._index(n) for n in ("0", "12", "/dev/video3", "camera 1")] == [0, 12, 3, 1]
     assert [camera._index(n) for n in ("a.mp4", "test", "-1", "/dev/sda")] == [None] * 4
