@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vmoe.attacks.loop import as_found
+from vmoe.errors import SettingError
 from vmoe.models import VideoMoE
 from vmoe.runtime.guard.profile import Profile
 from vmoe.settings import Settings, opt
@@ -126,7 +127,15 @@ def attack(
 
     Returns:
         The frames of the last step, on the grid of uint8, within eps of the given ones.
+
+    Raises:
+        SettingError: the guard counts, and its filter has no gradient.
     """
+    if settings.weight and profile.filter not in ("off", "median"):
+        raise SettingError(
+            f"the guard's filter is {profile.filter!r}, which has no gradient here; attack a "
+            "profile of median or off, or say weight 0."
+        )
     generator = torch.Generator().manual_seed(settings.seed)
     radius = int(255 * settings.eps + 1e-6) / 255
     start = (2 * torch.rand(frames.shape, generator=generator) - 1) * settings.eps

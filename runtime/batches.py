@@ -20,6 +20,7 @@ from .frames import POLL_S, Stop
 from .guard import terms
 from .lanes import Lane, Work
 from .settings import StreamSettings
+from .sources import RUNNING
 
 AT_ONCE = 64  # steps of one stream in one round
 
@@ -102,7 +103,8 @@ class Batches:
         """Return how long the windows that are due may still wait for those of other streams."""
         firsts = [lane.work.first() for lane in self._open]
         due = [work.window for work in firsts if work is not None and work.window is not None]
-        enough = len(due) >= min(self._most, len(self._open))
+        running = sum(lane.source.state == RUNNING for lane in self._open)  # others give nothing
+        enough = len(due) >= min(self._most, running)
         if not (self._budget_s and due) or enough or self._stop.asked():
             return 0.0
         oldest_s = min(window.arrived_s for window in due)

@@ -115,10 +115,21 @@ def command(
     if len(given) > 1 and given != ["source", "list"]:
         raise SettingError(f"--{given[0]} and --{given[1]} exclude each other; give one.")
     if settings.replay is not None:
+        _refuse_address(settings.replay)
         settings = dataclasses.replace(
             settings, source=(str(settings.replay),), buffer="block", max_staleness=None
         )
     _run(bundle, settings, as_json=as_json, stop=stop)
+
+
+def _refuse_address(replay: Path) -> None:
+    """Refuse an address as --replay; as a path it has lost a slash, and may hold a password."""
+    found = re.match(r"([a-z][a-z0-9+.-]+):/(.*)", str(replay), re.I | re.S)
+    if found and not replay.exists():
+        address = addresses.shown(f"{found[1]}://{found[2]}")
+        raise SettingError(
+            f"--replay is {address}; it is a video file. Use --source for addresses."
+        )
 
 
 def _is_given(settings: RunSettings, flag: str) -> bool:
@@ -262,8 +273,11 @@ def _refuse_one_file(settings: RunSettings, names: Sequence[str]) -> None:
     """Refuse to write over what is read, or two results into one file."""
     files = [("--source", Path(name)) for name in names]
     files = files if settings.replay is None else [("--replay", settings.replay)]
-    written = [(f"--{flag.replace('_', '-')}", getattr(settings, flag)) for flag in FILES]
+    flags = [("list", settings.list), ("guard_profile", settings.guard_profile)]
+    files += [(_flag(name), path) for name, path in flags if path is not None]
+    written = [(_flag(name), getattr(settings, name)) for name in FILES]
     written = [(flag, path) for flag, path in written if path is not None]
+    written += [("--save", path) for path in _saved(settings, len(names))]
     pairs = itertools.chain(itertools.product(files, written), itertools.combinations(written, 2))
     for (first, one), (second, other) in pairs:
         same = os.path.realpath(one) == os.path.realpath(other)
@@ -271,6 +285,18 @@ def _refuse_one_file(settings: RunSettings, names: Sequence[str]) -> None:
             same = same or one.samefile(other)
         if same:
             raise SettingError(f"{first} and {second} are one file ({other}); name another.")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _saved(settings: RunSettings, streams: int) -> list[Path]:
+    """Return the videos that --save writes, one for each stream."""
+    path = settings.save
+    if path is None or streams == 1:
+        return [] if path is None else [path]
+    return [path.with_stem(f"{path.stem}-{stream}") for stream in range(streams)]
 
 
 def _sinks(settings: RunSettings, streams: int, *, as_json: bool, stop: Stop) -> list[Sink]:
@@ -299,9 +325,7 @@ def _sinks(settings: RunSettings, streams: int, *, as_json: bool, stop: Stop) ->
     if settings.save is not None:
         from .sinks import video
 
-        for stream in range(streams):
-            path = settings.save
-            path = path if streams == 1 else path.with_stem(f"{path.stem}-{stream}")
+        for stream, path in enumerate(_saved(settings, streams)):
             sinks.append(video.open(path, overwrite=overwrite, stream=stream))
     if settings.show:
         from .sinks import window
@@ -329,8 +353,8 @@ def _ends_on_signals(stop: Stop) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-FILES = ("save", "jsonl", "events", "csv", "guard_calibrate")
-OUTPUTS = {*FILES, "mqtt", "webhook", "page", "metrics", "show", "overwrite"}
+FILES = ("jsonl", "events", "csv", "guard_calibrate")
+OUTPUTS = {*FILES, "save", "mqtt", "webhook", "page", "metrics", "show", "overwrite"}
 SHARED = {"backend", "device", "threads"}  # flags of vmoe-bench too
 NEXT_S = 20.0  # how long the next command watches what has no end
 
@@ -358,6 +382,6 @@ def _given(settings: RunSettings, names: Container[str]) -> list[str]:
         if field.name not in names or value == field.default:
             continue
         for one in value if isinstance(value, tuple) else (value,):
-            words.append("--" + field.name.replace("_", "-"))
+            words.append(_flag(field.name))
             words += [] if one is True else [addresses.shown(str(one))]
     return words

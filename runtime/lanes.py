@@ -218,6 +218,8 @@ class Lane:
         shares = results.softmax(prediction.logits[0])
         if self._guard is not None:
             result, shares = self._guarded(self._guard, work.window, result, shares, filtered)
+            if result.guard is not None and result.guard.acted == VOTE:
+                result = results.later(result, time.monotonic() - ended_s)
         seen = Seen(shares, result.epoch, result.t_first_s, result.t_s, result.t_capture)
         smoothed = self._smoother.update(seen)
         result = replace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -160,6 +160,17 @@ def make(
         route_margin=float(ordered[0] - ordered[1]) if len(ordered) > 1 else 1.0,
         route_entropy=max(0.0, float(-(weights * np.log(np.maximum(weights, 1e-30))).sum())),
         stage_ms={**window.stage_ms, **stages},
+    )
+
+
+def later(result: Result, seconds: float) -> Result:
+    """Return a result whose label was there so much later: the engine ran once more for it."""
+    ms = seconds * 1000
+    return replace(
+        result,
+        t_label=result.t_label + seconds,
+        age_ms=result.age_ms + ms,
+        stage_ms={**result.stage_ms, "infer_ms": result.stage_ms["infer_ms"] + ms},
     )
 
 

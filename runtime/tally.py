@@ -62,6 +62,7 @@ class Tally:
         self._began_s = time.monotonic()
         self._first_frame_s: float | None = None
         self._last: Result | None = None
+        self._captured_s = 0.0  # when its frame was there; t_capture may be a file's own clock
 
     def begin(self, arrived_s: float) -> None:
         """Note when the first frame was there, on `time.monotonic`'s clock."""
@@ -80,10 +81,11 @@ class Tally:
             label_age_ms = (result.t_label - self._last.t_capture) * 1000
             self.times_ms["label_age_ms"].append(label_age_ms)
         self._last = result
+        self._captured_s = time.monotonic() - result.age_ms / 1000
 
     def label_age_s(self) -> float | None:
         """Return how old the label that stands is now, in seconds; None before the first."""
-        return None if self._last is None else max(0.0, time.time() - self._last.t_capture)
+        return None if self._last is None else time.monotonic() - self._captured_s
 
     @staticmethod
     def total(tallies: Sequence[Tally]) -> Tally:

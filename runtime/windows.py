@@ -28,6 +28,7 @@ EARLY_S = 1e-6  # timestamps are floats: a frame this much before its time is on
 # than half a spacing from every frame), and that is no habit of the source: a slow one is regular.
 BREAK_SPACINGS = 2
 BREAK_USUAL = 3
+PROMPT_S = 30.0  # the promptest frame of one to two such times is what others are late against
 REMEMBERED = 16  # newest distances between frames, whose median is the usual one
 
 
@@ -88,7 +89,7 @@ class Windows:
         dropped: frames that the source or its queue lost.
         duplicated: frames with the timestamp of the one before; they are in no window.
         late: frames that came more than half a spacing later, by their timestamps, than the
-            promptest of their epoch.
+            promptest of about the last minute (two clocks drift apart).
         frame_s: median distance between the first frames, in seconds; 0 before it is known.
         epoch: of the newest frame: the source's own, and one more for every break in its times.
     """
@@ -124,7 +125,9 @@ class Windows:
         self._next = 0  # the sequence that comes next where nothing is lost
         self._lost = 0
         self._broken = False
-        self._prompt_s = 0.0  # the least that a frame of the epoch came after its timestamp
+        # The least that a frame came after its timestamp, in this half minute and the one before.
+        self._prompt_s = self._prompt_before_s = 0.0
+        self._half_s = 0.0  # when this half minute began
 
     def push(self, frame: Frame) -> Window | None:
         """Take a frame; return the window that ends with it, if one is due.
@@ -173,7 +176,8 @@ class Windows:
             self._broken = last is not None
             self.epoch = frame.epoch + self._breaks
             self._begin(frame.t_s)
-            self._prompt_s = frame.arrived_s - frame.t_s
+            self._prompt_s = self._prompt_before_s = frame.arrived_s - frame.t_s
+            self._half_s = frame.arrived_s
         elif self.frame_s == 0.0:  # of two neighbours, however many were lost between them
             steps = frame.sequence - last.sequence
             self._distances.append((frame.t_s - last.t_s) / max(1, steps))
@@ -184,8 +188,12 @@ class Windows:
 
     def _count_late(self, frame: Frame) -> None:
         after_s = frame.arrived_s - frame.t_s
+        if frame.arrived_s - self._half_s > PROMPT_S:
+            self._half_s = frame.arrived_s
+            self._prompt_before_s, self._prompt_s = self._prompt_s, after_s
         self._prompt_s = min(self._prompt_s, after_s)
-        self.late += after_s - self._prompt_s > self._spec.spacing_s / 2
+        prompt_s = min(self._prompt_s, self._prompt_before_s)
+        self.late += after_s - prompt_s > self._spec.spacing_s / 2
 
     def _begin(self, t_s: float) -> None:
         """Forget what was, at the first frame of an epoch."""

@@ -147,8 +147,11 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def broker() -> Iterator[tuple[int, list[tuple[str, bytes]]]]:
-    """Be an MQTT 3.1.1 broker that takes what is published; yield its port, and what it took."""
+def broker(loses: int = 0) -> Iterator[tuple[int, list[tuple[str, bytes]]]]:
+    """Be an MQTT 3.1.1 broker that takes what is published; yield its port, and what it took.
+
+    It hangs up, once, instead of confirming the message of the number `loses`.
+    """
     taken: list[tuple[str, bytes]] = []
     server = socket.create_server(("127.0.0.1", 0))
 
@@ -161,20 +164,26 @@ def broker() -> Iterator[tuple[int, list[tuple[str, bytes]]]]:
             if byte < 128:
                 return kind, client.recv(length, socket.MSG_WAITALL) if length else b""
 
+    def talk(client: socket.socket) -> None:
+        while True:
+            kind, body = packet(client)
+            if kind >> 4 == 1:  # connect
+                client.sendall(b"\x20\x02\x00\x00")
+            elif kind >> 4 == 3:  # publish
+                size = int.from_bytes(body[:2], "big")
+                taken.append((body[2 : 2 + size].decode(), body[4 + size :]))
+                if len(taken) == loses:
+                    return
+                client.sendall(b"\x40\x02" + body[2 + size : 4 + size])
+            elif kind >> 4 == 12:  # ping
+                client.sendall(b"\xd0\x00")
+
     def serve() -> None:
-        with contextlib.suppress(OSError, IndexError):
-            client, _ = server.accept()
-            with client:
-                while True:
-                    kind, body = packet(client)
-                    if kind >> 4 == 1:  # connect
-                        client.sendall(b"\x20\x02\x00\x00")
-                    elif kind >> 4 == 3:  # publish
-                        size = int.from_bytes(body[:2], "big")
-                        taken.append((body[2 : 2 + size].decode(), body[4 + size :]))
-                        client.sendall(b"\x40\x02" + body[2 + size : 4 + size])
-                    elif kind >> 4 == 12:  # ping
-                        client.sendall(b"\xd0\x00")
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = server.accept()
+                with client, contextlib.suppress(OSError, IndexError):
+                    talk(client)
 
     thread = threading.Thread(target=serve)
     thread.start()

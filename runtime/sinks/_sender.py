@@ -29,7 +29,7 @@ class Sender(Generic[T]):
     """
 
     def __init__(self, name: str, send: Callable[[T], None]) -> None:
-        """Take what sends one message, and raises OSError where it fails."""
+        """Take what sends one message, and raises OSError or ValueError where it fails."""
         self.sent = self.failures = self.dropped = 0
         self._name, self._send = name, send
         self._waiting: deque[T] = deque()
@@ -42,10 +42,10 @@ class Sender(Generic[T]):
         self._thread.start()
 
     def put(self, message: T) -> None:
-        """Add a message; never waits."""
+        """Add a message; never waits. The first one is under way, so the second is dropped."""
         with self._changed:
             if len(self._waiting) >= WAITING:
-                self._waiting.popleft()
+                del self._waiting[1]
                 self.dropped += 1
             self._waiting.append(message)
             self._changed.notify()
@@ -75,31 +75,33 @@ class Sender(Generic[T]):
                     self._changed.wait()
                 if not self._waiting:
                     return
-                message = self._waiting.popleft()
+                message = self._waiting[0]  # it stays there, and counted, until it has arrived
             try:
                 self._send(message)
-            except OSError as e:
-                self._failed(message, e)
-                if self._is_over():
-                    return
-                with self._changed:
-                    if self._ended_s is None:
-                        self._changed.wait(wait_s)
-                    else:
-                        self._changed.wait(FIRST_WAIT_S)
+            except (OSError, ValueError) as e:
+                self._failed(e)
+                self._pause(wait_s)
                 wait_s = min(2 * wait_s, LONGEST_WAIT_S)
             else:
+                with self._changed:
+                    self._waiting.popleft()
                 self.sent, wait_s = self.sent + 1, FIRST_WAIT_S
+            if self._is_over():
+                return
 
-    def _failed(self, message: T, e: OSError) -> None:
+    def _failed(self, e: Exception) -> None:
         self.failures += 1
         if self.failures == 1:
-            log.warning("%s: %s. It is tried again.", self._name, e.strerror or e)
+            why = getattr(e, "strerror", None) or e
+            log.warning("%s: %s. It is tried again.", self._name, why)
+
+    def _pause(self, wait_s: float) -> None:
+        """Wait before a message is sent again: until the end begins, then shortly."""
         with self._changed:
-            if len(self._waiting) < WAITING:
-                self._waiting.appendleft(message)
+            if self._ended_s is None:
+                self._changed.wait_for(lambda: self._ended_s is not None, wait_s)
             else:
-                self.dropped += 1
+                self._changed.wait(FIRST_WAIT_S)
 
     def _is_over(self) -> bool:
         return self._ended_s is not None and time.monotonic() > self._ended_s + END_S

@@ -57,13 +57,13 @@ class Webhook:
         if split.username:
             pair = f"{unquote(split.username)}:{unquote(split.password or '')}"
             self._headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
-        self._sender: Sender[Event] = Sender(self.name, self._post)
+        self.sender: Sender[Event] = Sender(self.name, self._post)
 
     def take(self, step: Step) -> None:
         """Post starts and ends."""
         for event in step.events:
             if event.kind != UPDATE:
-                self._sender.put(event)
+                self.sender.put(event)
 
     def _post(self, event: Event) -> None:
         data = json.dumps(event.to_json()).encode()
@@ -80,7 +80,7 @@ class Webhook:
             raise OSError(f"it does not answer as HTTP does ({type(e).__name__})") from e
 
     def __enter__(self) -> Webhook:
-        self._sender.start()
+        self.sender.start()
         return self
 
     def __exit__(
@@ -89,4 +89,4 @@ class Webhook:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._sender.end(kind)
+        self.sender.end(kind)

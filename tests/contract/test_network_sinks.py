@@ -15,7 +15,7 @@ from tests import servers
 from tests.contract.test_sinks import FPS, feed, result, steps
 from vmoe.errors import MissingDependencyError, OutputError, SettingError
 from vmoe.runtime.guard import Verdict
-from vmoe.runtime.sinks import Step, _sender, csv, mqtt, webhook
+from vmoe.runtime.sinks import Step, _kept, _sender, csv, mqtt, webhook
 from vmoe.runtime.smoothing import Event
 
 
@@ -62,10 +62,41 @@ def test_a_slow_peer_delays_nobody_and_what_it_misses_is_counted() -> None:
     for number in range(_sender.WAITING + 50):
         sender.put(number)
     assert time.monotonic() - began < 0.5
-    sender._waiting.clear()
     with pytest.raises(OutputError, match="messages never arrived"):
         sender.end()
+    sender._thread.join()
     assert sender.dropped >= 49
+    assert sender.sent + sender.dropped == _sender.WAITING + 50
+
+
+@pytest.mark.parametrize("error", [OSError("gone"), ValueError("no number")])
+def test_what_never_arrives_is_counted_with_the_sink(error: Exception) -> None:
+    def fail(message: object) -> None:
+        raise error
+
+    sink = webhook.open("http://127.0.0.1/x")
+    sink.sender = _sender.Sender(sink.name, fail)
+    with _kept.Kept(sink) as kept:
+        for step in told("start", "end"):
+            kept.take(step)
+    assert kept.missed == 2  # the one that was under way, too
+    assert kept.failures >= 2
+    assert "2 messages never arrived, 0 did" in str(kept.error)
+
+
+def test_mqtt_after_an_outage_sends_nothing_twice_and_says_that_it_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("paho.mqtt.client", reason="paho-mqtt is not installed")
+    monkeypatch.setattr(_sender, "END_S", 3.0)
+    monkeypatch.setattr(mqtt, "ARRIVES_S", 0.1)  # tried again while the broker is away
+    with servers.broker(loses=2) as (port, taken):
+        sink = mqtt.open(f"mqtt://127.0.0.1:{port}")
+        feed(sink, told("start"))
+    said = [topic.removeprefix("vmoe/") for topic, _ in taken]
+    assert said == ["available", "0/result", "available", "0/result", "0/event", "available"]
+    assert [taken[2][1], taken[-1][1]] == [b"online", b"offline"]
+    assert sink.sender.failures > 1
 
 
 def test_mqtt_has_results_events_and_whether_vmoe_is_there() -> None:

@@ -347,6 +347,13 @@ def test_what_is_read_is_never_written(run: Run, bundle: Path, movie: Path, tmp_
         refused(done, 2, f"--source and {flag} are one file ({name})")
     args = ("--save", "o.mkv", "--jsonl", "d/../o.mkv")
     refused(run(bundle, "--source", "a.mp4", *args), 2, "--save and --jsonl are one file")
+    shutil.copy(movie, tmp_path / "o-1.mp4")
+    two = ("--source", "o-1.mp4", "--source", "test", "--save", "o.mp4", "--overwrite")
+    refused(run(bundle, *two), 2, "--source and --save are one file (o-1.mp4)")
+    (tmp_path / "l.txt").write_text("a.mp4\n")
+    args = ("--list", "l.txt", "--csv", "l.txt", "--overwrite")
+    refused(run(bundle, *args), 2, "--list and --csv are one file (l.txt)")
+    refused(run(bundle, "--replay", "rtsp://u:ses/ame@cam/1"), 2, "--replay is rtsp://u:***@cam/1;")
     assert (tmp_path / "a.mp4").read_bytes() == movie.read_bytes()
     assert not (tmp_path / "o.mkv").exists()
 

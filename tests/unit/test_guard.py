@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -176,7 +178,9 @@ def test_a_stream_is_calibrated_watched_and_acted_on(
     found = {}
     for mode, on_alarm in ((MONITOR, ABSTAIN), (ENFORCE, ABSTAIN), (ENFORCE, VOTE)):
         settings = StreamSettings(hop=0.1, guard=mode, guard_profile=path, on_alarm=on_alarm)
-        found[mode, on_alarm] = run(engine, attacked, settings)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(engine, "run_all", _slow(engine.run_all))
+            found[mode, on_alarm] = run(engine, attacked, settings)
     watched, refused, voted = found.values()
     alarms = [r.guard.alarm for r in watched if r.guard]
     assert sum(alarms[:14]) <= 3
@@ -189,6 +193,15 @@ def test_a_stream_is_calibrated_watched_and_acted_on(
     by_all = [r for r in voted if r.guard and r.guard.acted == VOTE]
     assert len(by_all) == sum(alarms)
     assert {r.label for r in by_all} == {"waving"}  # what all experts of this model say
+    assert min(min(r.age_ms, r.stage_ms["infer_ms"]) for r in by_all) > 20  # the vote counts
+
+
+def _slow(run_all: Any) -> Any:
+    def slow(clip: Any) -> Any:
+        time.sleep(0.02)
+        return run_all(clip)
+
+    return slow
 
 
 def test_a_profile_of_another_model_or_pace_is_refused(engine: Engine, tmp_path: Path) -> None:

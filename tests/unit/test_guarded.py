@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from tests.twins import lively
 from vmoe.attacks import guarded
 from vmoe.attacks.guarded import StreamAttackSettings
+from vmoe.errors import SettingError
 from vmoe.runtime.guard import MONITOR, Guard, profile, terms
 from vmoe.runtime.guard.profile import Profile
 
@@ -90,3 +93,6 @@ def test_the_attack_stays_in_the_ball_on_the_grid_and_lowers_the_guards_score() 
             out = twin(moved[idx].transpose(1, 2))
         found[weight] = guarded.score(clean, out.logits.softmax(1), out.scores.softmax(1)).mean()
     assert found[10.0] < found[0.0]
+    jpeg = dataclasses.replace(clean, filter="jpeg")
+    with pytest.raises(SettingError, match="the guard's filter is 'jpeg', which has no gradient"):
+        guarded.attack(twin, frames, idx, jpeg, StreamAttackSettings(weight=1.0))

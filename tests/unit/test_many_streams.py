@@ -16,8 +16,10 @@ from vmoe.errors import SettingError, SourceError
 from vmoe.runtime import Engine, Pipeline, SourceSettings, Stream, StreamSettings, load, threads
 from vmoe.runtime.engine import Prediction
 from vmoe.runtime.frames import Frame, Stop
+from vmoe.runtime.lanes import Work
 from vmoe.runtime.results import Result
-from vmoe.runtime.sources import ENDED, RUNNING
+from vmoe.runtime.sources import ENDED, REOPENING, RUNNING
+from vmoe.runtime.windows import Window
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,16 @@ def test_silent_and_lost_streams_delay_nobody(engine: Engine) -> None:
                 stop.ask()
     assert time.monotonic() - began < 10
     assert len(got) == 14
+
+
+def test_a_batch_waits_for_streams_that_run_alone(engine: Engine) -> None:
+    dead, good = Silent(), Coloured("good", 255)
+    pipeline = Pipeline(engine, [dead, good], StreamSettings(latency_budget=1e6))
+    window = Window(0, np.zeros((1,), np.uint8), 0, 0, 0, 0, 0, time.monotonic(), False, 0, {})
+    pipeline.lanes[1].work.put(Work(None, window))
+    assert pipeline._batches._worth_waiting_s() > 0
+    dead.state = REOPENING
+    assert pipeline._batches._worth_waiting_s() == 0
 
 
 def test_windows_that_are_too_old_are_not_labelled(engine: Engine) -> None:

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from tests import bundles, videos
+from tests.contract.test_sinks import result
 from vmoe.clips import ClipSpec
 from vmoe.errors import OutputError, SettingError, SourceError
 from vmoe.runtime import Engine, Pipeline, StreamSettings, load, watch
 from vmoe.runtime.frames import BLOCK, LATEST, OLDEST, Frame, Handover, Stop
 from vmoe.runtime.sinks import Step
 from vmoe.runtime.sources import RUNNING
+from vmoe.runtime.tally import Tally
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +205,9 @@ def test_the_tally_says_what_was_counted(engine: Engine) -> None:
     assert said["age_ms"]["p50"] <= said["age_ms"]["p95"] <= said["age_ms"]["p99"]
     assert "27 labelled" in "\n".join(pipeline.tally.lines())
     assert Pipeline(engine, [Given(1)]).tally.to_json()["age_ms"] is None
+    replayed = Tally()
+    replayed.add(result())  # its t_capture is a file's own time
+    assert 0.0125 <= (replayed.label_age_s() or 0) < 600
 
 
 def test_a_full_handover_does_as_its_policy_says() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -134,6 +135,16 @@ def test_a_source_that_becomes_slow_is_broken_only_until_that_is_usual() -> None
     made = run(Windows(SPEC, "x", sampling="nearest"), frames(times))
     assert len({w.epoch for w in made}) == 2
     assert [w.epoch for w in made][-30:] == [made[-1].epoch] * 30
+
+
+def test_late_is_against_the_last_minute_since_clocks_drift() -> None:
+    windows = Windows(SPEC, "x")
+    (one,) = frames([0.0])
+    for i in range(3000):
+        windows.push(replace(one, t_s=i / 10, sequence=i, arrived_s=i / 10 * 1.0005))
+    assert windows.late == 0  # against the first frame the last would be 0.15 s late
+    windows.push(replace(one, t_s=300.0, sequence=3000, arrived_s=300.4))
+    assert windows.late == 1
 
 
 def test_only_small_frames_are_kept_and_no_more_than_needed() -> None:
