@@ -275,9 +275,9 @@ def _refuse_one_file(settings: RunSettings, names: Sequence[str]) -> None:
     files = files if settings.replay is None else [("--replay", settings.replay)]
     flags = [("list", settings.list), ("guard_profile", settings.guard_profile)]
     files += [(_flag(name), path) for name, path in flags if path is not None]
-    written = [(_flag(name), getattr(settings, name)) for name in FILES]
-    written = [(flag, path) for flag, path in written if path is not None]
-    written += [("--save", path) for path in _saved(settings, len(names))]
+    flags = [(name, getattr(settings, name)) for name in FILES]
+    written = [("--save", path) for path in _saved(settings, len(names))]
+    written += [(_flag(name), path) for name, path in flags if path is not None]
     pairs = itertools.chain(itertools.product(files, written), itertools.combinations(written, 2))
     for (first, one), (second, other) in pairs:
         same = os.path.realpath(one) == os.path.realpath(other)

@@ -72,10 +72,10 @@ class Mqtt:
         if split.scheme == "mqtts":
             self._client.tls_set()
         self._client.will_set(f"{self._topic}/available", "offline", qos=1, retain=True)
+        self._there = threading.Event()  # set while the broker is
         self._client.reconnect_delay_set(1, LONGEST_WAIT_S)
         self._client.on_connect = self._connected
         self._client.on_disconnect = lambda *_: self._there.clear()
-        self._there = threading.Event()  # set while the broker is
         self._begun = False
         self._flying: paho.MQTTMessageInfo | None = None  # the message that is under way
         self.sender: Sender[tuple[str, dict[str, Any]]] = Sender(self.name, self._publish)
