@@ -20,7 +20,16 @@ from vmoe import opencv
 from vmoe.errors import SourceError
 from vmoe.runtime import addresses, sources
 from vmoe.runtime.frames import Frame, Stop
-from vmoe.runtime.sources import ENDED, OPENING, REOPENING, RUNNING, STALLED, SourceSettings, udp
+from vmoe.runtime.sources import (
+    ENDED,
+    OPENING,
+    REOPENING,
+    RUNNING,
+    STALLED,
+    SourceSettings,
+    _live,
+    udp,
+)
 from vmoe.runtime.sources._iterator import IteratorSource
 from vmoe.runtime.sources.stdin import StdinSource
 
@@ -117,6 +126,23 @@ def test_a_frozen_server_is_found_out_within_twice_the_read_timeout(ts: Path) ->
     assert numbers(seen.frames[:before]) == list(range(before))
     assert numbers(seen.frames[before : before + 5]) == list(range(5))
     assert seen.frames[before].epoch == seen.frames[0].epoch + 1
+
+
+def test_only_connections_that_gave_a_frame_are_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_live, "FIRST_WAIT_S", 0.01)
+    given = [1, 0, 0, 2]  # frames of each connection
+
+    class Shaky(_live.LiveSource):
+        def _shots(self, stop: Stop) -> Iterator[_live.Shot]:
+            for i in range(given.pop(0)):
+                yield _live.Shot(videos.picture(i), i / 10, time.monotonic(), 1.0)
+
+        def _why_missing(self) -> str | None:
+            return None
+
+    frames = Shaky("x", SourceSettings(reconnect=5)).frames(Stop())
+    assert [frame.epoch for frame in itertools.islice(frames, 3)] == [0, 1, 1]
+    frames.close()
 
 
 def test_a_stream_that_is_lost_for_good_is_an_error_without_its_password(ts: Path) -> None:
