@@ -21,7 +21,7 @@ SOURCES = "vmoe.runtime.sources"
 # States of a source. A live one is stalled when it is silent for half of its read timeout.
 OPENING, RUNNING, STALLED, REOPENING, ENDED = "opening", "running", "stalled", "reopening", "ended"
 STATES = (OPENING, RUNNING, STALLED, REOPENING, ENDED)
-PATHS = {"file", "images"}  # sources that take names of any kind
+PATHS = ("images", "file")  # sources that take names of any kind, asked last
 
 
 @dataclass(frozen=True)
@@ -104,4 +104,5 @@ def open(name: str, settings: SourceSettings | None = None) -> Source:
 
 def _paths_last(modules: dict[str, ModuleType]) -> list[ModuleType]:
     """Return the modules with pictures and files last: a folder may be called `test`."""
-    return [modules[kind] for kind in sorted(modules, key=lambda kind: (kind in PATHS, kind))]
+    others = sorted(set(modules) - set(PATHS))
+    return [modules[kind] for kind in (*others, *PATHS)]

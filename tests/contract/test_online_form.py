@@ -35,6 +35,7 @@ from vmoe.runtime import Engine, Pipeline, StreamSettings, load
 from vmoe.runtime.backends import ENGINES
 from vmoe.runtime.frames import Frame, Stop
 from vmoe.runtime.online import Follower, OnlineWindows
+from vmoe.runtime.sources import RUNNING
 
 SPEC = ClipSpec(frames=11, spacing_s=0.1, height=32, width=32)
 LABELS = ("a", "b", "c", "d")
@@ -204,7 +205,7 @@ def test_a_follower_says_of_every_window_what_the_window_says(engine: Engine, se
 class Given:
     """A source of noise, 20 frames a second, that is connected anew in the middle."""
 
-    name, live, fps = "given", False, 20.0
+    name, live, fps, state = "given", False, 20.0, RUNNING
 
     def frames(self, stop: Stop) -> Generator[Frame, None, None]:
         for i, pixels in enumerate(stream(120)[0]):

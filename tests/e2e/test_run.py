@@ -21,7 +21,7 @@ import pytest
 from tests import bundles, videos
 from vmoe import latest, opencv
 from vmoe.clips import ClipSpec
-from vmoe.data import folder
+from vmoe.data import _decode
 from vmoe.runtime import load
 
 RUN = [sys.executable, "-c", "from vmoe.runtime.cli import main; main(prog_name='vmoe-run')"]
@@ -160,7 +160,7 @@ def test_several_sources_one_of_them_lost(
 
 
 def test_a_replay_gives_the_labels_of_offline_evaluation(run: Run, tmp_path: Path) -> None:
-    """The offline side is what trains and attacks: vmoe.data.folder's clips, all in one batch."""
+    """The offline side is what trains and attacks: vmoe.data's clips, all in one batch."""
     cv2 = opencv.quiet()
     fourcc = cv2.VideoWriter_fourcc(*"FFV1")
     writer = cv2.VideoWriter(str(tmp_path / "a.mkv"), cv2.CAP_FFMPEG, fourcc, 15.0, (160, 120))
@@ -174,10 +174,10 @@ def test_a_replay_gives_the_labels_of_offline_evaluation(run: Run, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     got = lines_of(done.stdout)
     with load(latest.shipped()) as engine:
-        video = folder.read(tmp_path / "a.mkv", engine.bundle.spec)
-        assert video.frames is not None
-        clips = video.clips[1:]  # live, the first window is a whole window after the first frame
-        offline = engine.infer(video.frames[clips])
+        path, spec = tmp_path / "a.mkv", engine.bundle.spec
+        every, _ = _decode.cut(_decode.timestamps(path), spec)
+        clips = every[1:]  # live, the first window is a whole window after the first frame
+        offline = engine.infer(np.stack([_decode.decode(path, clip, spec) for clip in clips]))
         labels = [engine.bundle.labels[i] for i in offline.logits.argmax(axis=1)]
     assert [line["frame_last"] for line in got] == [int(clip[-1]) for clip in clips]
     assert [line["frame_first"] for line in got] == [int(clip[0]) for clip in clips]

@@ -218,7 +218,7 @@ def _tell(found: Found, split: str, survey: _Survey) -> None:
                 found.where, split, len(names), of, fate, some(names),
             )  # fmt: skip
             for name in names[NAMED:]:
-                log.debug("%s: %s", fate, name)
+                log.debug("%s: %s", fate, _printable(name))
 
 
 def _in_turn(files: Files) -> Iterator[tuple[str, Path]]:
@@ -234,4 +234,9 @@ def is_video(path: Path) -> bool:
 def some(names: Sequence[str]) -> str:
     """Return the first few names, and how many more there are."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    return ", ".join(map(_printable, names[:NAMED])) + more
+
+
+def _printable(name: str) -> str:
+    """Return a name as any log can hold it: what is no UTF-8 in it is escaped."""
+    return name.encode("utf-8", "backslashreplace").decode()
