@@ -138,7 +138,7 @@ def test_the_model_that_ships_is_small_whole_and_knows_its_recipe() -> None:
     read = bundle.read(latest.SHIPPED)  # proves every hash
     assert (read.path / "twin.safetensors").stat().st_size < 3_000_000
     held = checkpoint.load(read.path / "twin.safetensors")
-    assert held.recipe["run"]["method"] == "j-tlat"
+    assert held.recipe["run"]["method"] == "j-tlat-plus"
     assert held.twin.settings.experts == read.experts == 4
 
 

@@ -130,10 +130,12 @@ def test_a_worker_that_is_killed_is_an_error_and_no_hang(data: DataSet) -> None:
 
 PARENT = """
 if __name__ == "__main__":
-    import multiprocessing, time
+    import multiprocessing, signal, time
     from vmoe.clips import ClipSpec
     from vmoe.data import DataSettings, open_data
     from vmoe.loading import Loader
+    # What starts the tests in the background may have it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     data = open_data("camera-motion", "train", ClipSpec(4, 0.1, 32, 32), DataSettings(clips=4))
     with Loader(data, 2, workers=1) as loader:
         next(loader.batches())
