@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bindings import VERSIONS, Bindings, install
 from vmoe.clips import ClipSpec
 
 # torch's threads spin while they wait: on a shared machine they make tests three times as long.
@@ -75,3 +76,10 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     # A toy on a machine that others use: what it takes proves nothing.
     export(tiny_checkpoint, path, ExportSettings(gate_sparsity=1e3))
     return path
+
+
+@pytest.fixture(scope="session", params=VERSIONS)
+def bindings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bindings:
+    """Return TensorRT's Python bindings of each version that we support, or skip with a reason."""
+    root = tmp_path_factory.getbasetemp()
+    return install(request.param, root.parent if hasattr(request.config, "workerinput") else root)
