@@ -10,13 +10,16 @@ import click
 
 from vmoe import bundle as bundles
 from vmoe import cli, latest, output, report
-from vmoe.errors import MissingDependencyError, SettingError
+from vmoe.errors import SettingError
 from vmoe.models import flops
 from vmoe.runtime.bench.certificate import BOUND
+from vmoe.settings import to_mapping
 
 from . import pipeline
 from .pipeline import Exported
 from .plan import ExportSettings, Plan, calibration_of
+from .tensorrt import pipeline as trt_pipeline
+from .tensorrt.settings import BuildSettings
 
 log = cli.log
 
@@ -26,11 +29,13 @@ log = cli.log
     "vmoe-export",
     "vmoe-export runs/train/mine/best.safetensors --lowering if --int8 --out runs/export/mine",
     "vmoe-export runs/train/mine/best.safetensors --counterpart --lowering if",
+    "vmoe-export runs/train/mine/best.safetensors --trt --fp16 --timing-cache runs/timing.cache",
 )
 @click.argument("checkpoint", metavar="[CKPT]", required=False, type=click.Path(path_type=Path))
 @click.option("--onnx", is_flag=True, help="ONNX parts, for ONNX Runtime. [default]")
-@click.option("--trt", is_flag=True, help="TensorRT plans: not in this version.")
+@click.option("--trt", is_flag=True, help="TensorRT plans, for this machine's GPU alone.")
 @cli.options(ExportSettings)
+@cli.options(BuildSettings)
 @click.option("--out", type=click.Path(path_type=Path),
               help="The bundle's folder. [default: runs/export/NAME-LOWERING]")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
@@ -48,25 +53,30 @@ def main(
     CKPT is a checkpoint, a training's folder, or a bundle that carries its twin; left out, it is
     the newest under runs/, else the one that ships. The bundle is loaded again and compared with
     the twin on --device (auto is the CPU); one that does not pass its gates is refused (exit
-    code 3), and kept as NAME.rejected with its report.
+    code 3), and kept as NAME.rejected with its report. With --trt, plans are built of its parts,
+    and are judged in the same way on the GPU that they were built for.
     """
-    _refuse_later(onnx=onnx, trt=trt)
-    settings = cli.resolve(ExportSettings, flags, config)
+    settings, build = _settings(flags, config, onnx=onnx, trt=trt)
     if out is not None:
         output.refuse_existing(out, overwrite=overwrite)
         output.probe(out)
     path, line = latest.checkpoint(checkpoint)
     log.info("%s", line)
     plan = pipeline.plan(path, settings, seed)
-    folder = out or plan.default_out
+    folder = out or (plan.default_out.with_name(f"{plan.name}-trt") if build else plan.default_out)
     output.refuse_existing(folder, overwrite=overwrite)
     cost = flops.count(plan.checkpoint.twin)
     log.info("%s", _describe(plan, cost))
     if dry_run:
         planned = _planned(plan, folder, cost)
+        if build:
+            planned |= trt_pipeline.planned(build, planned["parts"], settings)
         cli.print_json(planned) if as_json else click.echo(_lines(planned))
         return
-    made = pipeline.run(plan, folder, overwrite=overwrite, device=device)
+    if build:
+        made = trt_pipeline.run(plan, folder, build, overwrite=overwrite, device=device)
+    else:
+        made = pipeline.run(plan, folder, overwrite=overwrite, device=device)
     if as_json:
         cli.print_json({"bundle": str(folder), **report.plain(made.report)})
     else:
@@ -76,16 +86,22 @@ def main(
         log.info("next: %s", next_line)
 
 
-def _refuse_later(*, onnx: bool, trt: bool) -> None:
-    """Say honestly what this version does not build, before any work is done."""
+def _settings(
+    flags: dict[str, Any], config: Path | None, *, onnx: bool, trt: bool
+) -> tuple[ExportSettings, BuildSettings | None]:
+    """Return the plan of export, and, with --trt, how plans are built."""
     if onnx and trt:
         raise SettingError("--onnx and --trt exclude each other: choose one.")
+    settings = cli.resolve(ExportSettings, flags, config)
+    build = cli.resolve(BuildSettings, flags, config)
     if trt:
-        raise MissingDependencyError(
-            "TensorRT plans are not in this version of vmoe, whether TensorRT is installed or not. "
-            "Leave --trt out: the ONNX bundle runs sparse on ONNX Runtime "
-            "(pip install 'vmoe[cpu]' or 'vmoe[gpu]')."
-        )
+        return trt_pipeline.as_asked(settings), build
+    default = to_mapping(BuildSettings())
+    given = [f"--{key.replace('_', '-')}" for key, value in to_mapping(build).items()
+             if value != default[key]]  # fmt: skip
+    if given:
+        raise SettingError(f"{' and '.join(given)} is for --trt: give that too, or leave it out.")
+    return settings, None
 
 
 def _describe(plan: Plan, cost: flops.Flops) -> str:
@@ -138,7 +154,11 @@ def _gates(settings: ExportSettings) -> dict[str, Any]:
 
 
 def _lines(planned: dict[str, Any]) -> str:
-    return "\n".join(f"{key}: {_said(value)}" for key, value in planned.items())
+    lines = []
+    for key, value in planned.items():
+        steps = value if key == "build" else [_said(value)]
+        lines += [f"{key}: {step}" for step in steps]
+    return "\n".join(lines)
 
 
 def _said(value: Any) -> str:

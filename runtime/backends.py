@@ -119,7 +119,7 @@ def _reads(module: ModuleType, bundle: Bundle) -> bool:
 
 
 def _runs_on(module: ModuleType, device: str) -> bool:
-    return not device.startswith("cuda") or "cuda" in module.DEVICES
+    return device == "auto" or device.partition(":")[0] in module.DEVICES
 
 
 def _formats(bundle: Bundle) -> str:

@@ -119,8 +119,17 @@ def install(version: str, root: Path) -> Bindings:
 
 
 def _download(wheel: str, folder: Path) -> None:
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary",
-               ":all:", "--timeout", "20", "--retries", "1", "--target", str(folder), wheel]  # fmt: skip
+    options = [
+        "--quiet",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--timeout",
+        "20",
+        "--retries",
+        "1",
+    ]
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(folder), wheel]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         shutil.rmtree(folder, ignore_errors=True)
