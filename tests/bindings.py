@@ -108,7 +108,7 @@ def install(version: str, root: Path) -> Bindings:
     folder = root / f"tensorrt-{version}"
     if not folder.exists():
         made = root / f"{folder.name}.{os.getpid()}"
-        _download(VERSIONS[version], made)
+        download([VERSIONS[version]], made)
         _compile(version, made / "lib")
         (made / "tensorrt.py").write_text(ALIAS)
         try:
@@ -118,7 +118,8 @@ def install(version: str, root: Path) -> Bindings:
     return Bindings(version, folder)
 
 
-def _download(wheel: str, folder: Path) -> None:
+def download(wheels: list[str], folder: Path) -> None:
+    """Install wheels, and nothing that they depend on, into a folder; skip where that fails."""
     options = [
         "--quiet",
         "--no-deps",
@@ -129,12 +130,12 @@ def _download(wheel: str, folder: Path) -> None:
         "--retries",
         "1",
     ]
-    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(folder), wheel]
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(folder), *wheels]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         shutil.rmtree(folder, ignore_errors=True)
         said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        pytest.skip(f"{wheel} cannot be installed here: {(said or ['pip failed'])[-1]}")
+        pytest.skip(f"{wheels[0]} cannot be installed here: {(said or ['pip failed'])[-1]}")
 
 
 def _compile(version: str, folder: Path) -> None:

@@ -99,7 +99,7 @@ class Fake(ModuleType):
         plain = {"int": int, "typing.SupportsInt": int, "str": str, "bool": bool, "float": float}
         if kind in plain:
             return isinstance(value, plain[kind]) and (kind == "bool" or value is not True)
-        if kind.endswith("buffer") or kind.endswith("Buffer"):
+        if kind.endswith(("buffer", "Buffer")):
             return isinstance(value, (bytes, bytearray, memoryview))
         if kind in ("tuple", "list"):
             return type(value).__name__ == kind
@@ -331,8 +331,8 @@ class Fake(ModuleType):
             weight = next((held[n] for n in node.input if n in held), None)
             if node.op_type in ("Conv", "Gemm", "MatMul") and weight is not None:
                 word = WORDS[weight.data_type]
-                layers.append({"Name": node.name, "LayerType": "CaskConvolution",
-                               "Weights": {"Type": word, "Count": int(np.prod(weight.dims))}})  # fmt: skip
+                weights = {"Type": word, "Count": int(np.prod(weight.dims))}
+                layers.append({"LayerType": "CaskConvolution", "Weights": weights})
         return json.dumps({"Layers": [{"Name": "r", "LayerType": "Reformat"}, *layers]})
 
     def _Refitter___init__(self, me: Any, engine: Any, logger: Any) -> None:

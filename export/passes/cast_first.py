@@ -44,10 +44,10 @@ def _cast(graph: GraphProto, clip: str) -> None:
         nodes.append(node)
     kept = [value for value in graph.value_info if value.name not in now]
     made = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    for field, held in ((graph.node, made), (graph.value_info, kept)):
-        held = list(held)
-        del field[:]  # type: ignore[attr-defined]
-        field.extend(held)  # type: ignore[attr-defined]
+    del graph.node[:]
+    graph.node.extend(made)
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
 
 
 def _is_float_cast(node: NodeProto) -> bool:

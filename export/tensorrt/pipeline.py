@@ -41,8 +41,9 @@ def as_asked(settings: ExportSettings) -> ExportSettings:
     """
     if settings.lowering != "split":
         raise SettingError(
-            f"--trt builds the lowering split, where the host routes; --lowering {settings.lowering} "
-            "would run every expert, or without CUDA graphs. Leave it out."
+            "--trt builds the lowering split, where the host routes; "
+            f"{settings.lowering} would run every expert, or without CUDA graphs. "
+            "Leave --lowering out."
         )
     if settings.form != WINDOW:
         raise SettingError(f"--trt is not for --form {settings.form}: leave one of them out.")

@@ -147,7 +147,7 @@ class Gpu:
         address = self.call("cuMemHostAlloc", max(1, size), 0)
         self._frees.append(("cuMemFreeHost", address))
         held = (ctypes.c_uint8 * size).from_address(int(address))
-        return np.frombuffer(held, np.uint8)
+        return np.ctypeslib.as_array(held)
 
     def free(self, address: int) -> None:
         """Free memory of the device now; else `close` does."""

@@ -71,8 +71,8 @@ def test_a_dry_run_needs_no_tensorrt_and_prints_the_whole_build(
         "int8_form: s8s8",
         "passes: cast_first",
         "build: profile: batch 1 to 6, fastest at 2",
-        "build: flags: no-TF32, STRIP_PLAN, REFIT_IDENTICAL; level 3, workspace 512 MiB, other GPUs "
-        "ampere-plus, one stream",
+        "build: flags: no-TF32, STRIP_PLAN, REFIT_IDENTICAL; level 3, workspace 512 MiB, other "
+        "GPUs ampere-plus, one stream",
         "build: timing cache: t.cache",
         "build: router: router.onnx (fp32, cast of pixels first) -> router.plan, "
         "router.layers.json, router.onnx",

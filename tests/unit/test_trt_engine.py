@@ -72,7 +72,7 @@ def test_a_plan_that_was_not_built_here_is_not_loaded_but_with_trust(trt: Fake, 
     ("change", "said"),
     [
         ({"tensorrt": "10.9.0"}, "TensorRT 10.9.0, not 10.3.0"),
-        ({"tensorrt": "10.9.0", "version_compatible": True}, "TensorRT 10.9.0 or newer, not 10.3.0"),
+        ({"tensorrt": "10.9", "version_compatible": True}, "TensorRT 10.9 or newer, not 10.3.0"),
         ({"capability": "9.0", "gpu": "NVIDIA H100"},
          "compute capability 9.0, not 8.7 (NVIDIA Test)"),
         ({"gpu": "Orin"}, "Orin, not NVIDIA Test"),
