@@ -307,16 +307,6 @@ def test_a_tensorrt_whose_libraries_are_missing(
         backend.module()
 
 
-def test_memory_that_there_is_not(gpu: Driver) -> None:
-    made = Gpu()
-    gpu.fail = {"cuMemAlloc": CUresult.CUDA_ERROR_OUT_OF_MEMORY}
-    with pytest.raises(EngineMismatchError, match="cuMemAlloc failed: CUDA_ERROR_OUT_OF_MEMORY"):
-        made.alloc(1 << 40)
-    made.close()
-    made.close()
-    assert gpu.left() == {}
-
-
 def test_a_note_that_cannot_be_written_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
