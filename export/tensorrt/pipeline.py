@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vmoe import bundle as bundles
-from vmoe import output, report
+from vmoe import output
 from vmoe.errors import SettingError
 from vmoe.export import latency, optimize, parity, verify
 from vmoe.export import pipeline as onnx_pipeline
@@ -89,7 +89,7 @@ def run(
             said = {**_kept(made.report), **said, "seconds": stages.seconds,
                     "gates": [gate.to_report() for gate in gates],
                     "size_bytes": {file.name: file.stat().st_size for file in folder.iterdir()},
-                    "built_on": report.plain(at.machine)}  # fmt: skip
+                    "built_on": at.machine.to_json()}  # fmt: skip
             settle(folder, rejected, said, gates, len(sample.clips))
     return Exported(bundles.read(out), said, findings)
 

@@ -47,6 +47,10 @@ class Machine(NamedTuple):
     system: str
     gpu: GpuFacts
 
+    def to_json(self) -> dict[str, Any]:
+        """Return it as a report has it."""
+        return {"tensorrt": self.tensorrt, "system": self.system, "gpu": self.gpu._asdict()}
+
 
 def machine(trt: Any, gpu: GpuFacts) -> Machine:
     """Return what this machine is, by its TensorRT and its GPU."""

@@ -193,6 +193,10 @@ class TensorRt:
                 pieces.append(loaded.answer(min(self._most, len(put.clips) - start)))
         return {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
 
+    def graphs(self) -> dict[str, dict[int, bool]]:
+        """Return, for each plan and batch that was run, whether it runs as a CUDA graph."""
+        return {loaded.name: dict(loaded.captured) for loaded in self._loaded}
+
     def close(self) -> None:
         """Free plans and memory; a second call does nothing."""
         with self._lock:
@@ -225,6 +229,7 @@ class Loaded:
         self._on_device = {p.name: gpu.alloc(self._most * _row_bytes(p)) for p in self._ports}
         self._on_host = {p.name: gpu.pinned(self._most * _row_bytes(p)) for p in self._ports}
         self._launches: dict[int, Callable[[], None]] = {}
+        self.captured: dict[int, bool] = {}  # by batch
 
     def forget(self) -> None:
         """Drop what was prepared with memory that is about to go."""
@@ -270,8 +275,11 @@ class Loaded:
         enqueue()  # what is set up at a first run cannot be captured
         gpu.wait()
         try:
-            return gpu.capture(enqueue)
+            launch = gpu.capture(enqueue)
+            self.captured[size] = True
+            return launch
         except EngineMismatchError as e:
+            self.captured[size] = False
             log.warning("%s, batch %d: runs without a CUDA graph: %s", self.name, size, e)
             return enqueue
 

@@ -1,4 +1,4 @@
-"""CUDA's driver, as plans are run by it; over a fake, and where there is a GPU over the real one."""
+"""CUDA's driver as plans are run by it: over a fake, and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(device: Gpu) -> None:
         device.upload(held, memory)
         raise EngineMismatchError("no")
 
-    with pytest.raises(EngineMismatchError, match="^no$"):
+    with pytest.raises(EngineMismatchError, match=r"^no$"):
         device.capture(broken)
     held[:] = 7
     device.upload(held, memory)
