@@ -90,12 +90,12 @@ def _settings(
     flags: dict[str, Any], config: Path | None, *, onnx: bool, trt: bool
 ) -> tuple[ExportSettings, BuildSettings | None]:
     """Return the plan of export, and, with --trt, how plans are built."""
-    if onnx and trt:
-        raise SettingError("--onnx and --trt exclude each other: choose one.")
     settings = cli.resolve(ExportSettings, flags, config)
     build = cli.resolve(BuildSettings, flags, config)
-    if trt:
-        return trt_pipeline.as_asked(settings), build
+    if onnx and (trt or build.torch_trt):
+        raise SettingError("--onnx and --trt exclude each other: choose one.")
+    if trt or build.torch_trt:
+        return trt_pipeline.as_asked(settings, build), build
     default = to_mapping(BuildSettings())
     given = [f"--{key.replace('_', '-')}" for key, value in to_mapping(build).items()
              if value != default[key]]  # fmt: skip

@@ -96,7 +96,7 @@ def build(trt: Any, onnx: bytes, name: str, settings: BuildSettings, cache: byte
         raise VmoeError(f"{name}: TensorRT finds no plan: {log_.said()}.")
     made = bytes(memoryview(plan))
     measured = bytes(memoryview(held.serialize())) if held is not None else b""
-    return Made(made, _inspect(trt, made, name, settings, log_), measured)
+    return Made(made, inspected(trt, made, name, settings), measured)
 
 
 def _errors(parser: Any, log_: Any) -> str:
@@ -164,10 +164,13 @@ def _timing_cache(config: Any, cache: bytes, log_: Any) -> Any:
     return None
 
 
-def _inspect(
-    trt: Any, plan: bytes, name: str, settings: BuildSettings, log_: Any
-) -> dict[str, Any]:
-    """Return what the plan's layers are, for the best batch: else sizes and types are not said."""
+def inspected(trt: Any, plan: bytes, name: str, settings: BuildSettings) -> dict[str, Any]:
+    """Return what a plan's layers are, for the best batch: else sizes and types are not said.
+
+    Raises:
+        VmoeError: the plan cannot be loaded, or what is said of it cannot be read.
+    """
+    log_ = _plan.logger(trt)
     runtime = constructed(lambda: trt.Runtime(log_), "Runtime", log_)
     if settings.version_compatible:
         runtime.engine_host_code_allowed = True

@@ -7,7 +7,7 @@ more: what its layers compute in (`proof`).
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,15 @@ from vmoe.runtime import load
 from vmoe.runtime.backends import REPORTED
 from vmoe.runtime.engines import _plan
 
-from . import plans
+from . import plans, torch_trt
+from .builder import Made
 from .settings import BuildSettings
 
 BACKEND = "tensorrt"
 CPU_ONLY = ("joined", "flat", "direct", "winograd")  # forms of --optimize: for a CPU's kernels
 
 
-def as_asked(settings: ExportSettings) -> ExportSettings:
+def as_asked(settings: ExportSettings, build: BuildSettings) -> ExportSettings:
     """Return how the ONNX of plans is exported: symmetric int8, and no form that is for CPUs.
 
     Raises:
@@ -49,6 +50,8 @@ def as_asked(settings: ExportSettings) -> ExportSettings:
         raise SettingError(f"--trt is not for --form {settings.form}: leave one of them out.")
     if settings.optimize in CPU_ONLY:
         raise SettingError(f"--optimize {settings.optimize} is for CPUs: with --trt leave it out.")
+    if build.torch_trt:
+        torch_trt.check(settings, build)
     form = "s8s8" if settings.int8 else settings.int8_form
     return replace(settings, optimize="none", int8_form=form)
 
@@ -71,6 +74,8 @@ def run(
         VmoeError: TensorRT cannot build a part.
     """
     at = plans.here(device, settings)
+    if settings.torch_trt:
+        torch_trt.module()
     rejected = out.with_name(out.name + REJECTED)
     output.refuse_existing(out, overwrite=overwrite)
     output.refuse_existing(rejected, overwrite=True)
@@ -81,7 +86,8 @@ def run(
             made = onnx_pipeline.run(plan, Path(temporary) / "onnx")
         with output.whole_folder(out, overwrite=overwrite) as folder:
             with stages.stage("build", f"TensorRT {at.machine.tensorrt}, {at.machine.gpu.name}"):
-                _, proven = plans.write(made.bundle, folder, settings, at)
+                make = _by_torch(plan, settings, at, device) if settings.torch_trt else None
+                _, proven = plans.write(made.bundle, folder, settings, at, make)
             sample = sample_of(plan)
             with stages.stage("check", f"against the twin on {len(sample.clips)} clips"):
                 gates, findings, said = _judge(plan, sample, folder, device)
@@ -92,6 +98,13 @@ def run(
                     "built_on": at.machine.to_json()}  # fmt: skip
             settle(folder, rejected, said, gates, len(sample.clips))
     return Exported(bundles.read(out), said, findings)
+
+
+def _by_torch(
+    plan: Plan, settings: BuildSettings, at: plans.Here, device: str
+) -> Callable[[str], Made]:
+    gpu = "cuda:0" if device == "auto" else device
+    return torch_trt.builder(plan.checkpoint, plan.settings, settings, at.trt, gpu)
 
 
 def _judge(

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,7 +78,11 @@ def check(bundle: Bundle) -> None:
 
 
 def write(
-    source: Bundle, folder: Path, settings: BuildSettings, at: Here
+    source: Bundle,
+    folder: Path,
+    settings: BuildSettings,
+    at: Here,
+    make: Callable[[str], builder.Made] | None = None,
 ) -> tuple[Bundle, list[Gate]]:
     """Build every part of a bundle into a folder, with the manifest and what the proof found.
 
@@ -87,6 +91,7 @@ def write(
         folder: inside of `output.whole_folder`.
         settings: how.
         at: this machine.
+        make: builds a part by its name, from something else than its ONNX.
 
     Raises:
         VmoeError: TensorRT cannot read a graph, or finds no plan.
@@ -98,7 +103,7 @@ def write(
         begin = time.monotonic()
         check_part(source.path, part)
         graph = as_read(source.path / part.file)
-        made = builder.build(at.trt, graph, name, settings, cache)
+        made = make(name) if make else builder.build(at.trt, graph, name, settings, cache)
         cache = made.cache or cache
         parts[name] = _part(part, name, made, graph, folder, settings, at.machine)
         gates += proof.gates(name, part.layers, parts[name].layers)
@@ -164,7 +169,9 @@ def planned(settings: BuildSettings, names: list[str], precision: Mapping[str, s
     """Return, one line each, all that a build would do: for --dry-run, which needs no TensorRT."""
     least, best, most = settings.batch
     cache = settings.timing_cache
+    by = "torch-tensorrt, from the twin's modules" if settings.torch_trt else "the ONNX parser"
     lines = [
+        f"by: {by}",
         "network: strongly typed, one for each part: a layer computes in what the ONNX says",
         f"profile: batch {least} to {most}, fastest at {best}",
         f"flags: {', '.join(builder.flags(settings)) or 'none'}; level {settings.opt_level}, "

@@ -39,6 +39,9 @@ class BuildSettings(Settings):
         "plans without weights: those of the ONNX beside them are put in when they are loaded",
     )
     refit: bool = opt(False, "plans whose weights can be changed later; slower")
+    torch_trt: bool = opt(
+        False, "--trt by torch-tensorrt, around TensorRT's ONNX parser: a cross-check of it"
+    )
     tf32: bool = opt(False, "let fp32 layers round their inputs to 10 bits, the router's too")
 
     def __post_init__(self) -> None:
