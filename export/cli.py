@@ -19,6 +19,7 @@ from . import pipeline
 from .pipeline import Exported
 from .plan import ExportSettings, Plan, calibration_of
 from .tensorrt import pipeline as trt_pipeline
+from .tensorrt.from_onnx import command as from_onnx_command
 from .tensorrt.settings import BuildSettings
 
 log = cli.log
@@ -34,6 +35,8 @@ log = cli.log
 @click.argument("checkpoint", metavar="[CKPT]", required=False, type=click.Path(path_type=Path))
 @click.option("--onnx", is_flag=True, help="ONNX parts, for ONNX Runtime. [default]")
 @click.option("--trt", is_flag=True, help="TensorRT plans, for this machine's GPU alone.")
+@click.option("--from-onnx", is_flag=True, help="With --trt: plans of the ONNX parts of a bundle "
+              "as they are; on a machine without torch, too.")  # fmt: skip
 @cli.options(ExportSettings)
 @cli.options(BuildSettings)
 @click.option("--out", type=click.Path(path_type=Path),
@@ -45,8 +48,9 @@ log = cli.log
 @cli.config_option
 @cli.json_option
 def main(
-    checkpoint: Path | None, onnx: bool, trt: bool, out: Path | None, overwrite: bool,
-    dry_run: bool, seed: int, device: str, config: Path | None, as_json: bool, **flags: Any,
+    checkpoint: Path | None, onnx: bool, trt: bool, from_onnx: bool, out: Path | None,
+    overwrite: bool, dry_run: bool, seed: int, device: str, config: Path | None, as_json: bool,
+    **flags: Any,
 ) -> None:  # fmt: skip
     """Export CKPT to a bundle: uint8 clips in; per clip, the router and one expert run.
 
@@ -57,6 +61,12 @@ def main(
     and are judged in the same way on the GPU that they were built for.
     """
     settings, build = _settings(flags, config, onnx=onnx, trt=trt)
+    if from_onnx:
+        _from_onnx(settings, build)
+        assert build is not None  # else it was refused
+        from_onnx_command(checkpoint, out, build, overwrite=overwrite, dry_run=dry_run,
+                          device=device, as_json=as_json)  # fmt: skip
+        return
     if out is not None:
         output.refuse_existing(out, overwrite=overwrite)
         output.probe(out)
@@ -102,6 +112,21 @@ def _settings(
     if given:
         raise SettingError(f"{' and '.join(given)} is for --trt: give that too, or leave it out.")
     return settings, None
+
+
+def _from_onnx(settings: ExportSettings, build: BuildSettings | None) -> None:
+    """Refuse what would have to be exported anew."""
+    if build is None:
+        raise SettingError("--from-onnx is for --trt: give that too, or leave it out.")
+    if build.torch_trt:
+        raise SettingError("--torch-trt builds from the twin, --from-onnx does not: choose one.")
+    default = to_mapping(trt_pipeline.as_asked(ExportSettings(), build))
+    given = [f"--{key.replace('_', '-')}" for key, value in to_mapping(settings).items()
+             if value != default[key]]  # fmt: skip
+    if given:
+        raise SettingError(
+            f"--from-onnx takes the parts as they are: leave {' and '.join(given)} out."
+        )
 
 
 def _describe(plan: Plan, cost: flops.Flops) -> str:

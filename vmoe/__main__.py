@@ -374,7 +374,13 @@ def attack() -> None:
 
 
 def export() -> None:
-    """Run vmoe-export."""
+    """Run vmoe-export; what it does without torch has a file of its own."""
+    if "--from-onnx" in sys.argv and _missing("vmoe-export"):
+        if importlib.util.find_spec("onnx") is None:
+            click.echo("vmoe-export: onnx not installed: pip install onnx.", err=True)
+            sys.exit(MissingDependencyError.exit_code)
+        importlib.import_module("vmoe.export.tensorrt.from_onnx").main()
+        return
     _enter("vmoe-export", "vmoe.export.cli")
 
 

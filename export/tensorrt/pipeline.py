@@ -140,7 +140,9 @@ def planned(settings: BuildSettings, names: Iterable[str], asked: ExportSettings
         name: asked.asked("router") if name == "router" else asked.precision for name in parts
     }
     return {
-        "build": plans.planned(settings, parts, precision),
+        "build": plans.planned(
+            settings, parts, precision, "the twin: parity, routes, accuracy, sparsity"
+        ),
         "optimize": asked.optimize,
         "passes": [apply.__module__.rpartition(".")[2] for apply in optimize.TENSORRT],
         **({"int8_form": asked.int8_form} if asked.int8 else {}),

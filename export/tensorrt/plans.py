@@ -165,7 +165,9 @@ def _counts(found: Mapping[str, int]) -> str:
     return ", ".join(f"{n} {kind}" for kind, n in found.items()) or "not said"
 
 
-def planned(settings: BuildSettings, names: list[str], precision: Mapping[str, str]) -> list[str]:
+def planned(
+    settings: BuildSettings, names: list[str], precision: Mapping[str, str], against: str
+) -> list[str]:
     """Return, one line each, all that a build would do: for --dry-run, which needs no TensorRT."""
     least, best, most = settings.batch
     cache = settings.timing_cache
@@ -185,7 +187,7 @@ def planned(settings: BuildSettings, names: list[str], precision: Mapping[str, s
         )
     lines += [
         "proof: of each precision asked, the share of layers in the plan (exit 3 below it)",
-        "check: every plan loaded again, against the twin: parity, routes, accuracy, sparsity",
+        f"check: every plan loaded again, against {against}",
         f"run: CUDA graphs for batch {', '.join(map(str, buckets(settings)))}; host routes",
     ]
     return lines

@@ -30,16 +30,14 @@ from vmoe.runtime.bench.subjects import random_clips
 from vmoe.runtime.engines import _plan
 from vmoe.runtime.engines.tensorrt import TensorRt
 
-from . import plans
+from . import agreement, plans
 from .settings import BuildSettings
 
 log = logging.getLogger("vmoe.export")
 
 CLIPS = 32
 ROUNDS = 200
-BOUNDS = {"fp32": 1e-4, "fp16": 2e-3}  # of logits, as shares of the largest: as the gates'
 BATCHES = (1, 2, 3, 4, 8)
-REFERENCE = "onnxruntime"
 
 
 @dataclass
@@ -51,22 +49,20 @@ class State:
         settings: how plans are built.
         device: the GPU.
         here: this machine, once it is known.
-        source: the bundle of ONNX parts.
-        built: bundles of plans by precision.
+        built: by precision, a bundle of ONNX parts and that of its plans.
     """
 
     folder: Path
     device: str
     settings: BuildSettings = field(default_factory=BuildSettings)
     here: plans.Here | None = None
-    source: Bundle | None = None
-    built: dict[str, Path] = field(default_factory=dict)
+    built: dict[str, tuple[Bundle, Path]] = field(default_factory=dict)
 
     def plans_of(self, precision: str) -> Path:
         """Return a bundle of plans that an earlier step built."""
         if precision not in self.built:
             raise VmoeError(f"no plans in {precision}: see the step that builds them.")
-        return self.built[precision]
+        return self.built[precision][1]
 
 
 Step = Callable[[State], dict[str, Any]]
@@ -80,8 +76,7 @@ def machine(state: State) -> dict[str, Any]:
 
 def build(state: State) -> dict[str, Any]:
     """Plans of the model that ships, fp32: sizes, seconds, layers, timing cache."""
-    state.source = bundles.read(latest.shipped())
-    return _build(state, state.source, "fp32")
+    return _build(state, bundles.read(latest.shipped()), "fp32")
 
 
 def build_fp16(state: State) -> dict[str, Any]:
@@ -102,7 +97,7 @@ def _build(state: State, source: Bundle, precision: str) -> dict[str, Any]:
     begin = time.monotonic()
     made, gates = plans.write(source, out, state.settings, state.here)
     _plan.note(part.hashes[part.file] for part in made.parts.values())
-    state.built[precision] = out
+    state.built[precision] = source, out
     said = {
         "seconds": round(time.monotonic() - begin, 1),
         "bytes": {part.file: (out / part.file).stat().st_size for part in made.parts.values()},
@@ -114,24 +109,12 @@ def _build(state: State, source: Bundle, precision: str) -> dict[str, Any]:
 
 def parity(state: State) -> dict[str, Any]:
     """Answers against ONNX Runtime's on the CPU: logits of every expert, scores, routes."""
-    assert state.source is not None
-    clips = random_clips(state.source.spec, CLIPS, seed=0)
-    with load(state.source, REFERENCE, "cpu") as engine:
-        wanted, each = engine.infer(clips), engine.run_all(clips)
     said: dict[str, Any] = {}
     wrong = []
-    for precision, path in state.built.items():
-        with load(path, "tensorrt", state.device) as engine:
-            got, all_got = engine.infer(clips), engine.run_all(clips)
-        scale = float(np.abs(each).max())
-        found = {
-            "max_d_logits": float(np.abs(all_got - each).max()) / scale,
-            "max_d_scores": float(np.abs(got.scores - wanted.scores).max()),
-            "flips": int((got.route != wanted.route).sum()),
-        }
-        said[precision] = found
-        if not found["max_d_logits"] <= BOUNDS[precision] or found["flips"]:
-            wrong.append(f"{precision}: {found}")
+    for precision, (source, path) in state.built.items():
+        found = agreement.compare(source, path, state.device, CLIPS)
+        said[precision] = found.to_json()
+        wrong += [f"{precision}: {g.refusal()}" for g in found.gates() if not g.ok]
     return said | _verdict(*wrong)
 
 
@@ -159,7 +142,7 @@ def _captured(engine: Engine) -> dict[str, dict[int, bool]]:
 def latency(state: State) -> dict[str, Any]:
     """What one clip costs by each route, and its parts alone, in ms: median, p99, least."""
     said = {}
-    for precision, path in state.built.items():
+    for precision, (_, path) in state.built.items():
         with load(path, "tensorrt", state.device, all_parts=True) as engine:
             clip = random_clips(engine.bundle.spec, 1, seed=2)
             calls = dict(_calls(engine, clip))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
+from tests import bundles
 from tests.bindings import Bindings
 from tests.cuda_fake import Driver
 from tests.tensorrt_fake import Fake
@@ -17,10 +20,13 @@ from vmoe import bundle as reader
 from vmoe import checkpoint
 from vmoe.__main__ import main as vmoe_main
 from vmoe.checkpoint import Checkpoint
+from vmoe.clips import ClipSpec
 from vmoe.export.cli import main
+from vmoe.export.tensorrt import agreement
 from vmoe.models import ModelSettings, build
 from vmoe.runtime import load
 
+ROOT = Path(__file__).parents[2]
 QUICK = ("--verify-clips", "8", "--robust-clips", "0", "--gate-sparsity", "1000")
 
 
@@ -70,6 +76,7 @@ def test_a_dry_run_needs_no_tensorrt_and_prints_the_whole_build(
         "optimize: none",
         "int8_form: s8s8",
         "passes: cast_first",
+        "build: by: the ONNX parser",
         "build: profile: batch 1 to 6, fastest at 2",
         "build: flags: no-TF32, STRIP_PLAN, REFIT_IDENTICAL; level 3, workspace 512 MiB, other "
         "GPUs ampere-plus, one stream",
@@ -83,7 +90,7 @@ def test_a_dry_run_needs_no_tensorrt_and_prints_the_whole_build(
         assert line in plain.stdout.splitlines()
     told = json.loads(run(small, "--trt", "--dry-run", "--json").stdout)
     assert told["precision"] == "fp32"
-    assert len(told["build"]) == 10
+    assert len(told["build"]) == 11
     assert not list(tmp_path.iterdir())
 
 
@@ -97,6 +104,11 @@ def test_a_dry_run_needs_no_tensorrt_and_prints_the_whole_build(
         (("--trt", "--min-batch", "4", "--max-batch", "2"), "are not in order"),
         (("--trt", "--strip", "--refit"), "--strip and --refit exclude each other"),
         (("--trt", "--form", "online"), "--trt is not for --form online"),
+        (("--torch-trt", "--int8"), "--torch-trt is not for --int8"),
+        (("--torch-trt", "--onnx"), "--onnx and --trt exclude each other"),
+        (("--from-onnx",), "--from-onnx is for --trt: give that too, or leave it out."),
+        (("--trt", "--from-onnx", "--fp16", "--opset", "21"), "as they are: leave --fp16 and --op"),
+        (("--torch-trt", "--from-onnx"), "--torch-trt builds from the twin, --from-onnx does not"),
     ],
 )
 def test_what_excludes_each_other_is_said_first(
@@ -130,3 +142,53 @@ def test_a_bundle_of_plans_passes_its_gates_and_answers(
         assert engine.backend_name == "tensorrt"
     shown = CliRunner().invoke(vmoe_main, ["inspect", str(out)])
     assert "expert1.plan" in shown.stdout
+
+
+WITHOUT_TORCH = """
+import importlib.util, sys
+for name in ("torch", "onnxscript", "safetensors"):
+    sys.modules[name] = None
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "torch" else find(name, *a)
+import vmoe.__main__
+vmoe.__main__.export()
+"""
+
+
+def test_plans_are_built_of_onnx_without_torch(tmp_path: Path, spec: ClipSpec) -> None:
+    """As on a Jetson; up to where TensorRT is missing."""
+    parts = bundles.write(tmp_path / "onnx", spec)
+    for more, code in ((["--dry-run"], 0), (["--out", str(tmp_path / "plans")], 5)):
+        command = [sys.executable, "-c", WITHOUT_TORCH, str(parts), "--trt", "--from-onnx"]
+        done = subprocess.run([*command, *more], capture_output=True, text=True, check=False,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+        assert done.returncode == code, done.stderr
+        said = done.stderr.splitlines()[-1] if code else done.stdout
+        assert ("tensorrt is not installed" if code else "ONNX Runtime, where it is") in said
+    assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
+
+
+@pytest.mark.parametrize("bindings", ["10.3"], indirect=True)
+def test_plans_of_onnx_are_compared_with_onnx_runtime(
+    tmp_path: Path, spec: ClipSpec, trt: Fake, gpu: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, out = bundles.write(tmp_path / "onnx", spec), tmp_path / "plans"
+    result = run(parts, "--trt", "--from-onnx", "--out", out, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert [g["gate"] for g in json.loads(result.stdout)["gates"]][-3:] == [
+        "parity", "parity", "route",
+    ]  # fmt: skip
+    with load(out) as engine:
+        assert engine.backend_name == "tensorrt"
+    assert gpu.left() == {}
+    assert "exists" in last_line(run(parts, "--trt", "--from-onnx", "--out", out))
+    monkeypatch.setattr(agreement, "PARITY", {"fp32": -1.0})
+    result = run(parts, "--trt", "--from-onnx", "--out", tmp_path / "wrong")
+    assert result.exit_code == 3
+    assert "refused: d logits to ONNX is" in last_line(result)
+    assert "Nothing was kept." in last_line(result)
+    assert not (tmp_path / "wrong").exists()
+    monkeypatch.setattr(agreement, "why_unavailable", lambda: "onnxruntime is not installed.")
+    result = run(parts, "--trt", "--from-onnx", "--out", tmp_path / "alone")
+    assert "are not compared with their ONNX: onnxruntime is not installed." in result.stderr
+    assert result.exit_code == 0
