@@ -17,6 +17,7 @@ import enum
 import json
 import re
 import sys
+import weakref
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -299,11 +300,13 @@ class Fake(ModuleType):
         address, size = me._arena
         self._driver.check(address, max(size, self.arena))
         assert me._engine._full, "a stripped plan was run before it got its weights"
-        batch = me._batch
-        self._driver.run(lambda: self._compute(me._engine, me._at, batch))
+        batch, mine = me._batch, weakref.ref(me)
+        self._driver.run(lambda: self._compute(mine(), batch))
         return True
 
-    def _compute(self, engine: Any, at: dict[str, int], shape: tuple[int, ...]) -> None:
+    def _compute(self, context: Any, shape: tuple[int, ...]) -> None:
+        assert context is not None, "a graph was launched whose context is gone, with its memory"
+        engine, at = context._engine, context._at
         session = engine.__dict__.get("_session")
         if session is None:
             session = onnxruntime.InferenceSession(engine._model.SerializeToString())

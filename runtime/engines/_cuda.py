@@ -92,7 +92,7 @@ class Gpu:
         self._frees: list[tuple[str, Any]] = []
         self._open = True
         self.enter()
-        flags = self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+        flags = int(self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
         self._stream = self.call("cuStreamCreate", flags)
         self._frees.append(("cuStreamDestroy", self._stream))
 
@@ -151,7 +151,10 @@ class Gpu:
 
     def free(self, address: int) -> None:
         """Free memory of the device now; else `close` does."""
-        held = next(x for x in self._frees if x[0] == "cuMemFree" and int(x[1]) == address)
+        self._free("cuMemFree", address)
+
+    def _free(self, by: str, handle: int) -> None:
+        held = next(x for x in self._frees if x[0] == by and int(x[1]) == handle)
         self._frees.remove(held)
         self.call(*held)
 
@@ -169,8 +172,8 @@ class Gpu:
         """Wait until the stream has done all it was given."""
         self.call("cuStreamSynchronize", self._stream)
 
-    def capture(self, body: Callable[[], None]) -> Callable[[], None]:
-        """Record what `body` gives the stream as one CUDA graph; return what launches it.
+    def capture(self, body: Callable[[], None]) -> Any:
+        """Record what `body` gives the stream as one CUDA graph; return its handle.
 
         The capture is this thread's alone: other threads may allocate meanwhile.
 
@@ -188,7 +191,15 @@ class Gpu:
         with self._graph() as graph:
             made = self.call("cuGraphInstantiate", graph, 0)
         self._frees.append(("cuGraphExecDestroy", made))
-        return lambda: self.call("cuGraphLaunch", made, self._stream)
+        return made
+
+    def launch(self, graph: Any) -> None:
+        """Give the stream a graph."""
+        self.call("cuGraphLaunch", graph, self._stream)
+
+    def drop(self, graph: Any) -> None:
+        """Free a graph now; else `close` does."""
+        self._free("cuGraphExecDestroy", int(graph))
 
     def close(self) -> None:
         """Free everything, the last first; a second call does nothing."""

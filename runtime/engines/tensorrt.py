@@ -15,7 +15,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,7 @@ log = logging.getLogger("vmoe.runtime")
 FORMATS = ("plan",)
 DEVICES = ("cuda",)
 CLIP = "clip"
+LEAST_ARENA = 256  # bytes; a plan may need none, and is given an address nevertheless
 TYPES = {"uint8": "UINT8", "float32": "FLOAT", "int64": "INT64"}  # of ports, as TensorRT has them
 
 
@@ -148,6 +149,7 @@ class TensorRt:
 
     def _grow(self, size: int) -> None:
         """Make the arena large enough; what was captured with the old one is made anew."""
+        size = max(size, LEAST_ARENA)
         if size <= self.arena_bytes:
             return
         self.gpu.wait()
@@ -212,6 +214,20 @@ class TensorRt:
                 self.gpu.close()
 
 
+class Prepared(NamedTuple):
+    """One batch size of a plan, ready to run.
+
+    Attributes:
+        context: held here, as a graph runs on memory that it owns.
+        graph: the CUDA graph; None where it could not be captured.
+        enqueue: gives the stream the same without a graph.
+    """
+
+    context: Any
+    graph: Any
+    enqueue: Callable[[], None]
+
+
 class Loaded:
     """One plan: its answers' memory, and how each batch size of it is launched."""
 
@@ -228,12 +244,15 @@ class Loaded:
         gpu = backend.gpu
         self._on_device = {p.name: gpu.alloc(self._most * _row_bytes(p)) for p in self._ports}
         self._on_host = {p.name: gpu.pinned(self._most * _row_bytes(p)) for p in self._ports}
-        self._launches: dict[int, Callable[[], None]] = {}
-        self.captured: dict[int, bool] = {}  # by batch
+        self._prepared: dict[int, Prepared] = {}  # by batch
+        self.captured: dict[int, bool] = {}
 
     def forget(self) -> None:
         """Drop what was prepared with memory that is about to go."""
-        self._launches.clear()
+        for prepared in self._prepared.values():
+            if prepared.graph is not None:
+                self._backend.gpu.drop(prepared.graph)
+        self._prepared.clear()
 
     def answer(self, n: int) -> Outputs:
         """Run the first n clips that are on the device; n is at most the plan's largest batch."""
@@ -243,10 +262,13 @@ class Loaded:
                 "Build all parts with one --max-batch."
             )
         size = _plan.bucket(n, self._least, self._most)
-        launch = self._launches.get(size)
-        if launch is None:
-            launch = self._launches[size] = self._prepared(size)
-        launch()
+        prepared = self._prepared.get(size)
+        if prepared is None:
+            prepared = self._prepared[size] = self._prepare(size)
+        if prepared.graph is None:
+            prepared.enqueue()
+        else:
+            self._backend.gpu.launch(prepared.graph)
         self._backend.gpu.wait()
         return {
             port.name: self._on_host[port.name][: n * _row_bytes(port)]
@@ -256,8 +278,8 @@ class Loaded:
             for port in self._ports
         }
 
-    def _prepared(self, size: int) -> Callable[[], None]:
-        """Make a context for one batch size; return what launches it and brings the answers back.
+    def _prepare(self, size: int) -> Prepared:
+        """Make a context for one batch size, and a graph that runs it and brings answers back.
 
         A context of its own for each size: a graph stays true while its context's shapes do.
         """
@@ -274,14 +296,13 @@ class Loaded:
 
         enqueue()  # what is set up at a first run cannot be captured
         gpu.wait()
+        graph = None
         try:
-            launch = gpu.capture(enqueue)
-            self.captured[size] = True
-            return launch
+            graph = gpu.capture(enqueue)
         except EngineMismatchError as e:
-            self.captured[size] = False
             log.warning("%s, batch %d: runs without a CUDA graph: %s", self.name, size, e)
-            return enqueue
+        self.captured[size] = graph is not None
+        return Prepared(context, graph, enqueue)
 
     def _context(self, size: int) -> Any:
         gpu, backend = self._backend.gpu, self._backend

@@ -38,16 +38,17 @@ def test_what_goes_up_comes_back_and_a_graph_says_it_again(device: Gpu) -> None:
         device.upload(up, memory)
         device.download(memory, down)
 
-    launch = device.capture(round_trip)
+    graph = device.capture(round_trip)
     device.wait()
     assert not down.any()  # nothing ran while it was captured
     rng = np.random.default_rng(0)
     for _ in range(3):
         up[:] = rng.integers(0, 256, size, np.uint8)
-        launch()
+        device.launch(graph)
         device.wait()
         np.testing.assert_array_equal(down, up)
     device.free(other)
+    device.drop(graph)
     facts = device.facts()
     assert facts.name
     assert facts.memory_bytes > 1 << 28
