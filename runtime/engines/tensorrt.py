@@ -10,6 +10,7 @@ compared with this machine and its trust is checked before it is deserialised (`
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import math
@@ -22,7 +23,12 @@ import numpy as np
 from vmoe import bundle as bundles
 from vmoe.bundle import Part, Port, check_part
 from vmoe.clips import Clips
-from vmoe.errors import BundleError, EngineMismatchError, MissingDependencyError
+from vmoe.errors import (
+    BundleError,
+    CorruptBundleError,
+    EngineMismatchError,
+    MissingDependencyError,
+)
 
 from . import BackendSettings, Outputs, Run, _cuda, _plan
 from ._cuda import Gpu
@@ -94,11 +100,15 @@ class TensorRt:
         self._most = max(plan.batch[2] for plan in plans)
         self.gpu = Gpu(_cuda.index(settings.device))
         self.log = _plan.logger(trt)
-        self._here = _plan.machine(trt, self.gpu.facts())
-        self._runtime = constructed(lambda: trt.Runtime(self.log), "Runtime", self.log)
-        clip_bytes = math.prod(self._shape)
-        self._staged = self.gpu.pinned(self._most * clip_bytes)
-        self.clips = self.gpu.alloc(self._most * clip_bytes)
+        try:
+            self._here = _plan.machine(trt, self.gpu.facts())
+            self._runtime = constructed(lambda: trt.Runtime(self.log), "Runtime", self.log)
+            clip_bytes = math.prod(self._shape)
+            self._staged = self.gpu.pinned(self._most * clip_bytes)
+            self.clips = self.gpu.alloc(self._most * clip_bytes)
+        except BaseException:
+            self.gpu.close()
+            raise
         self._uploaded: tuple[Put, int] | None = None
         self._lock = threading.Lock()
         self.arena, self.arena_bytes = 0, 0
@@ -122,7 +132,7 @@ class TensorRt:
             self.gpu.enter()
             if was.version_compatible:
                 self._runtime.engine_host_code_allowed = True  # it brings its own lean runtime
-            plan = (self._folder / part.file).read_bytes()
+            plan = self._read(part)
             engine = self._runtime.deserialize_cuda_engine(plan)
             if engine is None:
                 raise BundleError(
@@ -138,6 +148,15 @@ class TensorRt:
             return self._run(loaded, inputs[CLIP])
 
         return run
+
+    def _read(self, part: Part) -> bytes:
+        """Return a plan's bytes: the very ones that were proven, as they are code."""
+        plan = (self._folder / part.file).read_bytes()
+        if hashlib.sha256(plan).hexdigest() != part.hashes[part.file]:
+            raise CorruptBundleError(
+                f"{self._folder} changed while {part.file} was loaded. Load it again."
+            )
+        return plan
 
     def _refit(self, engine: Any, weights: str) -> None:
         """Give a stripped plan its weights, from the graph that it was built from."""

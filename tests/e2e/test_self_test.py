@@ -74,7 +74,8 @@ def test_every_step_is_done_and_what_fails_is_told(
     assert steps["build"]["layers"]["expert3"] == {"fp32": 21}
     assert steps["parity"]["fp32"]["flips"] == 0
     assert steps["graphs"]["captured"]["expert0.plan"] == [8, 1, 2, 4]  # in the order of the runs
-    assert {"free", "route3", "router alone", "all experts"} <= set(steps["latency"]["fp32"])
+    assert {"free", "route3", "router alone", "all experts"} <= set(steps["latency"]["fp32"]["ms"])
+    assert steps["latency"]["fp32"]["worst_route_over_parts_alone"] > 0
     assert gpu.left() == {}
 
     gpu.fail = {"cuStreamBeginCapture": CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED}
