@@ -88,20 +88,31 @@ class Fake(ModuleType):
         self.arena = ARENA
         self.layers: str | None = None  # what the inspector says instead
         self._made: dict[str, Any] = {}
-        for path, described in surface["classes"].items():
-            self._made[path] = _class(self, path, described)
+        for path in surface["classes"]:
+            self._make(path)
+        self._creators: dict[tuple[str, str, str], Any] = {}
         for path, made in self._made.items():
             outer, _, name = path.rpartition(".")
             setattr(self._made[outer] if outer else self, name, made)
 
+    def _make(self, path: str) -> Any:
+        """Make a class, and those that it descends from before it."""
+        if path not in self._made:
+            described = self._surface["classes"][path]
+            above = [base for base in described["bases"] if base in self._surface["classes"]]
+            bases = (self._make(above[0]),) if above else (object,)
+            self._made[path] = _class(self, path, described, bases)
+        return self._made[path]
+
     def fits(self, value: Any, kind: str) -> bool:
         """Return whether a value can be given for a type as a signature writes it."""
-        kind = kind.replace("tensorrt_bindings.tensorrt.", "")
-        plain = {"int": int, "typing.SupportsInt": int, "str": str, "bool": bool, "float": float}
+        kind = kind.replace("tensorrt_bindings.tensorrt.", "").rstrip("_")
+        plain = {"int": int, "typing.SupportsInt": int, "str": str, "bool": bool, "float": float,
+                 "FallbackString": str}  # fmt: skip
         if kind in plain:
             return isinstance(value, plain[kind]) and (kind == "bool" or value is not True)
         if kind.endswith(("buffer", "Buffer")):
-            return isinstance(value, (bytes, bytearray, memoryview))
+            return isinstance(value, (bytes, bytearray, memoryview, np.ndarray))
         if kind in ("tuple", "list"):
             return type(value).__name__ == kind
         if kind == "Dims":
@@ -130,7 +141,28 @@ class Fake(ModuleType):
         made.__dict__.update({f"_{key}": value for key, value in held.items()})
         return made
 
+    def get_plugin_registry(self) -> Any:
+        """Return the registry, as the function of the module does."""
+        assert "get_plugin_registry" in self._surface["functions"]
+        return self.new("IPluginRegistry")
+
     # What each method does.
+
+    def _IPluginRegistry_get_creator(self, me: Any, kind: str, version: str, space: str) -> Any:
+        return self._creators.get((kind, version, space))
+
+    def _IPluginRegistry_register_creator(self, me: Any, creator: Any, space: str) -> bool:
+        self._creators[creator.name, creator.plugin_version, space] = creator
+        return True
+
+    def _IPluginCreatorV3One___init__(self, me: Any) -> None:
+        pass
+
+    def _PluginField___init__(self, me: Any, name: str, data: Any, kind: Any) -> None:
+        pass
+
+    def _PluginFieldCollection___init__(self, me: Any, fields: Any) -> None:
+        pass
 
     def _ILogger___init__(self, me: Any) -> None:
         self._logger = me
@@ -355,19 +387,19 @@ class Fake(ModuleType):
         return given == mine
 
 
-def _class(fake: Fake, path: str, described: dict[str, Any]) -> Any:
+def _class(fake: Fake, path: str, described: dict[str, Any], bases: tuple[Any, ...]) -> Any:
     """Make one class, or enum, as described."""
     if described["enum"]:
         return enum.IntEnum(path.rpartition(".")[2], described["enum"])
     if path == "IHostMemory":
         return type(path, (bytearray,), {"nbytes": property(len)})
-    members: dict[str, Any] = {"__setattr__": _strict}
+    members: dict[str, Any] = {"__setattr__": _strict, "theirs": path}
     for name, member in described["members"].items():
         if member["kind"] == "method":
             members[name] = _method(fake, path, name, member["signatures"])
         elif member["kind"] == "property":
             members[name] = _property(fake, path, name, member)
-    made = type(path.rpartition(".")[2], (), members)
+    made = type(path.rpartition(".")[2], bases, members)
     if not described["members"].get("__init__", {}).get("signatures"):
         members_init = _method(fake, path, "__init__", [])
         made.__init__ = members_init  # type: ignore[misc]
@@ -377,7 +409,7 @@ def _class(fake: Fake, path: str, described: dict[str, Any]) -> Any:
 def _strict(me: Any, name: str, value: Any) -> None:
     """Refuse an attribute that the class does not have; classes derived from it may have any."""
     held = getattr(type(me), name, None)
-    derived = type(me).__bases__ != (object,)
+    derived = "theirs" not in vars(type(me))
     if not isinstance(held, property) and not derived:
         raise AttributeError(f"{type(me).__name__} has no attribute {name}")
     object.__setattr__(me, name, value)

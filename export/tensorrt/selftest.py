@@ -7,6 +7,7 @@ is exported in fp16 as well, so that the precision proof has something to prove.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import platform
 import tempfile
@@ -30,7 +31,7 @@ from vmoe.runtime.bench.subjects import random_clips
 from vmoe.runtime.engines import _plan
 from vmoe.runtime.engines.tensorrt import TensorRt
 
-from . import agreement, plans
+from . import acceptance, agreement, builder, plans
 from .settings import BuildSettings
 
 log = logging.getLogger("vmoe.export")
@@ -170,7 +171,24 @@ def _calls(engine: Engine, clip: Any) -> Iterator[tuple[str, Callable[[int], obj
     yield "all experts", lambda _: engine.run_all(clip)
 
 
-STEPS: tuple[Step, ...] = (machine, build, build_fp16, parity, graphs, latency)
+def plugins(state: State) -> dict[str, Any]:
+    """Plugin acceptance: a plan of each routed plugin is built, and loaded again."""
+    if find_spec("vmoe.runtime.plugins") is None:
+        return {"skipped": "this vmoe has no plugins"}
+    assert state.here is not None
+    nodes = importlib.import_module("vmoe.runtime.plugins.nodes")
+    nodes.register(state.here.trt)
+    said, wrong = {}, []
+    for name, graph in acceptance.graphs().items():
+        try:
+            made = builder.build(state.here.trt, graph, name, state.settings)
+            said[name] = {"bytes": len(made.plan), "layers": made.layers}
+        except VmoeError as e:
+            wrong.append(str(e))
+    return said | _verdict(*wrong)
+
+
+STEPS: tuple[Step, ...] = (machine, build, build_fp16, parity, graphs, latency, plugins)
 
 
 def listed() -> list[dict[str, str]]:
