@@ -46,6 +46,7 @@ int getNvOnnxParserVersion(void) { return 0; }
 """
 # As the package `tensorrt` does it: another name for the bindings.
 ALIAS = "from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n"
+PIP = ("--quiet", "--no-deps", "--only-binary", ":all:", "--timeout", "20", "--retries", "1")
 SURFACE = Path(__file__).with_name("surface.py")
 
 
@@ -122,8 +123,7 @@ def download(wheels: list[str], folder: Path) -> None:
     """Install wheels, and nothing that they depend on, into a folder; skip where that fails."""
     if wheels[0] in _refused:  # offline: once is enough
         pytest.skip(_refused[wheels[0]])
-    options = "--quiet --no-deps --only-binary :all: --timeout 20 --retries 1 --target".split()
-    command = [sys.executable, "-m", "pip", "install", *options, str(folder), *wheels]
+    command = [sys.executable, "-m", "pip", "install", *PIP, "--target", str(folder), *wheels]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         shutil.rmtree(folder, ignore_errors=True)
