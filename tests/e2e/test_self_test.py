@@ -18,6 +18,7 @@ from vmoe import bundle as reader
 from vmoe.__main__ import UNVERIFIED, main
 from vmoe.clips import ClipSpec
 from vmoe.export.tensorrt import acceptance, selftest
+from vmoe.runtime.plugins import nodes
 
 
 def doctor(*arguments: str | Path) -> Result:
@@ -85,7 +86,8 @@ def test_every_step_is_done_and_what_fails_is_told(
     assert steps["parity"]["fp32"]["flips"] == 0
     assert steps["graphs"]["captured"]["expert0.plan"] == [8, 1, 2, 4]  # in the order of the runs
     assert {"free", "route3", "router alone", "all experts"} <= set(steps["latency"]["fp32"]["ms"])
-    assert "skipped" in steps["plugins"] or set(steps["plugins"]) > set(acceptance.graphs())
+    assert set(steps["plugins"]) == {"ok", *acceptance.graphs()}
+    assert {creator for creator, _, _ in trt.creators} == {node.op_type for node in nodes.NODES}
     assert steps["latency"]["fp32"]["worst_route_over_parts_alone"] > 0
     assert gpu.left() == {}
 
