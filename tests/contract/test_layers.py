@@ -45,6 +45,7 @@ WHERE = {
     "onnxruntime": ("runtime/engines/", "export/"),
     "openvino": ("runtime/engines/", "export/"),
     "tensorrt": ("runtime/engines/", "export/"),
+    "triton": ("export/plugins/",),
 }
 LAZY = {"onnxruntime", "openvino", "tensorrt"}  # a registry imports a file to ask what it can do
 
@@ -187,7 +188,8 @@ def test_main_may_import_rooms_inside_of_its_functions(line: str) -> None:
 
 BLOCKED = """
 import sys
-for name in ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "openvino", "tensorrt"):
+for name in ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "openvino", "tensorrt",
+             "triton"):
     sys.modules[name] = None
 import importlib
 for name in sys.argv[1:]:
@@ -198,6 +200,7 @@ for name in sys.argv[1:]:
 SERVING = (
     "vmoe.cli", "vmoe.bundle", "vmoe.latest", "vmoe.report", "vmoe.data.folder", "vmoe.runtime",
     "vmoe.runtime.engine", "vmoe.runtime.cli", "vmoe.runtime.bench.cli", "vmoe.__main__",
+    "vmoe.runtime.plugins.nodes", "vmoe.runtime.plugins.launch",
 )  # fmt: skip
 
 
