@@ -58,7 +58,7 @@ def merged(experts: Sequence[ModelProto]) -> tuple[list[NodeProto], list[TensorP
 
 def top1() -> list[NodeProto]:
     """Return the nodes that make `free_route` (int64 [N]) of `scores`."""
-    said = {"name": "route", "domain": DOMAIN, "k": 1, **NAMED}
+    said: dict[str, Any] = {"name": "route", "domain": DOMAIN, "k": 1, **NAMED}
     return [
         _node("VmoeTopK", ["scores"], ["weights", "top"], **said),
         _node("Squeeze", ["top", "top_axis"], ["top_route"]),

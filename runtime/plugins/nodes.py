@@ -194,8 +194,9 @@ class Linear(Node):
     ) -> list[Call]:  # fmt: skip
         """Return the launch."""
         (rows, inner), outer = shapes[0], shapes[2][1]
+        x, expert, w, b = inputs
         return calls.routed_linear(
-            *inputs, outputs[0], rows=rows, inner=inner, outer=outer,
+            x, expert, w, b, outputs[0], rows=rows, inner=inner, outer=outer,
             relu=bool(self.values["relu"][0]), half=half,
         )  # fmt: skip
 
@@ -255,7 +256,8 @@ class Convolution(Node):
         """Return the launches."""
         conv = self.sizes(shapes[0], shapes[2])
         precision = "fp16" if half else "tf32" if self.values["tf32"][0] else "fp32"
-        return calls.routed_conv3d(conv, *inputs, outputs[0], workspace, precision)
+        x, expert, w, b = inputs
+        return calls.routed_conv3d(conv, x, expert, w, b, outputs[0], workspace, precision)
 
 
 NODES: tuple[type[Node], ...] = (TopK, Linear, Convolution)

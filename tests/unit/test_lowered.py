@@ -11,16 +11,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import torch
 from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
 
 from tests.graphs import Writer, clips_for, run
-from tests.twins import SMALL, SPEC, lively, random_clips, small
+from tests.twins import SPEC, lively, random_clips
 from vmoe import bundle as bundles
-from vmoe.batches import to_tensor
 from vmoe.checkpoint import Checkpoint
 from vmoe.errors import CorruptBundleError, SettingError
-from vmoe.export import graphs, half, precision
+from vmoe.export import graphs, precision
 from vmoe.export.lowerings import _routed, dense, if_, plugin
 from vmoe.export.onnx import Parts
 from vmoe.export.pipeline import ExportSettings, Plan, write
@@ -149,6 +147,12 @@ def two_of(write: Callable[[Writer], str]) -> list[ModelProto]:
     return [writer.model(write(writer)) for writer in writers]
 
 
+def router_for(experts: list[ModelProto]) -> ModelProto:
+    router = mean_of("scores", np.eye(3)[:, :2])
+    router.graph.input[0].CopyFrom(experts[0].graph.input[0])
+    return router
+
+
 def one_layer(writer: Writer) -> str:
     x = writer.conv(writer.pixels(), 3, 4, (3, 3, 3), pads=[1] * 6, bias=True)
     return writer.head(writer.node("Relu", x), 4)
@@ -167,9 +171,7 @@ def test_a_relu_goes_into_the_layer_before_it_where_nothing_else_reads_it() -> N
     convs = [node for node in nodes if node.op_type == "RoutedConv3d"]
     assert [said(node)["relu"] for node in convs] == [0, 1, 0]
     assert sum(node.op_type == "Relu" for node in nodes) == 2
-    router = mean_of("scores", np.eye(3)[:, :2])
-    router.graph.input[0].CopyFrom(experts[0].graph.input[0])
-    model = plugin.with_functions(plugin.routed(router, experts), 2)
+    model = plugin.with_functions(plugin.routed(router_for(experts), experts), 2)
     clips = clips_for(experts[0], 3)
     for i, expert in enumerate(experts):
         given = {"clip": clips, "force_route": np.array(i)}
@@ -178,20 +180,33 @@ def test_a_relu_goes_into_the_layer_before_it_where_nothing_else_reads_it() -> N
 
 
 def test_half_experts_are_routed_in_half_precision() -> None:
-    twin, settings = small(2, 4), ExportSettings(fp16=True)
-    made = half.export(twin, settings, 20)
-    assert made.router is not None
-    model = plugin.routed(made.router, made.experts)
-    weights = {node.input[2] for node in nodes_of(model) if node.op_type != "VmoeTopK"}
-    kinds = {t.data_type for t in model.graph.initializer if t.name in weights}
-    assert kinds == {TensorProto.FLOAT16}
-    clips = random_clips(4, seed=3, spec=SMALL)
-    logits, _, route = in_memory(plugin.with_functions(model, 2)).run(None, {"clip": clips})
-    with torch.no_grad():
-        wanted = twin.run_routed(to_tensor(clips), torch.from_numpy(route)).numpy()
-    assert np.abs(logits - wanted).max() <= 2e-2 * np.abs(wanted).max()
-    found = precision.prove(model, "moe-tensorrt", settings).found
-    assert found["fp16"] == len(weights), "routed layers count as layers"
+    def low(writer: Writer) -> str:
+        x = writer.node("Cast", writer.pixels(), to=TensorProto.FLOAT16)
+        weight = writer.constant(writer.rng.normal(0, 0.1, (4, 3, 3, 3, 3)), np.float16)
+        x = writer.node("Conv", x, weight, kernel_shape=[3, 3, 3])
+        return writer.head(writer.node("Cast", x, to=TensorProto.FLOAT), 4)
+
+    experts = two_of(low)
+    model = plugin.routed(router_for(experts), experts)
+    conv = nodes_of(model)[1]
+    kinds = {t.name: t.data_type for t in model.graph.initializer}
+    assert [kinds[name] for name in conv.input[2:]] == [TensorProto.FLOAT16] * 2
+    for expert in experts:  # ... and what the kernels have no numbers of is refused
+        for tensor in expert.graph.initializer:
+            if tensor.data_type == TensorProto.FLOAT16:
+                tensor.CopyFrom(
+                    numpy_helper.from_array(
+                        numpy_helper.to_array(tensor).astype(np.float64), tensor.name
+                    )
+                )
+    with pytest.raises(SettingError, match="no routed layers in float64"):
+        _routed.merged(experts)
+
+
+def test_routed_layers_are_proven_as_layers() -> None:
+    experts = two_of(one_layer)
+    model = plugin.routed(router_for(experts), experts)
+    assert precision.prove(model, "moe-tensorrt", ExportSettings()).found == {"fp32": 3}
 
 
 def test_the_manifest_lists_it_apart_and_no_backend_loads_it(folder: Path) -> None:
