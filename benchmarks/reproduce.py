@@ -165,7 +165,7 @@ class Run:
     def best(self, seed: int, method: str) -> Trial:
         """Return a method's best trial."""
         folder = self.camera / "all" if self.camera else self.folder / self.task(seed).name
-        worth = reproduce_tables.worth_of(folder / "trials", method, len(TRIALS[method]))
+        worth = reproduce_tables.worth_of(folder / "trials", method, self.size.trials)
         return TRIALS[method][int(np.argmax(worth))]
 
     def cell(self, seed: int, name: str) -> None:
@@ -270,7 +270,7 @@ def phases(run: Run, names: list[str], seeds: list[int], count: int) -> None:
         if run.camera is None:
             do([made(run.trial, seed, method, number)
                 for seed in own for method in methods
-                for number in range(len(TRIALS[method]))])  # fmt: skip
+                for number in range(run.size.trials)])  # fmt: skip
         do([made(run.cell, seed, name) for seed in seeds for name in reversed(names)])
 
 
@@ -305,7 +305,7 @@ def main(
     numbers = [int(seed) for seed in seeds.split(",")]
     tasks.prepare(data, place, size, max(numbers), jobs)
     phases(run, methods.split(","), numbers, jobs)
-    trials = {name: TRIALS[name] for name in METHODS}
+    trials = {name: TRIALS[name][: size.trials] for name in METHODS}
     found = reproduce_tables.gather(place, [*METHODS, *VARIANTS], numbers, trials, size)
     found |= {"data": data}
     shown = reproduce_tables.tables(found, trials)

@@ -41,6 +41,8 @@ class Size:
         train, val, test: clips of camera-motion; test of each seed.
         tflops: budget of a training; of a trial; of the standard start's epochs (camera-motion).
         steps: of the test's attacks.
+        batch, attack_batch: clips that are trained on, and attacked, at a time.
+        trials: how many of a method's settings are tried.
     """
 
     train: int = 6000
@@ -53,10 +55,11 @@ class Size:
     steps: int = 10
     batch: int = 32
     attack_batch: int = 50
+    trials: int = 2
 
 
 QUICK = Size(200, 20, 20, 0.02, 0.02, 0.02, 1, 3)
-LARGE = Size(12000, 400, 400, 40.0, 8.0, 8.0, 36, 20, 64, 200)
+LARGE = Size(12000, 400, 400, 8.0, 8.0, 2.0, 36, 20, 64, 200, 4)
 
 
 def camera_motion(folder: Path, seed: int, size: Size, device: str) -> Task:
