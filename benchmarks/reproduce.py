@@ -68,8 +68,6 @@ METHODS = (
     "standard", "at-s", "at-d", "at-m", "oud-m", "aat-m", "tlat", "j-tlat", "j-tlat-plus",
 )  # fmt: skip
 ONE_STEP = {"steps": 1, "step": 1.25}
-# The temporal step divides by 1 + log(1 + sqrt(V)), and more than halves a first one.
-ONE_TEMPORAL = {"steps": 1, "step": 3.0}
 SLOW = {"lr": 1e-3}
 WIDE, WIDE_SLOW = {"lr": 1.5e-3}, {"lr": 5e-4}  # at 3e-3 the dense network stays at chance
 # Of each method as many: a slow and a fast attack inside of the training, or what matters more,
@@ -87,10 +85,6 @@ TRIALS: dict[str, list[Trial]] = {
         Trial({**attack, "trades": weight})
         for weight in (1.0, 6.0) for attack in ({}, ONE_STEP)
     ],
-    **{
-        name: [Trial({}, {}), Trial(ONE_TEMPORAL, {}), Trial({}, SLOW), Trial(ONE_TEMPORAL, SLOW)]
-        for name in ("tlat", "j-tlat")
-    },
     "j-tlat-plus": [
         Trial({**ONE_STEP, "shared": share}, rate) for rate in ({}, SLOW) for share in (0.6, 0.9)
     ],
