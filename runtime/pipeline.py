@@ -61,8 +61,8 @@ def watch(
     Args:
         engine: a loaded bundle.
         source: what `sources.open` takes, or an open `Source`.
-        hop_s: time between two windows, in seconds; None is half a window, of a bundle in the
-            online form one frame.
+        hop_s: time between two windows, in seconds; None is half of a window's frames, of a
+            bundle in the online form one.
         sampling: `exact`, or `nearest` for sources slower than the model wants.
         top: how many labels a result lists.
         duration_s: stop after so much of the stream, in seconds; None is its end.

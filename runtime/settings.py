@@ -15,8 +15,8 @@ BUFFERS = (AUTO, "latest", "oldest", "block")
 class StreamSettings(Settings):
     """How streams are served."""
 
-    hop: float | None = opt(None, "seconds between two windows; half a window if not given, of "
-                            "a bundle in the online form one frame", above=0)  # fmt: skip
+    hop: float | None = opt(None, "seconds between two windows; half of a window's frames if not "
+                            "given, of a bundle in the online form one frame", above=0)  # fmt: skip
     sampling: str = opt("exact", "exact refuses sources slower than the model's frame spacing; "
                         "nearest repeats frames", choices=("exact", "nearest"))  # fmt: skip
     top: int = opt(3, "how many labels to list", at_least=1)

@@ -112,8 +112,8 @@ def test_a_busy_engine_makes_batches_by_itself_and_no_larger_than_allowed(engine
     pipeline = Pipeline(recording, sources, StreamSettings(max_batch=4))  # type: ignore[arg-type]
     got = list(pipeline.results())
     assert max(len(clips) for clips in recording.clips) == 4
-    assert len(got) == 5 * 12
-    assert pipeline.tally.windows == 60
+    assert len(got) == 5 * 9
+    assert pipeline.tally.windows == 45
 
 
 def test_one_stream_is_never_batched_with_itself(engine: Engine) -> None:
@@ -130,10 +130,10 @@ def test_silent_and_lost_streams_delay_nobody(engine: Engine) -> None:
     with pytest.raises(SourceError, match="1 of 3 sources were lost: lost: gone"):  # noqa: PT012
         for result in pipeline.results():
             got.append(result)
-            if len(of(got, 2)) == 12 and len(of(got, 1)) == 2:
+            if len(of(got, 2)) == 9 and len(of(got, 1)) == 1:
                 stop.ask()
     assert time.monotonic() - began < 10
-    assert len(got) == 14
+    assert len(got) == 10
 
 
 def test_a_batch_waits_for_streams_that_run_alone(engine: Engine) -> None:
@@ -168,7 +168,7 @@ def test_frames_given_twice_are_counted_and_are_in_no_window(engine: Engine) -> 
                 yield frame
 
     pipeline = Pipeline(engine, [Twice("x", 0)])
-    assert len(list(pipeline.results())) == 12
+    assert len(list(pipeline.results())) == 9
     tally = pipeline.tally
     assert (tally.frames, tally.frames_duplicated) == (80, 40)
     assert "duplicated: 40" in "\n".join(tally.lines())
@@ -191,9 +191,7 @@ def test_a_stream_of_a_programs_own_frames(engine: Engine) -> None:
     with Stream(engine, given) as stream:
         got = list(stream)
         assert stream.states == {"api": ENDED}
-    assert [r.t_s for r in got] == pytest.approx(
-        [0.3, 0.5, 0.6, 0.8, 0.9, 1.1][: len(got)], abs=0.1
-    )
+    assert [r.t_s for r in got] == pytest.approx([0.3, 0.5, 0.7, 0.9, 1.1])
     assert {r.expert for r in got} == {2}
     assert stream.tally.windows == len(got)
 
