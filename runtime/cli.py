@@ -66,7 +66,7 @@ class RunSettings(StreamSettings):
     guard_calibrate: Path | None = opt(None, "write a guard's profile of clean sources")
     guard_filter: str = opt("off", "of --guard-calibrate: a second look at a filtered clip, for "
                             "one more run of the expert",
-                            choices=("off", "median", "jpeg"))  # fmt: skip
+                            choices=("off", "median", "jpeg", "bilateral"))  # fmt: skip
     false_alarms: float = opt(0.01, "of --guard-calibrate: share of clean windows that may raise "
                               "an alarm", above=0, at_most=0.5)  # fmt: skip
     page: str | None = opt(None, "serve the live page at HOST:PORT; alone: 127.0.0.1:8080",

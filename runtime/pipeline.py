@@ -114,7 +114,7 @@ class Pipeline:
             settings: how they are served.
             stop: ends the run when asked.
             calibrate: gather the guard's terms for a profile (guard/calibration.py), with this
-                filter: off, median or jpeg.
+                filter: off, median, jpeg or bilateral.
 
         Raises:
             SettingError: settings that do not fit, or no profile for the guard.
