@@ -87,6 +87,16 @@ class RunSettings(StreamSettings):
     overwrite: bool = opt(False, "replace the files of --save, --jsonl, --events and --csv")
     seed: int = opt(0, "seed of --source test", at_least=0)
 
+    def __post_init__(self) -> None:
+        """Check every value; refuse what has no effect."""
+        super().__post_init__()
+        calibrates = self.guard_calibrate is not None
+        self._needs("--guard-calibrate", calibrates, "guard_filter", "false_alarms")
+        if calibrates and self.guard != "off":
+            raise SettingError(
+                f"--guard {self.guard} and --guard-calibrate exclude each other: calibrate first."
+            )
+
 
 @cli.command(
     "vmoe-run",
@@ -153,10 +163,9 @@ def _run(named: Path | None, settings: RunSettings, *, as_json: bool, stop: Stop
     from .pipeline import Pipeline
 
     sources = _sources(settings, names)
-    plan = threads.plan(len(sources), settings.threads)
-    threads.apply(plan)
+    count = threads.of_engine(len(sources), settings.threads)
     cache = cli.cache_folder() if settings.cache else None
-    with engines.load(path, settings.backend, settings.device, plan.engine, cache=cache) as engine:
+    with engines.load(path, settings.backend, settings.device, count, cache=cache) as engine:
         calibrate = settings.guard_filter if settings.guard_calibrate is not None else None
         pipeline = Pipeline(engine, sources, settings, stop=stop, calibrate=calibrate)
         if settings.guard_calibrate is not None:

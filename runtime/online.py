@@ -145,7 +145,7 @@ class OnlineWindows(Windows):
             return None
         self._due += hops * (1 + (place - self._due + TINY) // hops)
         if not self._is_whole():
-            self.incomplete += 1
+            self._miss_window(frame)
             return None
         return self._made(list(self._ring), frame, self._slot)
 

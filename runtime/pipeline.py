@@ -35,6 +35,7 @@ from .sinks import Sink, Step, Watching
 from .sinks._kept import Kept
 from .sources import Source, SourceSettings
 from .tally import Tally
+from .threads import serving
 from .windows import EXACT
 
 log = logging.getLogger("vmoe")
@@ -179,6 +180,7 @@ class Pipeline:
         threads = [thread for lane in self.lanes for thread in lane.threads()]
         threads.append(threading.Thread(target=self._batches.run, name="vmoe-engine", daemon=True))
         with contextlib.ExitStack() as stack:
+            stack.enter_context(serving())
             for sink in self.sinks:
                 stack.enter_context(sink)
             stack.callback(self._end, threads)  # threads end before the sinks are closed
@@ -221,6 +223,9 @@ class Pipeline:
             log.warning("%s", error)
 
     def _raise_lost(self) -> None:
+        """Raise what was lost; of several streams that were ended on purpose it was told before."""
+        if len(self.lanes) > 1 and self.stop.asked():
+            return
         lost = [lane.steps.error for lane in self.lanes if lane.steps.error is not None]
         if len(self.lanes) == 1 and lost:
             raise lost[0]

@@ -8,6 +8,8 @@ three never are. Until then it is kept as it came, in bounded memory.
 
 from __future__ import annotations
 
+import logging
+import math
 import statistics
 import time
 from collections import deque
@@ -21,6 +23,8 @@ from vmoe.errors import SettingError, SourceError
 
 from .frames import Frame
 
+log = logging.getLogger("vmoe")
+
 EXACT, NEAREST = "exact", "nearest"
 LOOKED_AT = 8  # distances between frames after which a source counts as too slow
 EARLY_S = 1e-6  # timestamps are floats: a frame this much before its time is on time
@@ -30,6 +34,7 @@ BREAK_SPACINGS = 2
 BREAK_USUAL = 3
 PROMPT_S = 30.0  # the promptest frame of one to two such times is what others are late against
 RAW_BYTES = 32 << 20  # of frames that no window has taken yet; beyond, the oldest are prepared
+TELL_S = 60.0  # between two lines that say that a source has become slow
 REMEMBERED = 16  # newest distances between frames, whose median is the usual one
 
 
@@ -138,6 +143,8 @@ class Windows:
         self._breaks = 0
         self._last: Frame | None = None
         self._apart: deque[float] = deque(maxlen=REMEMBERED)
+        self._own: deque[float] = deque(maxlen=REMEMBERED)  # the source's, whatever was lost
+        self._told_s = -math.inf  # when it was last said that it has become slow
         self._due_s = 0.0
         self._next = 0  # the sequence that comes next where nothing is lost
         self._lost = 0
@@ -217,6 +224,7 @@ class Windows:
     def _is_break(self, last: Frame, frame: Frame) -> bool:
         """Return whether two frames of an epoch are too far apart for this source; count it."""
         apart_s = frame.t_s - last.t_s
+        self._own.append(apart_s / max(1, frame.sequence - last.sequence))
         usual_s = statistics.median(self._apart) if self._apart else apart_s
         self._apart.append(apart_s)
         longest_s = max(BREAK_SPACINGS * self._spec.spacing_s, BREAK_USUAL * usual_s)
@@ -258,9 +266,22 @@ class Windows:
         times = [kept.t_s for kept in self._ring]
         chosen = clips.choose(times, frame.t_s, self._spec, nearest=self._nearest)
         if chosen is None:
-            self.incomplete += 1
+            self._miss_window(frame)
             return None
         return self._made([self._ring[i] for i in chosen], frame)
+
+    def _miss_window(self, frame: Frame) -> None:
+        """Count a window that was due; where the source has become slow, say so once in a while."""
+        self.incomplete += 1
+        own_s = statistics.median(self._own) if len(self._own) == REMEMBERED else 0.0
+        if not clips.too_slow(own_s, self._spec) or frame.arrived_s < self._told_s + TELL_S:
+            return
+        self._told_s = frame.arrived_s
+        log.warning(
+            "%s has become slow: a frame every %.0f ms, where this model wants one every %.0f ms. "
+            "Its windows are not labelled until it is faster; --sampling nearest repeats frames.",
+            self._source, own_s * 1000, self._spec.spacing_s * 1000,
+        )  # fmt: skip
 
     def _made(self, kept: list[Kept], frame: Frame, slot: int | None = None) -> Window:
         began = time.monotonic()

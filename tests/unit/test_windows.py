@@ -13,6 +13,7 @@ from vmoe.clips import ClipSpec
 from vmoe.errors import SettingError, SourceError
 from vmoe.runtime import windows as windows_of
 from vmoe.runtime.frames import Frame
+from vmoe.runtime.online import OnlineWindows
 from vmoe.runtime.windows import Window, Windows, default_hop_s
 
 SPEC = ClipSpec(frames=4, spacing_s=0.1, height=8, width=8)
@@ -137,6 +138,22 @@ def test_a_source_that_becomes_slow_is_broken_only_until_that_is_usual() -> None
     made = run(Windows(SPEC, "x", sampling="nearest"), frames(times))
     assert len({w.epoch for w in made}) == 2
     assert [w.epoch for w in made][-30:] == [made[-1].epoch] * 30
+
+
+@pytest.mark.parametrize("windows", [Windows, OnlineWindows])
+def test_a_source_that_becomes_slow_later_is_told_once(
+    windows: type[Windows], caplog: pytest.LogCaptureFixture
+) -> None:
+    times = [i / 30 for i in range(60)] + [2 + i * 0.15 for i in range(100)]
+    given = frames(times)
+    run(windows(SPEC, "x"), given)
+    line = "x has become slow: a frame every 150 ms, where this model wants one every 100 ms"
+    assert [line in record.message for record in caplog.records] == [True]
+    caplog.clear()
+    lost = [f for f in frames(i / 30 for i in range(250)) if f.sequence < 60 or not f.sequence % 5]
+    run(windows(SPEC, "x"), lost)  # what was dropped on the way is no fault of the source
+    run(windows(SPEC, "x", sampling="nearest"), given)
+    assert caplog.records == []
 
 
 def test_late_is_against_the_last_minute_since_clocks_drift() -> None:
