@@ -398,6 +398,12 @@ def test_frames_of_a_program() -> None:
     got = list(IteratorSource(given, fps=20.0).frames(Stop()))
     assert numbers(got) == list(range(5))
     assert got[-1].t_s == pytest.approx(0.2)
+    same = np.zeros((8, 8, 3), np.uint8)
+    reused = (same for i in range(3) if same.fill(i) is None)  # one array, filled again
+    frames = list(IteratorSource(reused).frames(Stop()))
+    assert [int(frame.pixels[0, 0, 0]) for frame in frames] == [0, 1, 2]
+    (own,) = IteratorSource([same], copy=False).frames(Stop())
+    assert own.pixels is same
     timed = list(IteratorSource([(3.5, given[0]), (4.5, given[1])]).frames(Stop()))
     assert [frame.t_s for frame in timed] == [3.5, 4.5]
     back = [(1.0, given[0]), (2.0, given[1]), (0.0, given[2]), (1.0, given[3])]
