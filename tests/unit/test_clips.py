@@ -146,7 +146,7 @@ def test_a_large_frame_is_halved_first_and_is_still_the_mean_of_its_pixels() -> 
     frame = cv2.resize(rough, (241, 161), interpolation=cv2.INTER_CUBIC)  # no even halves
     means = frame[:160, :240].reshape(16, 10, 24, 10, 3).mean(axis=(1, 3))
     off = prepare(frame, SPEC) - means
-    assert np.abs(off).mean() < 2
+    assert np.abs(off).mean() < 5  # of 60, what the pixels themselves differ by
     assert abs(off.mean()) < 0.5
 
 
