@@ -83,7 +83,8 @@ def bilateral(clip: Tensor) -> Tensor:
         apart = 255 * (other - frames).abs().sum(dim=1, keepdim=True)
         weight = (-far / (2 * place**2) - apart**2 / (2 * colour**2)).exp()
         total, weights = total + weight * other, weights + weight
-    return (total / weights).unflatten(0, (len(clip), -1)).transpose(1, 2)
+    smoothed: Tensor = (total / weights).reshape(len(clip), -1, *frames.shape[1:]).transpose(1, 2)
+    return smoothed
 
 
 FILTERS = {"median": median, "bilateral": bilateral}  # those that have a gradient here

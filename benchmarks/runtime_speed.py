@@ -41,7 +41,7 @@ def measure(folder: Path, *, quick: bool) -> list[Figure]:
     found = []
     with load(full_size(folder / "full"), threads=1) as engine:
         found.append(_overhead("stream_overhead", engine, rounds, windows))
-        found.append(_many(engine, rounds, max(3, windows // 2)))
+        found.append(_many(engine, max(3, rounds // 2), max(3, windows // 4)))
         found.append(_latency(engine, 5.0 if quick else 30.0))
     with load(latest.shipped(), threads=1) as engine:
         found.append(_overhead("shipped_stream_overhead", engine, rounds, 5 * windows))
