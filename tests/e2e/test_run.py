@@ -542,6 +542,38 @@ def test_a_camera_that_is_unplugged(run: Run, bundle: Path, emulation: dict[str,
     assert "Reopening it" in done.stderr
 
 
+READ = """
+import sys
+from tests import videos
+from vmoe.runtime import sources
+from vmoe.runtime.frames import Stop
+stop = Stop()
+for number, frame in enumerate(sources.open("0").frames(stop)):
+    print(frame.epoch, videos.number_of(frame.pixels), frame.t_s)
+    if number == 49:
+        stop.ask()
+"""
+
+
+def test_frames_of_a_camera_that_was_unplugged_are_known_by_their_pixels(
+    emulation: dict[str, str], tmp_path: Path
+) -> None:
+    raw = tmp_path / "numbers.yuyv"
+    grey = np.stack([videos.picture(i)[..., 0] for i in range(30)])
+    raw.write_bytes(np.stack([grey, np.full_like(grey, 128)], axis=-1).tobytes())
+    env = {**os.environ, **emulation, "VCAM_RAW": str(raw), "VCAM_UNPLUG_AFTER": "20",
+           "VCAM_W": str(videos.SIZE[1]), "VCAM_H": str(videos.SIZE[0])}  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", READ], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    got = [line.split() for line in done.stdout.splitlines()]
+    assert len(got) == 50
+    for epoch in range(3):  # each connection begins anew (OpenCV drops the first), and skips none
+        numbers = [int(number) for of, number, _ in got if int(of) == epoch]
+        assert numbers == list(range(1, 1 + len(numbers)))
+    times = [float(t_s) for _, _, t_s in got]
+    assert times == sorted(times)
+
+
 def test_a_camera_that_stalls(run: Run, bundle: Path, emulation: dict[str, str]) -> None:
     env = {**emulation, "VCAM_STALL_AFTER": "20"}
     began = time.monotonic()
