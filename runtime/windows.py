@@ -225,10 +225,11 @@ class Windows:
         """Return whether two frames of an epoch are too far apart for this source; count it."""
         apart_s = frame.t_s - last.t_s
         self._own.append(apart_s / max(1, frame.sequence - last.sequence))
-        usual_s = statistics.median(self._apart) if self._apart else apart_s
+        broken = apart_s > BREAK_SPACINGS * self._spec.spacing_s + EARLY_S
+        if broken:
+            usual_s = statistics.median(self._apart) if self._apart else apart_s
+            broken = apart_s > BREAK_USUAL * usual_s + EARLY_S
         self._apart.append(apart_s)
-        longest_s = max(BREAK_SPACINGS * self._spec.spacing_s, BREAK_USUAL * usual_s)
-        broken = apart_s > longest_s + EARLY_S
         self._breaks += broken
         return broken
 
