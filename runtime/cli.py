@@ -56,6 +56,7 @@ class RunSettings(StreamSettings):
     cache: bool = opt(
         True, "keep large graphs as optimised for this CPU in the user's cache folder"
     )
+    trust: bool = opt(False, "load TensorRT plans that were not built here: they are code")
     save: Path | None = opt(None, "write the annotated video: .mp4, .avi or .mkv (lossless); of "
                             "several sources one file each, with their numbers")  # fmt: skip
     jsonl: Path | None = opt(None, "write one JSON object per window to a file")
@@ -156,7 +157,9 @@ def _run(named: Path | None, settings: RunSettings, *, as_json: bool, stop: Stop
     plan = threads.plan(len(sources), settings.threads)
     threads.apply(plan)
     cache = cli.cache_folder() if settings.cache else None
-    with engines.load(path, settings.backend, settings.device, plan.engine, cache=cache) as engine:
+    with engines.load(
+        path, settings.backend, settings.device, plan.engine, cache=cache, trust=settings.trust
+    ) as engine:
         calibrate = settings.guard_filter if settings.guard_calibrate is not None else None
         pipeline = Pipeline(engine, sources, settings, stop=stop, calibrate=calibrate)
         if settings.guard_calibrate is not None:

@@ -49,6 +49,7 @@ def load(
     *,
     all_parts: bool = False,
     cache: Path | None = None,
+    trust: bool = False,
 ) -> Engine:
     """Load a bundle: prove it whole, and open a backend for it.
 
@@ -61,6 +62,7 @@ def load(
         all_parts: load every part now; else an expert is loaded when it is first routed to.
         cache: a folder for what a backend makes of parts, so that the next load is faster; the
             commands' own is `vmoe.cli.cache_folder()`. None keeps nothing.
+        trust: load parts that are code (TensorRT plans) though they were built elsewhere.
 
     Raises:
         BundleError: no bundle, or one that is not what its manifest says.
@@ -71,7 +73,7 @@ def load(
         raise SettingError(f"--threads is {threads}; it must be at least 1.")
     read = bundle if isinstance(bundle, Bundle) else bundles.read(Path(bundle))
     name = choose(backend, read, device)
-    settings = BackendSettings(read.path, device, threads, read, cache)
+    settings = BackendSettings(read.path, device, threads, read, cache, trust)
     opened = registry.load(ENGINES, name, "backend").open(settings)
     engine = Engine(read, opened, name)
     try:

@@ -33,6 +33,7 @@ class BackendSettings:
         threads: CPU threads of one run; None is the backend's own choice.
         bundle: its manifest, for a backend that needs more of it than its parts.
         cache: a folder that outlives this run, for what a backend makes of parts; None for none.
+        trust: whether parts that are code, as a plan is, are loaded though made elsewhere.
     """
 
     folder: Path
@@ -40,6 +41,7 @@ class BackendSettings:
     threads: int | None = None
     bundle: Bundle | None = None
     cache: Path | None = None
+    trust: bool = False
 
 
 class Backend(Protocol):

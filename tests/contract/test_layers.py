@@ -45,9 +45,11 @@ WHERE = {
     "onnxruntime": ("runtime/engines/", "export/"),
     "openvino": ("runtime/engines/", "export/"),
     "tensorrt": ("runtime/engines/", "export/"),
+    "torch_tensorrt": ("export/",),
     "triton": ("export/plugins/",),
 }
-LAZY = {"onnxruntime", "openvino", "tensorrt"}  # a registry imports a file to ask what it can do
+# A registry imports a file to ask what it can do.
+LAZY = {"onnxruntime", "openvino", "tensorrt", "torch_tensorrt"}
 
 
 class Import(NamedTuple):
