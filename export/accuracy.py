@@ -136,7 +136,8 @@ def sample(
     if not noise:
         return Sample(found, label)
     drawn = np.random.default_rng(seed).integers(0, 256, (noise, *spec.shape), dtype=np.uint8)
-    drawn[-2], drawn[-1] = 0, 255
+    for clip, value in zip(drawn[::-1], (255, 0), strict=False):  # all white, all black
+        clip[:] = value
     nameless = np.full(noise, UNKNOWN, np.int64)
     return Sample(np.concatenate([found, drawn]), np.concatenate([label, nameless]))
 

@@ -396,6 +396,9 @@ def test_clips_of_a_check_are_seeded_and_hold_noise_black_and_white(spec: ClipSp
     assert list(made.label[:48]) == [i % 10 for i in range(48)]
     assert not len(accuracy.sample(spec, ("left", "right"), None, seed=3).known)
     assert len(accuracy.sample(spec, LABELS, "camera-motion", seed=3).clips) == 64
+    few = accuracy.sample(spec, LABELS, None, seed=3, clips=4).clips  # one of them of noise: white
+    assert len(few) == 4
+    assert few[-1].min() == 255
     assert len(accuracy.sample(spec, LABELS, None, seed=3, clips=8).clips) == 8
     with pytest.raises(SettingError, match="nowhere"):
         accuracy.sample(spec, LABELS, "./nowhere", seed=0)
