@@ -14,9 +14,10 @@ from vmoe.errors import MissingDependencyError, SettingError
 from vmoe.models import flops
 from vmoe.runtime.bench.certificate import BOUND
 
-from . import pipeline
+from . import pipeline, triton
 from .pipeline import Exported
 from .plan import ExportSettings, Plan, calibration_of
+from .triton import command as serving
 
 log = cli.log
 
@@ -33,25 +34,36 @@ log = cli.log
 @cli.options(ExportSettings)
 @click.option("--out", type=click.Path(path_type=Path),
               help="The bundle's folder. [default: runs/export/NAME-LOWERING]")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+@serving.options
+@click.option("--overwrite", is_flag=True, help="Replace a bundle or repository that is there.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; export nothing.")
 @cli.seed_option
 @cli.device_option
 @cli.config_option
 @cli.json_option
 def main(
-    checkpoint: Path | None, onnx: bool, trt: bool, out: Path | None, overwrite: bool,
-    dry_run: bool, seed: int, device: str, config: Path | None, as_json: bool, **flags: Any,
+    checkpoint: Path | None, onnx: bool, trt: bool, out: Path | None, triton_repo: Path | None,
+    overwrite: bool, dry_run: bool, seed: int, device: str, config: Path | None, as_json: bool,
+    **flags: Any,
 ) -> None:  # fmt: skip
     """Export CKPT to a bundle: uint8 clips in; per clip, the router and one expert run.
 
     CKPT is a checkpoint, a training's folder, or a bundle that carries its twin; left out, it is
     the newest under runs/, else the one that ships. The bundle is loaded again and compared with
     the twin on --device (auto is the CPU); one that does not pass its gates is refused (exit
-    code 3), and kept as NAME.rejected with its report.
+    code 3), and kept as NAME.rejected with its report. With --triton-repo alone, a bundle (by
+    default the newest) is taken as it is, and no twin is read.
     """
     _refuse_later(onnx=onnx, trt=trt)
     settings = cli.resolve(ExportSettings, flags, config)
+    how = serving.of_flags(triton_repo, flags)
+    if how is not None:
+        triton.refuse_existing(how.folder, overwrite=overwrite)
+        as_it_is = settings == ExportSettings() and out is None and not onnx and not trt
+        if as_it_is and serving.is_bundle(checkpoint):
+            serving.run(checkpoint, how, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
+            return
+        triton.check_lowering(settings.lowering)
     if out is not None:
         output.refuse_existing(out, overwrite=overwrite)
         output.probe(out)
@@ -67,12 +79,14 @@ def main(
         cli.print_json(planned) if as_json else click.echo(_lines(planned))
         return
     made = pipeline.run(plan, folder, overwrite=overwrite, device=device)
+    if how is not None:
+        triton.write(made.bundle, how, overwrite=overwrite)
     if as_json:
         cli.print_json({"bundle": str(folder), **report.plain(made.report)})
     else:
         click.echo(_table(made))
     log.info("bundle: %s", folder)
-    for next_line in _next(made, folder):
+    for next_line in (*_next(made, folder), *serving.next_lines(folder, how)):
         log.info("next: %s", next_line)
 
 
