@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -26,6 +27,8 @@ from vmoe.clips import Clips, ClipSpec
 from vmoe.errors import EngineMismatchError, ServerError
 from vmoe.export.triton import PYTHON, Repository, write
 from vmoe.runtime import Engine, Pipeline, StreamSettings, load, sources, watch
+from vmoe.runtime.bench.cli import main as bench_command
+from vmoe.runtime.cli import command as run_command
 from vmoe.runtime.engines import triton as backend
 from vmoe.runtime.engines._kserve import RefusedError, address, connect
 from vmoe.runtime.frames import Stop
@@ -362,6 +365,27 @@ def test_an_online_bundle_is_followed_with_the_states_here(
 
 def _window(clip: NDArray[np.uint8], at: int) -> Window:
     return Window(at, clip, 0, 0.0, 0.0, 0, 0, 0.0, False, 0, {}, at)
+
+
+def test_the_commands_take_a_server(
+    server: Server, scheme: str, path: Path, here: Engine, tmp_path: Path
+) -> None:
+    video, at = videos.write(tmp_path / "a.mp4", 40), server.address(scheme)
+    said = tmp_path / "labels.jsonl"
+    command = [str(path), "--source", str(video), "--hop", "0.1", "--server", at]
+    result = CliRunner().invoke(run_command, [*command, "--jsonl", str(said)], obj=Stop())
+    assert result.exit_code == 0, result.output
+    assert "tiny on triton sees" in result.stderr
+    assert f"next: vmoe-run {path} --hop 0.1" in result.stderr
+    found = [json.loads(line) for line in said.read_text().splitlines()]
+    wanted = labels(list(watch(here, video, hop_s=0.1)))
+    assert [(one["t_s"], one["label"], one["expert"]) for one in found] == [
+        (round(t_s, 6), label, expert) for t_s, label, expert in wanted
+    ]
+    quick = ["--duration", "0", "--iterations", "2", "--warmup", "0", "--force-route", "free"]
+    result = CliRunner().invoke(bench_command, [str(path), "--server", at, *quick])
+    assert result.exit_code in (0, 3), result.output
+    assert "triton" in result.stdout
 
 
 # What becomes of a stream when the server goes away: the last tests, which stop it

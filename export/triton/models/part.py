@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import triton_python_backend_utils as pb
 
 
@@ -17,6 +16,8 @@ class TritonPythonModel:
 
     def initialize(self, args):
         """Load the part; fail here, so that the server says why it is not ready."""
+        import onnxruntime
+
         config = json.loads(args["model_config"])
         folder = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
         options = onnxruntime.SessionOptions()
