@@ -35,7 +35,8 @@ def version(bundle: Bundle) -> int:
     hashes = {name: sorted(part.hashes.items()) for name, part in bundle.parts.items()}
     text = json.dumps([hashes, bundle.labels], sort_keys=True)
     digest = int(hashlib.sha256(text.encode()).hexdigest(), 16)
-    return 1 + digest % (2**VERSION_BITS - 1)
+    most: int = 2**VERSION_BITS - 1
+    return 1 + digest % most
 
 
 def whole(bundle: Bundle) -> Bundle:

@@ -18,7 +18,8 @@ from . import ONNXRUNTIME, RUNS_ONNX, Repository, configs, write
 
 F = TypeVar("F", bound=Callable[..., Any])
 log = cli.log
-FLAGS = {"triton_backend": ONNXRUNTIME, "triton_batch": 16}  # and their defaults
+BATCH = 16
+FLAGS = ("triton_backend", "triton_batch")
 
 
 def options(function: F) -> F:
@@ -31,7 +32,7 @@ def options(function: F) -> F:
                           f"onnxruntime in the server's Python. [default: {ONNXRUNTIME}]"),
         click.option("--triton-batch", type=click.IntRange(1), default=None,
                      help="Most clips of one request, and of a batch that the server makes. "
-                          f"[default: {FLAGS['triton_batch']}]"),
+                          f"[default: {BATCH}]"),
     ]):  # fmt: skip
         function = option(function)
     return function
@@ -49,8 +50,9 @@ def of_flags(folder: Path | None, flags: Mapping[str, Any]) -> Repository | None
             said = " and ".join(f"--{name.replace('_', '-')}" for name in given)
             raise SettingError(f"{said} is for --triton-repo DIR: give that too.")
         return None
-    backend, batch = (flags.get(name) or default for name, default in FLAGS.items())
-    return Repository(folder, backend, batch)
+    return Repository(
+        folder, flags["triton_backend"] or ONNXRUNTIME, flags["triton_batch"] or BATCH
+    )
 
 
 def is_bundle(named: Path | None) -> bool:

@@ -221,7 +221,7 @@ def _line(text: str) -> str:
 def _why(e: BaseException) -> str:
     if isinstance(e, TimeoutError):
         return "timed out"
-    return str(getattr(e, "strerror", None) or e or type(e).__name__).lower()
+    return (getattr(e, "strerror", None) or str(e) or type(e).__name__).lower()
 
 
 class _Grpc:
