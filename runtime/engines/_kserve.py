@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from vmoe.errors import MissingDependencyError, SettingError
 
 Arrays = Mapping[str, NDArray[Any]]
-PORTS = {"http": 8000, "https": 8000, "grpc": 8001, "grpcs": 8001}  # Triton's own
+PORTS = {"http": 8000, "https": 443, "grpc": 8001, "grpcs": 443}  # Triton's own, or a proxy's
 TYPES = {
     "uint8": "UINT8", "int32": "INT32", "int64": "INT64", "float16": "FP16", "float32": "FP32",
     "bool": "BOOL",

@@ -135,7 +135,7 @@ def test_a_bundle_is_answered_as_one_part_by_its_server(bundle: Bundle) -> None:
         ("localhost:8000", "http://localhost:8000"),
         ("gpu7", "http://gpu7:8000"),
         ("grpc://gpu7", "grpc://gpu7:8001"),
-        ("https://models.example/triton/", "https://models.example:8000/triton"),
+        ("https://models.example/triton/", "https://models.example:443/triton"),
         ("http://[::1]:9000", "http://[::1]:9000"),
     ],
 )
