@@ -87,19 +87,24 @@ def start(clip: Tensor, eps: float, norm: str, seed: int, indices: Tensor, numbe
 
 
 def uniform(clip: Tensor, seed: int, indices: Tensor, number: int) -> Tensor:
-    """Return noise in [-1, 1], shaped as the clip, each sample from (seed, index, number)."""
+    """Return noise in [-1, 1], shaped as the clip, each sample from (seed, index, number).
+
+    It is drawn where the clip is: a GPU draws other numbers than a CPU.
+    """
     rows = [
-        torch.rand(clip.shape[1:], generator=own, dtype=torch.float32)
-        for own in generators(seed, indices, number)
+        torch.rand(clip.shape[1:], generator=own, dtype=torch.float32, device=clip.device)
+        for own in generators(seed, indices, number, clip.device)
     ]
     return torch.stack(rows).mul_(2).sub_(1).to(clip)
 
 
-def generators(seed: int, indices: Tensor, number: int) -> list[torch.Generator]:
-    """Return one source of randomness for each sample, from (seed, index, number), on the CPU."""
+def generators(
+    seed: int, indices: Tensor, number: int, device: torch.device | str = "cpu"
+) -> list[torch.Generator]:
+    """Return one source of randomness on a device for each sample, from (seed, index, number)."""
     made = []
     for index in indices.tolist():
         text = f"{seed}:{index}:{number}".encode()
         key = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
-        made.append(torch.Generator().manual_seed(key))
+        made.append(torch.Generator(device).manual_seed(key))
     return made

@@ -7,6 +7,7 @@ rendered once for all cells.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ import numpy as np
 from vmoe import checkpoint, registry
 from vmoe.attacks.evaluate import evaluate, plan
 from vmoe.attacks.figures import broken
-from vmoe.attacks.judge import of_twin
-from vmoe.attacks.outcomes import Row
+from vmoe.attacks.judge import Ints, of_twin
+from vmoe.attacks.outcomes import Evaluation
 from vmoe.checkpoint import Checkpoint
 from vmoe.clips import Clips, ClipSpec, Frame
 from vmoe.data import DataSet
@@ -31,8 +32,8 @@ from vmoe.train.planned import RECIPES
 
 TABLE = ("fgsm", "pgd", "apgd-ce", "apgd-margin", "tlga-r", "j-tlga")
 ON_ROUTER = ("tlga-r", "j-tlga")  # what a dense model has nothing of
-MORE_WAYS = ("frozen", "all", "soft")  # of APGD-margin, on what the table's attacks left
-BATCH = 50
+MORE_WAYS = ("frozen", "all", "soft")
+AGAIN = ("pgd", "apgd-ce", "apgd-margin", "j-tlga")  # by MORE_WAYS, on what the table left
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Held:
     """Clips in memory, or in a file that is mapped there."""
 
     clips: Clips
-    label: np.ndarray[Any, np.dtype[np.int64]]
+    label: Ints
     labels: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -94,6 +95,8 @@ class Task:
         trial_tflops: that of a trial of its settings.
         steps: of the test's attacks.
         loop: settings of every training.
+        device: cpu or cuda:N.
+        attack_batch: clips that are attacked at a time.
     """
 
     name: str
@@ -107,6 +110,8 @@ class Task:
     trial_tflops: float
     steps: int
     loop: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    attack_batch: int = 50
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ def train(
     """
     path = folder / "last.safetensors"
     if path.exists():
-        return checkpoint.load(path)
+        return checkpoint.load(path, task.device)
     module = registry.load(RECIPES, method, "recipe")
     eps = {"eps": task.eps} if "eps" in module.Settings.__dataclass_fields__ else {}
     recipe: RecipeSettings = module.Settings(**{**eps, **trial.recipe})
@@ -152,7 +157,7 @@ def train(
         "budget": task.tflops, "seed": seed, "val_steps": 0, "on_collapse": "warn",
         **task.loop, **trial.loop,
     })  # fmt: skip
-    twin = build(model or model_of(task, method), task.spec, seed)
+    twin = build(model or model_of(task, method), task.spec, seed).to(task.device)
     router_start.spread(twin, task.train)
     if begin is not None:
         _take(twin, begin)
@@ -163,14 +168,14 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     passes = loop.Recipe(lambda done: module.walks(recipe, done), recipe.bf16)
     since = time.process_time()
-    with Loader(task.train, how.batch) as loader:
+    with Loader(task.train, how.batch, task.device) as loader:
         for now in loop.run(state, passes, loader, task.val, how):
             now.rows[-1]["cpu_s"] = time.process_time() - since
             states.save(now, mapping, folder)
             since = time.process_time()
     held = Checkpoint(state.kept, task.train.labels, mapping, {"rows": state.rows})
     checkpoint.save(held, path)
-    return checkpoint.load(path)
+    return checkpoint.load(path, task.device)
 
 
 def _take(twin: VideoMoE, path: Path) -> None:
@@ -182,28 +187,18 @@ def _take(twin: VideoMoE, path: Path) -> None:
         expert.load_state_dict({**mine, **fits})
 
 
-def rows_of(
-    twin: VideoMoE, eps: float, steps: int, ways: tuple[str, ...], *names: str
-) -> list[Row]:
-    """Return rows of attacks that a twin can be attacked by."""
-    fit = [name for name in names if twin.router is not None or name not in ON_ROUTER]
-    return plan(fit, [eps], ways, steps=steps)
-
-
-def attack(twin: VideoMoE, data: Held, eps: float, steps: int) -> dict[str, Any]:
+def attack(twin: VideoMoE, data: Held, task: Task) -> dict[str, Any]:
     """Return what a twin is worth under attack.
 
-    The table's attacks by straight-through; on the clips that all of them leave, APGD-margin by
-    the other three route_grads, or, of a dense model, from three more starts.
+    The table's attacks by straight-through; on the clips that all of them leave, AGAIN by the
+    other three route_grads, or, of a dense model, from three more starts.
 
     Returns:
         `hits` of each attack, a list of 0 and 1 over the clips, with `clean` and `worst_of`;
         `flips`, the share of routes that each changes; `lips_r`, L_Lip of the router under TLGA-R;
         `margin` of the clean scores.
     """
-    judges, clips = {"twin": of_twin(twin)}, np.asarray(data.clips)
-    rows = rows_of(twin, eps, steps, ("straight-through",), *TABLE)
-    found = evaluate(twin, clips, data.label, rows, judges, batch=BATCH)
+    found = _under(twin, data, task, TABLE)
     clean = found.clean["twin"]
     hits = {"clean": clean.said == data.label}
     for outcome in found.outcomes:
@@ -211,10 +206,8 @@ def attack(twin: VideoMoE, data: Held, eps: float, steps: int) -> dict[str, Any]
     stands = np.all(list(hits.values()), axis=0)
     left = np.flatnonzero(stands)
     if len(left):
-        dense = {} if twin.router is not None else {"restarts": len(MORE_WAYS), "seed": 1}
-        more = plan(["apgd-margin"], [eps], MORE_WAYS, steps=steps, **dense)
-        again = evaluate(twin, clips[left], data.label[left], more, judges, index=left, batch=BATCH)
-        stands[left] = ~broken(again, again.outcomes[0], "twin")
+        again = _under(twin, data, task, AGAIN, MORE_WAYS, left)
+        stands[left] = ~np.any([broken(again, o, "twin") for o in again.outcomes], axis=0)
     hits["worst_of"] = stands
     seen = {outcome.row.attack: outcome.seen["twin"] for outcome in found.outcomes}
     lips = seen["tlga-r"].l_lip_router if "tlga-r" in seen else None
@@ -226,10 +219,25 @@ def attack(twin: VideoMoE, data: Held, eps: float, steps: int) -> dict[str, Any]
     }
 
 
-def quick(twin: VideoMoE, data: Held, eps: float, steps: int) -> float:
+def quick(twin: VideoMoE, data: Held, task: Task) -> float:
     """Return robust accuracy under PGD and APGD-margin, by which a trial is chosen."""
-    rows = rows_of(twin, eps, steps, ("straight-through",), "pgd", "apgd-margin")
-    judges = {"twin": of_twin(twin)}
-    found = evaluate(twin, np.asarray(data.clips), data.label, rows, judges, batch=BATCH)
+    found = _under(twin, data, task, ("pgd", "apgd-margin"))
     any_broken = np.any([broken(found, o, "twin") for o in found.outcomes], axis=0)
     return float(1 - any_broken.mean())
+
+
+def _under(
+    twin: VideoMoE, data: Held, task: Task, names: Sequence[str],
+    ways: Sequence[str] = ("straight-through",), at: Ints | None = None,
+) -> Evaluation:  # fmt: skip
+    """Return what attacks do by some route_grads; a dense model is attacked from as many starts."""
+    at = np.arange(len(data)) if at is None else at
+    dense = twin.router is None
+    fit = [name for name in names if not (dense and name in ON_ROUTER)]
+    more = {"restarts": len(ways), "seed": 1} if dense and ways[1:] else {}
+    rows = plan(fit, [task.eps], ways, steps=task.steps, **more)
+    clips, judges = np.asarray(data.clips)[at], {"twin": of_twin(twin, task.device)}
+    return evaluate(
+        twin, clips, data.label[at], rows, judges, index=at, batch=task.attack_batch,
+        device=task.device,
+    )  # fmt: skip

@@ -8,8 +8,9 @@ sixth the validation; the folder of a fold holds links to the user's files.
 
 from __future__ import annotations
 
+import multiprocessing
 import re
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from vmoe import output
 from vmoe.cli import log
 from vmoe.clips import ClipSpec
 from vmoe.data import DataSet, DataSettings, open_data
+from vmoe.data.camera_motion import LABELS
 from vmoe.errors import SettingError
 from vmoe.models import ModelSettings
 
@@ -39,6 +41,8 @@ class Size:
         train, val, test: clips of camera-motion; test of each seed.
         tflops: budget of a training; of a trial; of the standard start's epochs (camera-motion).
         steps: of the test's attacks.
+        batch, attack_batch: clips that are trained on, and attacked, at a time.
+        trials: how many of a method's settings are tried.
     """
 
     train: int = 6000
@@ -49,44 +53,74 @@ class Size:
     ut_tflops: float = 0.5
     start_epochs: int = 36
     steps: int = 10
+    batch: int = 32
+    attack_batch: int = 50
+    trials: int = 2
 
 
 QUICK = Size(200, 20, 20, 0.02, 0.02, 0.02, 1, 3)
+LARGE = Size(12000, 400, 400, 8.0, 8.0, 2.0, 36, 20, 64, 200, 4)
 
 
-def camera_motion(folder: Path, seed: int, size: Size) -> Task:
-    """Return camera-motion with the test clips of a seed."""
+def camera_motion(folder: Path, seed: int, size: Size, device: str) -> Task:
+    """Return camera-motion with the test clips of a seed, as `prepare` rendered them."""
     train = _rendered(folder, "train", size.train)
-    test = _rendered(folder, "test", max(3, seed + 1) * size.test)
+    test = _rendered(folder, "test", _test_clips(size, seed))
     at = np.arange(size.test) + size.test * seed
     mine = Held(test.clips[at], test.label[at], test.labels)
     model = ModelSettings(ARCH, WIDTH, EXPERTS, len(train.labels))
     turns, val = Turns(train, len(train) // 6), _rendered(folder, "val", size.val)
     budgets = (size.tflops, size.trial_tflops)
-    return Task("all", model, SPEC, turns, val, mine, EPS, *budgets, size.steps)
+    return Task(
+        "all", model, SPEC, turns, val, mine, EPS, *budgets, size.steps, {"batch": size.batch},
+        device, size.attack_batch,
+    )  # fmt: skip
+
+
+def _test_clips(size: Size, seed: int) -> int:
+    return max(3, seed + 1) * size.test
+
+
+def prepare(data: str, folder: Path, size: Size, seed: int, workers: int) -> None:
+    """Render what camera-motion's tasks take that is not there yet, of seeds up to `seed`."""
+    if data != "camera-motion":
+        return
+    counts = {"train": size.train, "val": size.val, "test": _test_clips(size, seed)}
+    for split, count in counts.items():
+        _render(folder / "clips", split, count, workers)
+
+
+def _render(folder: Path, split: str, count: int, workers: int) -> None:
+    path = folder / f"{split}-{count}.npy"
+    if path.exists():
+        return
+    log.info("rendering %d clips of the %s split", count, split)
+    held = hold(open_data("camera-motion", split, SPEC, DataSettings(clips=count)), workers)
+    for name, array in (("-label", held.label), ("", held.clips)):
+        place = folder / f"{split}-{count}{name}.npy"
+        with output.whole_file(place) as temporary, temporary.open("wb") as file:
+            np.save(file, array)
 
 
 def _rendered(folder: Path, split: str, count: int) -> Held:
-    path, data = folder / f"{split}-{count}.npz", None
-    if not path.exists():
-        log.info("rendering %d clips of the %s split", count, split)
-        data = open_data("camera-motion", split, SPEC, DataSettings(clips=count))
-        held = hold(data)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with output.whole_file(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, clips=held.clips, label=held.label, labels=np.array(held.labels))
-    with np.load(path) as kept:
-        return Held(kept["clips"], kept["label"], tuple(kept["labels"].tolist()))
+    """Return rendered clips, mapped into memory, so that processes share them."""
+    clips = np.load(folder / f"{split}-{count}.npy", mmap_mode="r")
+    return Held(clips, np.load(folder / f"{split}-{count}-label.npy"), LABELS)
 
 
-def hold(data: DataSet) -> Held:
-    """Read a data set into memory."""
-    items = [data[i] for i in range(len(data))]
+def hold(data: DataSet, workers: int = 1) -> Held:
+    """Read a data set into memory, by so many processes."""
+    every = range(len(data))
+    if workers == 1:
+        items = [data[i] for i in every]
+    else:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            items = list(pool.map(data.__getitem__, every, chunksize=50))
     label = np.array([label for _, label in items], np.int64)
     return Held(np.stack([clip for clip, _ in items]), label, data.labels)
 
 
-def ut_interaction(folder: Path, fold: int, size: Size, where: Path) -> Task:
+def ut_interaction(folder: Path, fold: int, size: Size, where: Path, device: str) -> Task:
     """Return a fold, 0 to 2, of UT-Interaction, a folder of whose classes is at `where`."""
     if fold not in range(FOLDS):
         raise SettingError(f"fold {fold} of UT-Interaction: there are 0 to {FOLDS - 1}.")
@@ -95,8 +129,9 @@ def ut_interaction(folder: Path, fold: int, size: Size, where: Path) -> Task:
     model = ModelSettings(ARCH, WIDTH, EXPERTS, len(train.labels))
     budgets, how = (size.ut_tflops, size.ut_tflops), {"batch": 16}
     return Task(
-        f"fold{fold}", model, SPEC, train, hold(val), hold(test), EPS, *budgets, size.steps, how
-    )
+        f"fold{fold}", model, SPEC, train, hold(val), hold(test), EPS, *budgets, size.steps, how,
+        device, size.attack_batch,
+    )  # fmt: skip
 
 
 def _links(place: Path, fold: int, where: Path) -> Path:
@@ -114,16 +149,18 @@ def _links(place: Path, fold: int, where: Path) -> Path:
     return place
 
 
-def opener(data: str, folder: Path, size: Size, where: Path | None) -> Callable[[int], Task]:
-    """Return what opens a task of a seed (or fold).
+def open_task(
+    data: str, folder: Path, seed: int, size: Size, where: Path | None, device: str
+) -> Task:
+    """Return the task of a seed (or fold).
 
     Raises:
         SettingError: no such data.
     """
     if data == "camera-motion":
-        return lambda seed: camera_motion(folder / "clips", seed, size)
+        return camera_motion(folder / "clips", seed, size, device)
     if data == "ut-interaction" and where is not None:
-        return lambda fold: ut_interaction(folder / "folds", fold, size, where)
+        return ut_interaction(folder / "folds", seed, size, where, device)
     raise SettingError(
         f"data {data!r}: give camera-motion, or ut-interaction with --ut FOLDER, of its classes."
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 import torch
+from click.core import ParameterSource
 
 from vmoe import checkpoint, cli, output, registry
 from vmoe.attacks import ranks
@@ -83,7 +84,11 @@ def main(
     if resume:
         if out is None:
             raise SettingError("--resume goes on with the run in a folder; name it with --out.")
-        data, init_from, seed, flags = _as_before(states.recipe_of(out), data, flags)
+        source = click.get_current_context().get_parameter_source("seed")
+        given = seed if source is ParameterSource.COMMANDLINE else None
+        held = states.recipe_of(out)
+        _refuse_another_begin(held, init_from, given)
+        data, init_from, seed, flags = _as_before(held, data, flags)
     where = checkpoint.device(here.device(device))
     with together.joined(here, where):
         plan = together.first_rank_first(
@@ -159,6 +164,19 @@ def _as_before(
     return data or recipe["data"], begun, held["seed"], {**flags, **held, **given}
 
 
+def _refuse_another_begin(recipe: dict[str, Any], init_from: Path | None, seed: int | None) -> None:
+    """Refuse weights to begin with, or a seed, that a run to be resumed did not begin with."""
+    if init_from is not None and str(init_from) != recipe["init_from"]:
+        raise SettingError(
+            f"--init-from {init_from} is where a training begins, and --resume goes on with one: "
+            "leave it out, or choose another --out."
+        )
+    if seed not in (None, recipe["loop"]["seed"]):
+        raise SettingError(
+            f"--resume goes on with --seed {recipe['loop']['seed']}; leave --seed {seed} out."
+        )
+
+
 def _plan(
     data: str, init_from: Path | None, seed: int, config: Path | None, flags: dict[str, Any]
 ) -> Plan:
@@ -170,7 +188,23 @@ def _plan(
     model = cli.resolve(ModelSettings, flags, config, classes=len(labels))
     looped = cli.resolve(loop.LoopSettings, flags, config, seed=seed)
     chosen = cli.resolve(recipe, flags, config)
-    return Plan(data, run, model, looped, clips, chosen, str(init_from or ""))
+    plan = Plan(data, run, model, looped, clips, chosen, str(init_from or ""))
+    _refuse_balance_of_one(plan, flags)
+    return plan
+
+
+OF_A_ROUTER = ("balance", "balance_loss", "on_collapse")
+
+
+def _refuse_balance_of_one(plan: Plan, flags: dict[str, Any]) -> None:
+    """Refuse a flag of the router where the method trains a model that has none."""
+    for name in OF_A_ROUTER:
+        if plan.trained.experts == 1 and flags.get(name) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise SettingError(
+                f"{flag} is of a router, and --method {plan.run.method} trains one network "
+                "without one; leave it out."
+            )
 
 
 def _refuse_strangers(method: str, recipe: type[Settings], flags: dict[str, Any]) -> None:

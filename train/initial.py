@@ -40,8 +40,9 @@ def _take_checkpoint(twin: VideoMoE, path: Path) -> str:
     for name in ("arch", "width", "classes"):
         if getattr(mine, name) != getattr(theirs, name):
             raise SettingError(
-                f"--init-from {path} has {name} {getattr(theirs, name)}; this model has "
-                f"{getattr(mine, name)}. Give the same --arch, --width and labels."
+                f"--init-from {path} has {name} {getattr(theirs, name)}; what is trained here has "
+                f"{getattr(mine, name)}. Begin with a checkpoint of that, or give another --arch, "
+                "--width, --method or data."
             )
     for name in ("mean", "std"):
         if getattr(twin.spec, name) != getattr(other.spec, name):

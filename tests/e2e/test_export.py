@@ -410,9 +410,21 @@ def bad_folder(folder: Path) -> Path:
     return folder / "empty"
 
 
+def bad_header(folder: Path) -> Path:
+    """Write a checkpoint that says nothing of the clips it takes."""
+    path = folder / "model.safetensors"
+    twin = build(ModelSettings("tsm", 0.1, 2, 2), SPEC)
+    checkpoint.save(Checkpoint(twin, ("left", "right")), path)
+    tensors, header = checkpoint.read_tensors(path)
+    del header["clip"]
+    checkpoint.write_tensors(tensors, header, path)
+    return path
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
+        (bad_header, "is no vmoe checkpoint: its header has no 'clip'"),
         (bad_pickle, "is a pickle, which can run code when it is read"),
         (bad_text, "is damaged or no safetensors file"),
         (bad_missing, "cannot read checkpoint"),

@@ -94,6 +94,10 @@ def test_resume_of_another_recipe_is_refused(tmp_path: Path) -> None:
     result = train(*arguments, "--lr", "0.5", "--resume")
     assert result.exit_code == 1
     assert "lr 0.003 then, 0.5 now" in result.output
+    for flag, value in (("--seed", "7"), ("--init-from", "other.safetensors")):
+        result = train("--out", str(out), "--resume", flag, value)
+        assert result.exit_code == 2
+        assert f"{flag} {value}" in result.output, result.output
     nowhere = train("--resume")
     assert nowhere.exit_code == 2
     assert "name it with --out" in nowhere.output
@@ -142,6 +146,7 @@ BAD = [
     (["--method", "j-tlt"], 2, "did you mean 'j-tlat'?"),
     (["--arch", "r3d"], 2, "did you mean 'r3d18'?"),
     (["--method", "standard", "--gamma1", "2"], 2, "--gamma1 has no meaning for --method standard"),
+    (["--method", "at-s", "--balance", "2"], 2, "--balance is of a router, and --method at-s"),
     (["--epochs", "0"], 2, "--epochs is 0; it must be at least 1"),
     (["no/such/folder"], 2, "no/such/folder"),
     (["camera-moton"], 2, "did you mean 'camera-motion'?"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.twins import SMALL, SPEC, lively, small
+from vmoe import checkpoint, registry
 from vmoe.attacks.ranks import Ranks
 from vmoe.batches import Batch, rows_of
 from vmoe.clips import ClipSpec
@@ -21,6 +22,7 @@ from vmoe.models import ModelSettings, VideoMoE, build
 from vmoe.train import averaging, loop, router_start
 from vmoe.train import state as states
 from vmoe.train.passes import Pass, Update, clean_clips
+from vmoe.train.planned import RECIPES
 from vmoe.train.recipes import at_m
 from vmoe.train.validate import entropy
 
@@ -159,6 +161,41 @@ def test_a_state_comes_back_with_average_costs_and_budget(tmp_path: Any) -> None
         assert torch.equal(one, two)
     with pytest.raises(VmoeError, match="a 1 then, 2 now"):
         states.load(fresh, {"a": 2}, tmp_path)
+
+
+RESUMED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("j-tlat-plus", {"shared": 0.5}, {"epochs": 4}),  # experts part on the way
+    ("j-tlat", {"order": "batch"}, {"ema": 0.9, "epochs": 3}),
+    ("aat-m", {}, {"budget": 8e-5, "bn": "running"}),
+]
+
+
+@pytest.mark.parametrize(("method", "values", "how"), RESUMED)
+def test_resumed_after_any_epoch_is_the_uninterrupted_training(
+    method: str, values: dict[str, Any], how: dict[str, Any], tmp_path: Any
+) -> None:
+    module = registry.load(RECIPES, method, "recipe")
+    settings = module.Settings(steps=1, **values)
+    recipe = loop.Recipe(lambda done: module.walks(settings, done))
+    settled = loop.LoopSettings(batch=4, val_steps=0, on_collapse="warn", **how)
+
+    def go_on(state: states.State) -> Iterator[states.State]:
+        with Loader(data(spec=state.twin.spec), settled.batch) as loader:
+            yield from loop.run(state, recipe, loader, data("val", 4), settled)
+
+    def fresh() -> states.State:
+        return loop.start(small(classes=10), settled)
+
+    for now in go_on(fresh()):
+        states.save(now, {}, tmp_path / f"{now.epoch}")
+    wanted = checkpoint.read_tensors(tmp_path / f"{now.epoch}" / states.FILE)[0]
+    assert now.epoch > 2
+    for epoch in (1, now.epoch - 1):
+        for again in go_on(states.load(fresh(), {}, tmp_path / f"{epoch}")):
+            states.save(again, {}, tmp_path / "again")
+        found = checkpoint.read_tensors(tmp_path / "again" / states.FILE)[0]
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted), epoch
 
 
 def test_a_rest_of_less_than_half_a_batch_joins_the_one_before() -> None:

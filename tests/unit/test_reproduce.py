@@ -1,0 +1,92 @@
+"""benchmarks/reproduce.py: what it compares is comparable, and its arithmetic."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vmoe import registry
+from vmoe.train import loop
+from vmoe.train.planned import RECIPES
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import reproduce
+import reproduce_tables
+import tasks
+
+
+def cell(method: str, seed: int, worst: list[int]) -> dict[str, Any]:
+    names = ("clean", "fgsm", "pgd", "apgd_ce", "apgd_margin", "tlga_r", "j_tlga", "worst_of")
+    ones = [1] * len(worst)
+    return {
+        "method": method, "seed": seed, "hits": {**dict.fromkeys(names, ones), "worst_of": worst},
+        "gflops": 1.0, "lips_r": 2.0, "flips": {"tlga-r": 0.25}, "margin": 1.0, "train_flops": 1e12,
+        "grads": 10, "seconds": 5.0, "corrupted": dict.fromkeys(reproduce.CORRUPTIONS, ones),
+        "experts": {"shares": [0.5, 0.5], "fixed_route": [{"share": 1.0}, {"share": 0.5}],
+                    "oracle_route": {"share": 1.0}},
+        "machine": dict.fromkeys(reproduce_tables.MACHINE, "here"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [tasks.QUICK, tasks.Size(), tasks.LARGE])
+def test_every_method_has_as_many_trials_and_each_can_be_trained_by(size: tasks.Size) -> None:
+    assert set(reproduce.TRIALS) == set(reproduce.METHODS) == set(registry.names(RECIPES))
+    for method in reproduce.METHODS:
+        trials = reproduce.TRIALS[method][: size.trials]
+        assert len(trials) == size.trials
+        module = registry.load(RECIPES, method, "recipe")
+        for trial in trials:
+            module.Settings(**trial.recipe)
+            loop.LoopSettings(**trial.loop)
+
+
+def test_variants_change_a_method_that_there_is() -> None:
+    for method, trial in reproduce.VARIANTS.values():
+        best = reproduce.TRIALS[method][0]
+        registry.load(RECIPES, method, "recipe").Settings(**{**best.recipe, **trial.recipe})
+
+
+def test_a_row_is_the_mean_over_seeds() -> None:
+    row = reproduce_tables.row_of([cell("at-m", 0, [1, 0, 0, 0]), cell("at-m", 1, [1, 1, 1, 0])])
+    assert row["worst_of"] == 50.0
+    assert row["worst_of_se"] == pytest.approx(25.0)
+    assert row["flips"] == 25.0
+    assert row["fixed_route"] == [100.0, 50.0]
+
+
+def test_a_gap_is_paired_by_seed_and_its_interval_holds_it() -> None:
+    rng = np.random.default_rng(0)
+    theirs = [cell("at-m", seed, rng.integers(0, 2, 50).tolist()) for seed in (0, 1)]
+    ours = [cell("j-tlat", seed, [1] * 50) for seed in (0, 1, 2)]
+    found = reproduce_tables.gap(ours, theirs)
+    assert found["seeds"] == 2
+    assert found["low"] < found["points"] < found["high"]
+    mean = np.mean([100 - 100 * np.mean(one["hits"]["worst_of"]) for one in theirs])
+    assert found["points"] == pytest.approx(mean)
+    same = reproduce_tables.gap(theirs, theirs)
+    assert (same["points"], same["low"], same["high"]) == (0.0, 0.0, 0.0)
+
+
+def test_a_recording_of_ut_interaction_is_in_one_part_alone(tmp_path: Path) -> None:
+    where = tmp_path / "ut"
+    for number in range(1, 11):
+        for name in ("kick", "push"):
+            path = where / name / f"seq{number:02}_{name}.mp4"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    tests = []
+    for fold in range(tasks.FOLDS):
+        place = tasks._links(tmp_path / f"fold{fold}", fold, where)
+        parts = {
+            part: {path.name[:5] for path in (place / part).glob("*/*")}
+            for part in ("train", "val", "test")
+        }
+        assert not parts["train"] & parts["test"]
+        assert not parts["val"] & (parts["train"] | parts["test"])
+        tests.append(parts["test"])
+    assert len(set.union(*tests)) == sum(len(test) for test in tests) == 10
