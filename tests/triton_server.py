@@ -121,7 +121,7 @@ class Server:
             f"--backend-config=python,shm-region-prefix-name={self._prefix}",
             "--http-address=127.0.0.1", f"--http-port={self.http}",
             "--grpc-address=127.0.0.1", f"--grpc-port={self.grpc}",
-            "--allow-metrics=false", "--model-control-mode=explicit",
+            "--allow-metrics=false", "--exit-timeout-secs=2", "--model-control-mode=explicit",
             *(f"--load-model={model}" for model in models or ("*",)),
         ]  # fmt: skip
         with self._log.open("ab") as log:

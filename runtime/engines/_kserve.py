@@ -5,7 +5,6 @@ HTTP needs nothing but Python; gRPC is Triton's own client. Neither is for two t
 
 from __future__ import annotations
 
-import http.client
 import importlib.util
 import json
 import re
@@ -26,7 +25,8 @@ TYPES = {
     "bool": "BOOL",
 }  # fmt: skip
 HEADER = "Inference-Header-Content-Length"  # of a body: so many bytes JSON, then the tensors
-BUSY = 503  # the server is there, but not ready
+OK, BUSY = 200, 503  # busy: the server is there, but not ready
+HUNG_UP = (ConnectionResetError, BrokenPipeError)
 
 
 class AwayError(Exception):
@@ -109,6 +109,8 @@ def connect(place: Address, timeout_s: float) -> Client:
 
 class _Http:
     def __init__(self, place: Address, timeout_s: float) -> None:
+        import http.client  # here: 20 ms, which who runs its graphs itself does not wait for
+
         plain = place.scheme == "http"
         line = http.client.HTTPConnection if plain else http.client.HTTPSConnection
         self._line = line(place.host, place.port, timeout=timeout_s)
@@ -143,7 +145,7 @@ class _Http:
         kept = self._line.sock is not None
         try:
             return self._once(method, path, body, headers)
-        except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError) as e:
+        except HUNG_UP as e:
             self._line.close()
             if not kept:
                 raise AwayError(_why(e)) from e
@@ -152,21 +154,23 @@ class _Http:
     def _once(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
     ) -> tuple[int | None, bytes]:
+        from http.client import BadStatusLine, HTTPException
+
         try:
             self._line.request(method, self._path + path, body, dict(headers))
             response = self._line.getresponse()
             answer = response.read()
-        except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError):
+        except HUNG_UP:
             raise
-        except http.client.BadStatusLine as e:
+        except BadStatusLine as e:
             self._line.close()
             raise RefusedError("it speaks no HTTP; of a gRPC port write grpc://HOST:PORT") from e
-        except (OSError, http.client.HTTPException) as e:
+        except (OSError, HTTPException) as e:
             self._line.close()
             raise AwayError(_why(e)) from e
         if response.status == BUSY:
             raise AwayError(_error(answer))
-        if response.status != http.client.OK:
+        if response.status != OK:
             raise RefusedError(_error(answer))
         size = response.getheader(HEADER)
         return (int(size) if size and size.isdigit() else None), answer
