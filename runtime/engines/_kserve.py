@@ -102,7 +102,7 @@ def connect(place: Address, timeout_s: float) -> Client:
     if importlib.util.find_spec("tritonclient") is None or importlib.util.find_spec("grpc") is None:
         raise MissingDependencyError(
             f"{place} is gRPC, for which tritonclient is not installed: pip install "
-            f"'vmoe[triton]'. Or use HTTP: --server http://{place.host}:{PORTS['http']}"
+            f"'vmoe[server]'. Or use HTTP: --server http://{place.host}:{PORTS['http']}"
         )
     return _Grpc(place, timeout_s)
 

@@ -151,7 +151,7 @@ def test_what_is_no_address_is_refused(text: str) -> None:
 
 def test_grpc_without_its_client_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_kserve.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError, match=r"vmoe\[triton\]'. Or use HTTP: --server"):
+    with pytest.raises(MissingDependencyError, match=r"vmoe\[server\]'. Or use HTTP: --server"):
         _kserve.connect(_kserve.address("grpc://gpu7"), 1)
 
 
