@@ -26,8 +26,9 @@ from vmoe.bundle import Bundle, Part, Port
 from vmoe.clips import Clips, ClipSpec
 from vmoe.errors import EngineMismatchError, ServerError
 from vmoe.export.triton import PYTHON, Repository, write
-from vmoe.runtime import Engine, Pipeline, StreamSettings, load, sources, watch
+from vmoe.runtime import Engine, Pipeline, StreamSettings, load, metrics, sources, watch
 from vmoe.runtime.bench.cli import main as bench_command
+from vmoe.runtime.cli import _counts
 from vmoe.runtime.cli import command as run_command
 from vmoe.runtime.engines import triton as backend
 from vmoe.runtime.engines._kserve import RefusedError, address, connect
@@ -277,9 +278,12 @@ def test_the_server_holds_what_a_stream_has_of_its_window(
     streams = {7: frames_of(spec, 14, 1), 8: frames_of(spec, 14, 2)}
     answers: dict[int, list[dict[str, NDArray[Any]]]] = {7: [], 8: []}
     client = _Sequences(server, bundle)
-    for at in range(14):
-        for key, frames in streams.items():
-            answers[key].append(client.send(key, frames[at], begins=at == 0, ends=at == 13))
+    with ThreadPoolExecutor(len(streams)) as pool:
+        for at in range(14):  # at once, so that the server may take them as one batch
+            how = {"begins": at == 0, "ends": at == 13}
+            sent = {k: pool.submit(client.send, k, f[at], **how) for k, f in streams.items()}
+            for key, answer in sent.items():
+                answers[key].append(answer.result())
     with load(bundle, backend="onnxruntime", device="cpu", threads=1) as engine:
         for key, frames in streams.items():
             clips = np.stack([frames[at - 3 : at + 1] for at in range(3, 14)])
@@ -373,6 +377,7 @@ def test_the_commands_take_a_server(
     video, at = videos.write(tmp_path / "a.mp4", 40), server.address(scheme)
     said = tmp_path / "labels.jsonl"
     command = [str(path), "--source", str(video), "--hop", "0.1", "--server", at]
+    command += ["--backend", "triton"]
     result = CliRunner().invoke(run_command, [*command, "--jsonl", str(said)], obj=Stop())
     assert result.exit_code == 0, result.output
     assert "tiny on triton sees" in result.stderr
@@ -433,8 +438,12 @@ def test_nobody_waits_for_a_lost_server_for_ever_nor_when_the_run_is_ended(
         monkeypatch.setattr(backend, "PATIENCE_S", 0.2)
         with pytest.raises(ServerError, match=r"was lost \d+ s ago \(.*Start it again"):
             patient.infer(clips_of(spec, 1))
-    assert pipeline.retries > 0
     assert pipeline.tally.windows < 40
+    assert pipeline.retries > 0
+    assert f"server: away, {pipeline.retries} requests repeated" in _counts(pipeline)
+    pytest.importorskip("prometheus_client")
+    said = metrics.exposed(pipeline)[0].decode()
+    assert f"vmoe_server_retries_total {float(pipeline.retries)}" in said
 
 
 def test_where_no_server_can_be_installed_the_tests_say_why(
