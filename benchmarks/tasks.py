@@ -59,7 +59,7 @@ class Size:
 
 
 QUICK = Size(200, 20, 20, 0.02, 0.02, 0.02, 1, 3)
-LARGE = Size(12000, 400, 400, 8.0, 8.0, 2.0, 36, 20, 64, 200, 4)
+LARGE = Size(12000, 400, 400, 8.0, 8.0, 2.0, 36, 20, 64, 200)
 
 
 def camera_motion(folder: Path, seed: int, size: Size, device: str) -> Task:
