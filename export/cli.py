@@ -10,13 +10,17 @@ import click
 
 from vmoe import bundle as bundles
 from vmoe import cli, latest, output, report
-from vmoe.errors import MissingDependencyError, SettingError
+from vmoe.errors import SettingError
 from vmoe.models import flops
 from vmoe.runtime.bench.certificate import BOUND
+from vmoe.settings import to_mapping
 
 from . import pipeline, triton
 from .pipeline import Exported
 from .plan import ExportSettings, Plan, calibration_of
+from .tensorrt import pipeline as trt_pipeline
+from .tensorrt.from_onnx import command as from_onnx_command
+from .tensorrt.settings import BuildSettings
 from .triton import command as serving
 
 log = cli.log
@@ -27,11 +31,15 @@ log = cli.log
     "vmoe-export",
     "vmoe-export runs/train/mine/best.safetensors --lowering if --int8 --out runs/export/mine",
     "vmoe-export runs/train/mine/best.safetensors --counterpart --lowering if",
+    "vmoe-export runs/train/mine/best.safetensors --trt --fp16 --timing-cache runs/timing.cache",
 )
 @click.argument("checkpoint", metavar="[CKPT]", required=False, type=click.Path(path_type=Path))
 @click.option("--onnx", is_flag=True, help="ONNX parts, for ONNX Runtime. [default]")
-@click.option("--trt", is_flag=True, help="TensorRT plans: not in this version.")
+@click.option("--trt", is_flag=True, help="TensorRT plans, for this machine's GPU alone.")
+@click.option("--from-onnx", is_flag=True, help="With --trt: plans of the ONNX parts of a bundle "
+              "as they are; on a machine without torch, too.")  # fmt: skip
 @cli.options(ExportSettings)
+@cli.options(BuildSettings)
 @click.option("--out", type=click.Path(path_type=Path),
               help="The bundle's folder. [default: runs/export/NAME-LOWERING]")  # fmt: skip
 @serving.options
@@ -42,7 +50,8 @@ log = cli.log
 @cli.config_option
 @cli.json_option
 def main(
-    checkpoint: Path | None, onnx: bool, trt: bool, out: Path | None, triton_repo: Path | None,
+    checkpoint: Path | None, onnx: bool, trt: bool, from_onnx: bool, out: Path | None,
+    triton_repo: Path | None,
     overwrite: bool, dry_run: bool, seed: int, device: str, config: Path | None, as_json: bool,
     **flags: Any,
 ) -> None:  # fmt: skip
@@ -51,12 +60,22 @@ def main(
     CKPT is a checkpoint, a training's folder, or a bundle that carries its twin; left out, it is
     the newest under runs/, else the one that ships. The bundle is loaded again and compared with
     the twin on --device (auto is the CPU); one that does not pass its gates is refused (exit
-    code 3), and kept as NAME.rejected with its report. With --triton-repo alone, a bundle (by
-    default the newest) is taken as it is, and no twin is read.
+    code 3), and kept as NAME.rejected with its report. With --trt, plans are built of its parts,
+    and are judged in the same way on the GPU that they were built for. With --triton-repo alone, a
+    bundle (by default the newest) is taken as it is, and no twin is read.
     """
-    _refuse_later(onnx=onnx, trt=trt)
-    settings = cli.resolve(ExportSettings, flags, config)
+    settings, build = _settings(flags, config, onnx=onnx, trt=trt)
     how = serving.of_flags(triton_repo, flags)
+    if from_onnx and how is not None:
+        raise SettingError(
+            "--from-onnx makes a bundle: serve that, by vmoe-export BUNDLE --triton-repo DIR."
+        )
+    if from_onnx:
+        _from_onnx(settings, build)
+        assert build is not None  # else it was refused
+        from_onnx_command(checkpoint, out, build, overwrite=overwrite, dry_run=dry_run,
+                          device=device, as_json=as_json)  # fmt: skip
+        return
     if how is not None:
         triton.refuse_existing(how.folder, overwrite=overwrite)
         as_it_is = settings == ExportSettings() and out is None and not onnx and not trt
@@ -70,15 +89,20 @@ def main(
     path, line = latest.checkpoint(checkpoint)
     log.info("%s", line)
     plan = pipeline.plan(path, settings, seed)
-    folder = out or plan.default_out
+    folder = out or (plan.default_out.with_name(f"{plan.name}-trt") if build else plan.default_out)
     output.refuse_existing(folder, overwrite=overwrite)
     cost = flops.count(plan.checkpoint.twin)
     log.info("%s", _describe(plan, cost))
     if dry_run:
         planned = _planned(plan, folder, cost)
+        if build:
+            planned |= trt_pipeline.planned(build, planned["parts"], settings)
         cli.print_json(planned) if as_json else click.echo(_lines(planned))
         return
-    made = pipeline.run(plan, folder, overwrite=overwrite, device=device)
+    if build:
+        made = trt_pipeline.run(plan, folder, build, overwrite=overwrite, device=device)
+    else:
+        made = pipeline.run(plan, folder, overwrite=overwrite, device=device)
     if how is not None:
         triton.write(made.bundle, how, overwrite=overwrite)
     if as_json:
@@ -90,15 +114,36 @@ def main(
         log.info("next: %s", next_line)
 
 
-def _refuse_later(*, onnx: bool, trt: bool) -> None:
-    """Say honestly what this version does not build, before any work is done."""
-    if onnx and trt:
+def _settings(
+    flags: dict[str, Any], config: Path | None, *, onnx: bool, trt: bool
+) -> tuple[ExportSettings, BuildSettings | None]:
+    """Return the plan of export, and, with --trt, how plans are built."""
+    settings = cli.resolve(ExportSettings, flags, config)
+    build = cli.resolve(BuildSettings, flags, config)
+    if onnx and (trt or build.torch_trt):
         raise SettingError("--onnx and --trt exclude each other: choose one.")
-    if trt:
-        raise MissingDependencyError(
-            "TensorRT plans are not in this version of vmoe, whether TensorRT is installed or not. "
-            "Leave --trt out: the ONNX bundle runs sparse on ONNX Runtime "
-            "(pip install 'vmoe[cpu]' or 'vmoe[gpu]')."
+    if trt or build.torch_trt:
+        return trt_pipeline.as_asked(settings, build), build
+    default = to_mapping(BuildSettings())
+    given = [f"--{key.replace('_', '-')}" for key, value in to_mapping(build).items()
+             if value != default[key]]  # fmt: skip
+    if given:
+        raise SettingError(f"{' and '.join(given)} is for --trt: give that too, or leave it out.")
+    return settings, None
+
+
+def _from_onnx(settings: ExportSettings, build: BuildSettings | None) -> None:
+    """Refuse what would have to be exported anew."""
+    if build is None:
+        raise SettingError("--from-onnx is for --trt: give that too, or leave it out.")
+    if build.torch_trt:
+        raise SettingError("--torch-trt builds from the twin, --from-onnx does not: choose one.")
+    default = to_mapping(trt_pipeline.as_asked(ExportSettings(), build))
+    given = [f"--{key.replace('_', '-')}" for key, value in to_mapping(settings).items()
+             if value != default[key]]  # fmt: skip
+    if given:
+        raise SettingError(
+            f"--from-onnx takes the parts as they are: leave {' and '.join(given)} out."
         )
 
 
@@ -152,7 +197,11 @@ def _gates(settings: ExportSettings) -> dict[str, Any]:
 
 
 def _lines(planned: dict[str, Any]) -> str:
-    return "\n".join(f"{key}: {_said(value)}" for key, value in planned.items())
+    lines = []
+    for key, value in planned.items():
+        steps = value if key == "build" else [_said(value)]
+        lines += [f"{key}: {step}" for step in steps]
+    return "\n".join(lines)
 
 
 def _said(value: Any) -> str:

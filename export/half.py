@@ -29,18 +29,32 @@ def export(twin: VideoMoE, settings: PrecisionSettings, opset: int) -> Parts:
         settings: one of the two is asked for.
         opset: version of the ONNX operators.
     """
-    shape, dtype = twin.spec.shape, DTYPES[settings.precision]
-    t, h, w, c = shape
+    shape = twin.spec.shape
+    router, experts = modules(twin, settings)
+    made = None if router is None else trace([router], "scores", shape, opset)[0]
+    return Parts(made, _trace_alike(experts, shape, opset))
+
+
+def modules(
+    twin: VideoMoE, settings: PrecisionSettings
+) -> tuple[nn.Module | None, list[nn.Module]]:
+    """Return router and experts as modules that compute in what is asked; of fp32 the twin's own.
+
+    Args:
+        twin: in eval mode, on the CPU.
+        settings: fp32, fp16 or bf16.
+    """
+    if settings.precision not in DTYPES:
+        return twin.router, list(twin.experts)
+    dtype = DTYPES[settings.precision]
+    t, h, w, c = twin.spec.shape
     clip = torch.rand(1, c, t, h, w, generator=torch.Generator().manual_seed(0))
 
     def low(module: nn.Module, part: str) -> nn.Module:
         return _low(folded(module, clip), twin_place(part), dtype, settings)
 
-    router = None
-    if twin.router is not None:
-        router = trace([low(twin.router, "router")], "scores", shape, opset)[0]
-    lowered = [low(expert, f"expert{i}") for i, expert in enumerate(twin.experts)]
-    return Parts(router, _trace_alike(lowered, shape, opset))
+    router = None if twin.router is None else low(twin.router, "router")
+    return router, [low(expert, f"expert{i}") for i, expert in enumerate(twin.experts)]
 
 
 def folded(module: nn.Module, clip: Tensor) -> nn.Module:

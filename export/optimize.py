@@ -32,6 +32,7 @@ from vmoe.runtime.engines.onnxruntime import why_unavailable
 from . import graphs
 from .passes import (
     annotate_batch,
+    cast_first,
     flat_pixels,
     fold_scaling,
     join_taps,
@@ -58,6 +59,7 @@ FORMS: dict[str, tuple[Pass, ...]] = {  # over each expert
 }
 QUANTISED: tuple[Pass, ...] = (widen_scaling.apply,)  # over each part that becomes int8, before
 LOWERED: tuple[Pass, ...] = (sink_initializers.apply, annotate_batch.apply)  # over what is written
+TENSORRT: tuple[Pass, ...] = (cast_first.apply,)  # over each part that a plan is built of
 
 AUTO = "auto"
 CHOICES = (AUTO, *FORMS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from vmoe.runtime.online import ONLINE
 
 from . import accuracy, bisect, calibration, half, lowerable, online, optimize, precision, verify
 from .accuracy import Sample
-from .gates import refuse
+from .gates import Gate, refuse
 from .onnx import Parts, from_twin
 from .optimize import Choice
 from .parity import Findings
@@ -149,7 +149,7 @@ def run(plan: Plan, out: Path, *, overwrite: bool = False, device: str = "cpu") 
         accuracy.saved(held, settings.robust, plan.sha256)  # else told after all the work
     stages = Stages()
     with stages.stage("clips", "to check the bundle with"):
-        sample = _sample(plan)
+        sample = sample_of(plan)
     with stages.stage("onnx", f"{len(held.twin.experts)} expert(s), opset {settings.opset}"):
         made = graphs(plan)
     with output.whole_folder(out, overwrite=overwrite) as folder:
@@ -157,22 +157,32 @@ def run(plan: Plan, out: Path, *, overwrite: bool = False, device: str = "cpu") 
             bundle = write(plan, made.parts, folder)
         with stages.stage("check", f"against the twin on {len(sample.clips)} clips"):
             verdict = _judge(plan, made, bundle, sample, device)
-        for gate in verdict.gates:
-            log.info("%s", gate.line())
         said = report(plan, bundle, verdict, stages.seconds)
         said |= _bisected(plan, made, verdict, sample)
         said["optimize"] = made.choice.to_report()
-        output.write_json(folder / bundles.REPORT, said)
-        if not all(gate.ok for gate in verdict.gates):
-            with output.whole_folder(rejected, overwrite=True) as kept:
-                shutil.copytree(folder, kept, dirs_exist_ok=True)
-        refuse(verdict.gates, f"It was measured on {len(sample.clips)} clips, and is kept as "
-               f"{rejected}.")  # fmt: skip
+        settle(folder, rejected, said, verdict.gates, len(sample.clips))
     assert verdict.findings is not None  # else it was refused
     return Exported(bundles.read(out), said, verdict.findings)
 
 
-def _sample(plan: Plan) -> Sample:
+def settle(
+    folder: Path, rejected: Path, said: Mapping[str, Any], gates: Sequence[Gate], clips: int
+) -> None:
+    """Write a bundle's report; keep a bundle that a gate refuses beside its place, and say why.
+
+    Raises:
+        GateError: a gate refuses it.
+    """
+    for gate in gates:
+        log.info("%s", gate.line())
+    output.write_json(folder / bundles.REPORT, said)
+    if not all(gate.ok for gate in gates):
+        with output.whole_folder(rejected, overwrite=True) as kept:
+            shutil.copytree(folder, kept, dirs_exist_ok=True)
+    refuse(gates, f"It was measured on {clips} clips, and is kept as {rejected}.")
+
+
+def sample_of(plan: Plan) -> Sample:
     """Return the clips of the check: more of them where answers may differ."""
     settings, held = plan.settings, plan.checkpoint
     default = accuracy.CLIPS if settings.precision == "fp32" else accuracy.CLIPS_BELOW_FP32

@@ -138,7 +138,7 @@ def verify(case: Case) -> Verdict:
         judged: dict[str, Judged] = {}
         for name in list(engines):
             try:
-                judged[name] = _judge(case, engines[name])
+                judged[name] = judge(case, engines[name])
             except VmoeError as e:
                 why_not[name] = _said(e, case.bundle)
                 del engines[name]
@@ -156,7 +156,7 @@ def _verdict(gates: Sequence[Gate], found: Findings | None, report: dict[str, An
     return Verdict(tuple(gates), found, {"gates": [g.to_report() for g in gates], **report})
 
 
-def _judge(case: Case, engine: Engine) -> Judged:
+def judge(case: Case, engine: Engine) -> Judged:
     """Measure a bundle on one backend, by every gate."""
     settings, asked = case.settings, case.settings.precision
     router = settings.asked(ROUTER)

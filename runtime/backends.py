@@ -120,7 +120,8 @@ def _reads(module: ModuleType, bundle: Bundle) -> bool:
 
 
 def _runs_on(module: ModuleType, device: str) -> bool:
-    return not device.startswith("cuda") or "cuda" in module.DEVICES
+    kind = device.partition(":")[0]
+    return kind in module.DEVICES or kind not in ("cpu", "cuda")  # the backend says what it is not
 
 
 def _formats(bundle: Bundle) -> str:

@@ -58,6 +58,7 @@ class RunSettings(StreamSettings):
     cache: bool = opt(
         True, "keep large graphs as optimised for this CPU in the user's cache folder"
     )
+    trust: bool = opt(False, "load TensorRT plans that were not built here: they are code")
     save: Path | None = opt(None, "write the annotated video: .mp4, .avi or .mkv (lossless); of "
                             "several sources one file each, with their numbers")  # fmt: skip
     jsonl: Path | None = opt(None, "write one JSON object per window to a file")
@@ -164,6 +165,7 @@ def _run(named: Path | None, settings: RunSettings, *, as_json: bool, stop: Stop
         settings.device,
         plan.engine,
         cache=cache,
+        trust=settings.trust,
         server=settings.server,
         stopping=stop.asked,
     ) as engine:

@@ -51,6 +51,7 @@ def load(
     *,
     all_parts: bool = False,
     cache: Path | None = None,
+    trust: bool = False,
     server: str | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Engine:
@@ -65,6 +66,7 @@ def load(
         all_parts: load every part now; else an expert is loaded when it is first routed to.
         cache: a folder for what a backend makes of parts, so that the next load is faster; the
             commands' own is `vmoe.cli.cache_folder()`. None keeps nothing.
+        trust: load parts that are code (TensorRT plans) though they were built elsewhere.
         server: HOST:PORT of a Triton server that has the parts; backend auto is then triton.
         stopping: asked while a server that was lost is waited for: whether to give up.
 
@@ -82,7 +84,7 @@ def load(
     if server and SERVER not in module.FORMATS:
         raise SettingError(f"--server is for --backend {TRITON}; {name} runs here. Leave one out.")
     settings = BackendSettings(
-        read.path, device, threads, read, cache, server=server, stopping=stopping
+        read.path, device, threads, read, cache, trust, server=server, stopping=stopping
     )
     opened = module.open(settings)
     read = module.served(read) if SERVER in module.FORMATS else read

@@ -6,10 +6,16 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.bindings import VERSIONS, Bindings, install
 from vmoe.clips import ClipSpec
+
+if TYPE_CHECKING:
+    from tests.cuda_fake import Driver
+    from tests.tensorrt_fake import Fake
 
 # torch's threads spin while they wait: on a shared machine they make tests three times as long.
 # Set before torch is imported, and inherited by the commands that tests start.
@@ -75,3 +81,27 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     # A toy on a machine that others use: what it takes proves nothing.
     export(tiny_checkpoint, path, ExportSettings(gate_sparsity=1e3))
     return path
+
+
+@pytest.fixture(scope="session", params=VERSIONS)
+def bindings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bindings:
+    """Return TensorRT's Python bindings of each version that we support, or skip with a reason."""
+    root = tmp_path_factory.getbasetemp()
+    return install(request.param, root.parent if hasattr(request.config, "workerinput") else root)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Driver:
+    """Let this test find a GPU that is none, and have a cache folder of its own."""
+    from tests import cuda_fake
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return cuda_fake.install(monkeypatch, cuda_fake.Driver())
+
+
+@pytest.fixture
+def trt(bindings: Bindings, gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    """Let this test find TensorRT: the names and signatures of real bindings, our own insides."""
+    from tests import tensorrt_fake
+
+    return tensorrt_fake.install(monkeypatch, bindings.surface(), gpu)

@@ -233,6 +233,7 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
 PACKAGES = {
     "numpy": "everything", "opencv-python": "decoding, cameras", "onnxruntime": "serving on a CPU",
     "onnxruntime-gpu": "serving on an NVIDIA GPU", "openvino": "serving int8 on a CPU",
+    "tensorrt": "plans, built and served on an NVIDIA GPU", "cuda-bindings": "plans",
     "torch": "training, attacks, export", "onnx": "export", "onnxscript": "export",
     "safetensors": "checkpoints", "scikit-image": "the demo's photographs",
 }  # fmt: skip
@@ -249,15 +250,35 @@ VERIFIED = [
     ["bf16", "tests in CI: the graphs; run by OpenVINO at export, where it is"],
     ["routing, streaming, attacks, training, export", "tests in CI, without a GPU"],
     ["a camera through OpenCV's V4L2 code", "an emulated device; no camera hardware"],
-    ["ONNX Runtime CUDA", "not run on any machine of ours"],
-    ["TensorRT, Jetson", "not run; --lowering plugin writes the file for TensorRT's parser"],
+    ["TensorRT plans: what is built, loaded, refused", "tests in CI, over the names and signatures "
+     "of the real bindings 10.3 to 11.4; no plan was ever built"],
+]  # fmt: skip
+UNVERIFIED = [  # on any machine of ours; --self-test is for those marked with *
+    "ONNX Runtime CUDA",
+    "* TensorRT reading the ONNX, its plans and what they answer, fp32, fp16, int8",
+    "* CUDA graphs of plans, the arena that parts share, latency by route",
+    "* the layers that TensorRT's inspector names, and their types",
+    "plans that are stripped, version-compatible or for other GPUs",
+    "--lowering plugin in TensorRT",
+    "Jetson (JetPack 6 and 7), ARM servers",
 ]
 
 
-@cli.command("doctor", "vmoe doctor", "vmoe doctor --json", "vmoe doctor -v")
+@cli.command("doctor", "vmoe doctor", "vmoe doctor --json", "vmoe doctor --self-test --dry-run")
+@click.option("--self-test", is_flag=True, help="On a machine with TensorRT: run what no machine "
+              "of ours could, and write a report to send.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="List what --self-test would do.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("vmoe-self-test.json"),
+              show_default=True, help="The report of --self-test.")  # fmt: skip
+@cli.device_option
 @cli.json_option
-def doctor(as_json: bool) -> None:
-    """Say what is installed, what can run here, and what was verified where."""
+def doctor(self_test: bool, dry_run: bool, out: Path, device: str, as_json: bool) -> None:
+    """Say what is installed, what can run here, what was verified where, and what nowhere."""
+    if self_test:
+        _self_test(out, device, dry_run=dry_run, as_json=as_json)
+        return
+    if dry_run:
+        raise SettingError("--dry-run is for --self-test: give that too, or leave it out.")
     versions = {name: _version(name) for name in PACKAGES}
     missing = {command: _missing(command) for command in COMMANDS}
     cameras = sorted(str(path) for path in Path("/dev").glob("video*"))
@@ -268,7 +289,7 @@ def doctor(as_json: bool) -> None:
     if as_json:
         cli.print_json(
             {**machine, "packages": versions, "missing": missing, "cameras": cameras,
-             "verified": dict(VERIFIED)}
+             "verified": dict(VERIFIED), "unverified": UNVERIFIED}
         )  # fmt: skip
         return
     click.echo("  ".join(f"{key} {value}" for key, value in machine.items()))
@@ -279,6 +300,30 @@ def doctor(as_json: bool) -> None:
     click.echo("\n" + report.table(rows, ["command", "here"]))
     click.echo(f"\ncameras: {', '.join(cameras) or 'none'}")
     click.echo("\n" + report.table(VERIFIED, ["claim", "verified where"]))
+    click.echo("\nunverified, run on no machine of ours (*: vmoe doctor --self-test runs it):")
+    click.echo("\n".join(f"  {line}" for line in UNVERIFIED))
+
+
+def _self_test(out: Path, device: str, *, dry_run: bool, as_json: bool) -> None:
+    """Run what no machine of ours could, or list it; the report is written whatever it says."""
+    if importlib.util.find_spec("onnx") is None:
+        raise MissingDependencyError("onnx is not installed: pip install onnx.")
+    from vmoe.export.tensorrt import selftest
+
+    if dry_run:
+        steps = selftest.listed()
+        text = "\n".join(f"{step['step']}: {step['what']}" for step in steps)
+        cli.print_json({"steps": steps, "out": str(out)}) if as_json else click.echo(
+            f"{text}\nreport: {out}"
+        )
+        return
+    output.probe(out)
+    found = selftest.run(device)
+    output.write_json(out, found)
+    if as_json:
+        cli.print_json(found)
+    log.info("report: %s", out)
+    selftest.refuse(found, out)
 
 
 def _version(package: str) -> str | None:
@@ -329,7 +374,13 @@ def attack() -> None:
 
 
 def export() -> None:
-    """Run vmoe-export."""
+    """Run vmoe-export; what it does without torch has a file of its own."""
+    if "--from-onnx" in sys.argv and _missing("vmoe-export"):
+        if importlib.util.find_spec("onnx") is None:
+            click.echo("vmoe-export: onnx not installed: pip install onnx.", err=True)
+            sys.exit(MissingDependencyError.exit_code)
+        importlib.import_module("vmoe.export.tensorrt.from_onnx").main()
+        return
     _enter("vmoe-export", "vmoe.export.cli")
 
 

@@ -35,6 +35,7 @@ class BackendSettings:
         threads: CPU threads of one run; None is the backend's own choice.
         bundle: its manifest, for a backend that needs more of it than its parts.
         cache: a folder that outlives this run, for what a backend makes of parts; None for none.
+        trust: whether parts that are code, as a plan is, are loaded though made elsewhere.
         server: the address of a server that has the parts; None for none.
         stopping: asked while a backend waits for its server: whether to give up.
     """
@@ -44,6 +45,7 @@ class BackendSettings:
     threads: int | None = None
     bundle: Bundle | None = None
     cache: Path | None = None
+    trust: bool = False
     server: str | None = None
     stopping: Callable[[], bool] = lambda: False
 

@@ -45,8 +45,14 @@ WHERE = {
     "onnxruntime": ("runtime/engines/", "export/"),
     "openvino": ("runtime/engines/", "export/"),
     "tensorrt": ("runtime/engines/", "export/"),
+    "torch_tensorrt": ("export/",),
 }
-LAZY = {"onnxruntime", "openvino", "tensorrt"}  # a registry imports a file to ask what it can do
+LAZY = {
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "torch_tensorrt",
+}  # a registry imports a file to ask what it can do
 
 
 class Import(NamedTuple):

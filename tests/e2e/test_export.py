@@ -380,15 +380,6 @@ def test_dry_run_shows_the_plan_and_writes_nothing(small: Path, tmp_path: Path) 
     assert run(small, "--out", small.parent, "--dry-run").exit_code == 2
 
 
-def test_trt_says_honestly_that_it_is_not_there(small: Path, tmp_path: Path) -> None:
-    result = run("--trt")
-    assert result.exit_code == 5
-    assert len(result.stderr.splitlines()) == 1
-    assert "TensorRT plans are not in this version" in result.stderr
-    assert "Leave --trt out" in result.stderr
-    assert "exclude each other" in last_line(run(small, "--onnx", "--trt"))
-
-
 def bad_pickle(folder: Path) -> Path:
     path = folder / "model.pt"
     path.write_bytes(pickle.dumps({"weights": [1, 2, 3]}))

@@ -243,8 +243,8 @@ def test_a_format_that_nothing_reads_is_named(path: Path, tmp_path: Path) -> Non
     copy = tmp_path / "b"
     shutil.copytree(path, copy)
     manifest = copy / "vmoe.json"
-    manifest.write_text(manifest.read_text().replace('"format": "onnx"', '"format": "plan"'))
-    with pytest.raises(EngineMismatchError, match="parts in plan; no backend"):
+    manifest.write_text(manifest.read_text().replace('"format": "onnx"', '"format": "tape"'))
+    with pytest.raises(EngineMismatchError, match="parts in tape; no backend"):
         load(copy)
     with pytest.raises(EngineMismatchError, match="backend onnxruntime reads onnx"):
         load(copy, backend="onnxruntime")

@@ -62,7 +62,8 @@ def test_strip_metadata_clears_branches_too_and_nothing_else() -> None:
     assert not strip_metadata.apply(graph), "it says that it changed a graph that was clean"
 
 
-LISTS = (optimize.EXPORTED, *optimize.FORMS.values(), optimize.QUANTISED, optimize.LOWERED)
+LISTS = (optimize.EXPORTED, *optimize.FORMS.values(), optimize.QUANTISED, optimize.LOWERED,
+         optimize.TENSORRT)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", registry.names("vmoe.export.passes"))

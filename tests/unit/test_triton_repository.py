@@ -182,3 +182,5 @@ def test_the_command_serves_a_bundle_as_it_is(bundle: Bundle, tmp_path: Path) ->
     assert "--triton-backend and --triton-batch is for --triton-repo DIR" in said
     code, said = run(path, "--triton-repo", str(tmp_path / "r"), "--lowering", "if")
     assert (code, "lowering if is one file" in said) == (2, True)
+    code, said = run(path, "--triton-repo", str(tmp_path / "r"), "--trt", "--from-onnx")
+    assert (code, "--from-onnx makes a bundle: serve that" in said) == (2, True)

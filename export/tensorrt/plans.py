@@ -1,0 +1,203 @@
+"""From a bundle of ONNX parts to a bundle of plans for this machine; no torch is needed.
+
+vmoe.json, router.plan, expert0.plan ...     the parts
+router.layers.json ...                       what the engine inspector says of each
+router.onnx ...                              of --strip alone: where a plan's weights come from
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import onnx
+
+from vmoe import output
+from vmoe.bundle import Bundle, Part, check_part, sha256, write_manifest
+from vmoe.errors import EngineMismatchError
+from vmoe.export import optimize
+from vmoe.export.gates import Gate
+from vmoe.runtime.engines import _cuda, _plan, tensorrt
+
+from . import builder, proof
+from .settings import BuildSettings
+
+log = logging.getLogger("vmoe.export")
+
+LAYERS = ".layers.json"  # behind a part's name: what the inspector says
+
+
+class Here(NamedTuple):
+    """A machine that can build.
+
+    Attributes:
+        trt: the module tensorrt.
+        machine: its version, system and GPU.
+    """
+
+    trt: Any
+    machine: _plan.Machine
+
+
+def here(device: str, settings: BuildSettings) -> Here:
+    """Look at this machine, before any work.
+
+    Raises:
+        MissingDependencyError: TensorRT, cuda-python or a GPU is missing: what to install.
+        EngineMismatchError: this version of TensorRT cannot do what is asked.
+        SettingError: a device that is no GPU, or is not here.
+    """
+    trt = tensorrt.module()
+    gpu = _cuda.Gpu(_cuda.index(device))
+    try:
+        found = Here(trt, _plan.machine(trt, gpu.facts()))
+    finally:
+        gpu.close()
+    builder.check(trt, settings)
+    return found
+
+
+def check(bundle: Bundle) -> None:
+    """Refuse a bundle that plans cannot be built of.
+
+    Raises:
+        EngineMismatchError: its parts are no ONNX, or route inside of one file.
+    """
+    formats = sorted({part.format for part in bundle.parts.values()})
+    if formats != ["onnx"] or bundle.lowering != "split":
+        raise EngineMismatchError(
+            f"{bundle.path} has parts in {', '.join(formats)}, lowering {bundle.lowering}; plans "
+            "are built of ONNX parts, lowering split."
+        )
+
+
+def write(
+    source: Bundle,
+    folder: Path,
+    settings: BuildSettings,
+    at: Here,
+    make: Callable[[str], builder.Made] | None = None,
+) -> tuple[Bundle, list[Gate]]:
+    """Build every part of a bundle into a folder, with the manifest and what the proof found.
+
+    Args:
+        source: of ONNX parts, proven whole.
+        folder: inside of `output.whole_folder`.
+        settings: how.
+        at: this machine.
+        make: builds a part by its name, from something else than its ONNX.
+
+    Raises:
+        VmoeError: TensorRT cannot read a graph, or finds no plan.
+    """
+    check(source)
+    cache = _read(settings.timing_cache)
+    parts, gates = {}, []
+    for name, part in source.parts.items():
+        begin = time.monotonic()
+        check_part(source.path, part)
+        graph = as_read(source.path / part.file)
+        made = make(name) if make else builder.build(at.trt, graph, name, settings, cache)
+        cache = made.cache or cache
+        parts[name] = _part(part, name, made, graph, folder, settings, at.machine)
+        gates += proof.gates(name, part.layers, parts[name].layers)
+        log.info("plan     %s: %.1f MiB, layers %s (%.1f s)", name, len(made.plan) / 2**20,
+                 _counts(parts[name].layers), time.monotonic() - begin)  # fmt: skip
+    if settings.timing_cache is not None:
+        with output.whole_file(settings.timing_cache) as file:
+            file.write_bytes(cache)
+    made_of = replace(
+        source, path=folder, parts=parts, others={},
+        versions={**source.versions, "tensorrt": at.machine.tensorrt},
+    )  # fmt: skip
+    if "file" in source.twin:
+        shutil.copyfile(source.path / source.twin["file"], folder / source.twin["file"])
+    write_manifest(made_of, folder)
+    return made_of, gates
+
+
+def as_read(path: Path) -> bytes:
+    """Return a part's graph with its weights inside, as TensorRT reads it."""
+    model = onnx.load(path)
+    for apply in optimize.TENSORRT:
+        apply(model.graph)
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+def _part(
+    part: Part, name: str, made: builder.Made, graph: bytes, folder: Path,
+    settings: BuildSettings, machine: _plan.Machine,
+) -> Part:  # fmt: skip
+    """Write one plan and what belongs to it; return its entry in the manifest."""
+    plan, weights = folder / f"{name}.plan", folder / f"{name}.onnx"
+    plan.write_bytes(made.plan)
+    output.write_json(folder / f"{name}{LAYERS}", made.layers)
+    if settings.strip:
+        weights.write_bytes(graph)
+    files = [plan, weights] if settings.strip else [plan]
+    found = proof.layers(made.layers)
+    built = _plan.Built(
+        tensorrt=machine.tensorrt, cuda=machine.gpu.driver, system=machine.system,
+        gpu=machine.gpu.name, capability=machine.gpu.capability, flags=builder.flags(settings),
+        batch=settings.batch, level=settings.opt_level, hardware=settings.hardware_compatible,
+        version_compatible=settings.version_compatible, onnx=hashlib.sha256(graph).hexdigest(),
+        weights=weights.name if settings.strip else "",
+    )  # fmt: skip
+    return replace(
+        part, file=plan.name, format="plan", hashes={file.name: sha256(file) for file in files},
+        precision={"asked": part.precision["found"], "found": "+".join(found) or "none"},
+        layers=found, tensors={}, extra={**part.extra, _plan.KEY: built.to_json()},
+    )  # fmt: skip
+
+
+def _read(path: Path | None) -> bytes:
+    """Return a timing cache that is there; empty where it is not yet."""
+    return path.read_bytes() if path is not None and path.exists() else b""
+
+
+def _counts(found: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {kind}" for kind, n in found.items()) or "not said"
+
+
+def planned(
+    settings: BuildSettings, names: list[str], precision: Mapping[str, str], against: str
+) -> list[str]:
+    """Return, one line each, all that a build would do: for --dry-run, which needs no TensorRT."""
+    least, best, most = settings.batch
+    cache = settings.timing_cache
+    by = "torch-tensorrt, from the twin's modules" if settings.torch_trt else "the ONNX parser"
+    lines = [
+        f"by: {by}",
+        "network: strongly typed, one for each part: a layer computes in what the ONNX says",
+        f"profile: batch {least} to {most}, fastest at {best}",
+        f"flags: {', '.join(builder.flags(settings)) or 'none'}; level {settings.opt_level}, "
+        f"workspace {_workspace(settings)}, other GPUs {settings.hardware_compatible}, one stream",
+        f"timing cache: {cache or 'none kept'}",
+    ]
+    for name in names:
+        lines.append(
+            f"{name}: {name}.onnx ({precision[name]}, cast of pixels first) -> {name}.plan, "
+            f"{name}{LAYERS}{f', {name}.onnx' if settings.strip else ''}"
+        )
+    lines += [
+        "proof: of each precision asked, the share of layers in the plan (exit 3 below it)",
+        f"check: every plan loaded again, against {against}",
+        f"run: CUDA graphs for batch {', '.join(map(str, buckets(settings)))}; host routes",
+    ]
+    return lines
+
+
+def _workspace(settings: BuildSettings) -> str:
+    return "not bounded" if settings.workspace is None else f"{settings.workspace} MiB"
+
+
+def buckets(settings: BuildSettings) -> list[int]:
+    """Return the batches that are run as graphs of their own."""
+    least, _, most = settings.batch
+    return sorted({_plan.bucket(n, least, most) for n in range(1, most + 1)})

@@ -1,0 +1,103 @@
+"""vmoe doctor --self-test: what it would do, and the report of what it did."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from tests.cuda_fake import CUresult, Driver
+from tests.tensorrt_fake import Fake
+from vmoe.__main__ import UNVERIFIED, main
+from vmoe.export.tensorrt import acceptance, selftest
+
+
+def doctor(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, ["doctor", *map(str, arguments)])
+
+
+def without_torch(name: str) -> object:
+    """Look for a module; torch is not there, so that the tests are fast."""
+    return None if name == "torch" else importlib.util.find_spec(name)
+
+
+def test_what_was_never_run_is_named() -> None:
+    plain = doctor()
+    assert plain.exit_code == 0, plain.output
+    for line in UNVERIFIED:
+        assert f"  {line}\n" in plain.stdout
+    assert "no plan was ever built" in plain.stdout
+    assert json.loads(doctor("--json").stdout)["unverified"] == UNVERIFIED
+
+
+def test_a_dry_run_lists_every_step_without_tensorrt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.chdir(tmp_path)
+    plain = doctor("--self-test", "--dry-run")
+    assert plain.exit_code == 0, plain.output
+    names = [line.partition(":")[0] for line in plain.stdout.splitlines()]
+    assert names == [*(step.__name__ for step in selftest.STEPS), "report"]
+    told = json.loads(doctor("--self-test", "--dry-run", "--json").stdout)
+    assert [step["step"] for step in told["steps"]] == names[:-1]
+    assert all(step["what"].endswith(".") for step in told["steps"])
+    assert not list(tmp_path.iterdir())
+    assert "--dry-run is for --self-test" in doctor("--dry-run").stderr
+
+
+def test_without_tensorrt_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    result = doctor("--self-test", "--out", tmp_path / "r.json")
+    assert result.exit_code == 5
+    assert "tensorrt is not installed" in result.stderr
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert "onnx is not installed: pip install onnx." in doctor("--self-test").stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bindings", ["11.4"], indirect=True)
+def test_every_step_is_done_and_what_fails_is_told(
+    trt: Fake, gpu: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selftest, "ROUNDS", 2)
+    monkeypatch.setattr(selftest, "CLIPS", 8)
+    monkeypatch.setattr(selftest, "find_spec", without_torch)
+    file = tmp_path / "r.json"
+    result = doctor("--self-test", "--out", file)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(file.read_text())
+    steps = found["steps"]
+    assert found["ok"]
+    assert steps["machine"]["tensorrt"] == trt.__version__
+    assert "torch is not installed" in steps["build_fp16"]["skipped"]
+    assert steps["build"]["layers"]["expert3"] == {"fp32": 21}
+    assert steps["parity"]["fp32"]["flips"] == 0
+    assert steps["graphs"]["captured"]["expert0.plan"] == [8, 1, 2, 4]  # in the order of the runs
+    assert {"free", "route3", "router alone", "all experts"} <= set(steps["latency"]["fp32"]["ms"])
+    assert "skipped" in steps["plugins"] or set(steps["plugins"]) > set(acceptance.graphs())
+    assert steps["latency"]["fp32"]["worst_route_over_parts_alone"] > 0
+    assert gpu.left() == {}
+
+    gpu.fail = {"cuStreamBeginCapture": CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED}
+    result = doctor("--self-test", "--out", file)
+    assert result.exit_code == 3
+    assert "self-test: graphs failed" in result.stderr
+    assert "please send it" in result.stderr
+    assert "expert0.plan at 8 runs without a graph" in json.loads(file.read_text())["steps"][
+        "graphs"
+    ]["why"]  # fmt: skip
+
+    trt.answers = {"OnnxParser.parse": False}
+    result = doctor("--self-test", "--out", file)
+    assert result.exit_code == 3
+    steps = json.loads(file.read_text())["steps"]
+    assert steps["build"]["why"].startswith("VmoeError: router: TensorRT cannot read the graph")
+    assert not steps["graphs"]["ok"]
+    assert "see the step that builds them" in steps["graphs"]["why"]
