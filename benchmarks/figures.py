@@ -78,6 +78,8 @@ def table(figures: Sequence[Figure]) -> str:
 
 def say(figures: Sequence[Figure], *, as_json: bool) -> None:
     """Print the figures on stdout: a table, or one JSON object a line."""
+    if not figures:
+        return
     if as_json:
         for figure in figures:
             click.echo(json.dumps(figure.to_json()))
@@ -126,7 +128,8 @@ def write(
             head = f"# {title}\n\n`{command()}` at commit {commit()}, {context['when']}\n\n"
             body = "".join(f"\n## {name}\n\n{text}\n" for name, text in tables.items())
             line = contexts.line(context)
-            output.write_text(path, f"{head}{line}\n\n{table(figures)}\n{body}")
+            shown = f"\n{table(figures)}\n" if figures else ""
+            output.write_text(path, f"{head}{line}\n{shown}{body}")
 
 
 def command() -> str:

@@ -9,8 +9,8 @@ r"""The paper's table, cell by cell: every method at one budget, from one standa
     python benchmarks/reproduce.py --large --device cuda:0 --jobs 16 ...
 
 Interrupted, it goes on where its --folder stands; --methods and --seeds make some of the cells, so
-that several machines, whose folders are put together, can share them. --methods also takes the
-names of VARIANTS, ablations of a method's best trial, made of the first seed.
+that several machines, whose folders are put together (--tables-only), can share them. --methods
+also takes the names of VARIANTS, ablations of a method's best trial, made of the first seed.
 
 One configuration (`tasks`): TSM-R18, width 0.125, 4 experts, clips 8x64x64; at-d is one network of
 width 0.25. A standard training of one expert (and of the dense network) is where every method
@@ -282,12 +282,13 @@ def phases(run: Run, names: list[str], seeds: list[int], count: int) -> None:
 @click.option("--large", is_flag=True, help="Four times the budget, for a GPU.")
 @click.option("--jobs", default=1, help="Processes that share the work, each with one CPU thread.")
 @click.option("--device", default="cpu", help="cpu or cuda:N.")
+@click.option("--tables-only", is_flag=True, help="Make no cell; the tables of what there is.")
 @click.option("--out", type=click.Path(path_type=Path), multiple=True, help=".json or .md.")
 @click.option("--overwrite", is_flag=True, help="Replace --out.")
 def main(
     data: str, ut: Path | None, camera: Path | None, folder: Path | None, methods: str,
-    seeds: str, quick: bool, large: bool, jobs: int, device: str, out: tuple[Path, ...],
-    overwrite: bool,
+    seeds: str, quick: bool, large: bool, jobs: int, device: str, tables_only: bool,
+    out: tuple[Path, ...], overwrite: bool,
 ) -> None:  # fmt: skip
     """Make the cells that are not there yet, and the tables of all that are."""
     _quiet()
@@ -295,20 +296,21 @@ def main(
     machine = context.read()
     size = tasks.QUICK if quick else tasks.LARGE if large else tasks.Size()
     place = folder or Path("runs/reproduce") / f"{data}{'-quick' * quick}{'-large' * large}"
-    run = Run(data, place, size, device, ut, camera)
     numbers = [int(seed) for seed in seeds.split(",")]
-    tasks.prepare(data, place, size, max(numbers), jobs)
-    phases(run, methods.split(","), numbers, jobs)
+    speed = []
+    if not tables_only:
+        run = Run(data, place, size, device, ut, camera)
+        tasks.prepare(data, place, size, max(numbers), jobs)
+        phases(run, methods.split(","), numbers, jobs)
+        if not large:
+            speed = [throughput.figure(run.task(numbers[0]), 1 if quick else ROUNDS)]
     trials = {name: TRIALS[name][: size.trials] for name in METHODS}
     found = reproduce_tables.gather(place, [*METHODS, *VARIANTS], numbers, trials, size)
     found |= {"data": data}
     shown = reproduce_tables.tables(found, trials)
     click.echo("\n\n".join(f"{title}\n\n{text}" for title, text in shown.items()))
-    task = run.task(numbers[0])
-    held = task.train.of if isinstance(task.train, cells.Turns) else task.test
-    speed = [] if large else [throughput.figure(task, held, 1 if quick else ROUNDS)]
     figures.say(speed, as_json=False)
-    figures.write(out, f"Reproduction: {data}", speed, machine, shown, found)
+    figures.write(out, f"Reproduction: {data}{', large' * large}", speed, machine, shown, found)
 
 
 if __name__ == "__main__":

@@ -161,5 +161,12 @@ def gather(
             if {one["seed"] for one in theirs} & {one["seed"] for one in cells_of[ours]}
         ],
         "trials": {name: each for name, each in worth.items() if any(w is not None for w in each)},
-        "cells": [one for made in cells_of.values() for one in made],
+        "cells": [_packed(one) for made in cells_of.values() for one in made],
     }  # fmt: skip
+
+
+def _packed(made: dict[str, Any]) -> dict[str, Any]:
+    """Return a cell whose hits, 0 and 1 over the clips, are strings: thousands of lines less."""
+    short = {key: {name: "".join(map(str, hits)) for name, hits in made[key].items()}
+             for key in ("hits", "corrupted")}  # fmt: skip
+    return {**made, **short}
