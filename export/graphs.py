@@ -76,7 +76,7 @@ def renamed(graph: GraphProto, prefix: str, names: Mapping[str, str]) -> GraphPr
     for scope in walk(made):
         scope.name = prefix + scope.name
         for node in scope.node:
-            node.name = prefix + node.name
+            node.name = node.name and prefix + node.name
             node.input[:] = [_new(name, prefix, names) for name in node.input]
             node.output[:] = [_new(name, prefix, names) for name in node.output]
         for named in (*scope.initializer, *scope.input, *scope.output, *scope.value_info):

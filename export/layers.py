@@ -21,7 +21,11 @@ PRECISIONS: dict[int, str] = {
     TensorProto.DOUBLE: "fp64", TensorProto.INT8: "int8", TensorProto.UINT8: "int8",
     TensorProto.INT32: "int32",
 }  # fmt: skip
-WITH_WEIGHTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# A node with weights, by domain and type: which of its inputs they are.
+WITH_WEIGHTS = {
+    ("", "Conv"): 1, ("", "ConvTranspose"): 1, ("", "Gemm"): 1, ("", "MatMul"): 1,
+    ("vmoe", "RoutedConv3d"): 2, ("vmoe", "RoutedLinear"): 2,
+}  # fmt: skip
 MOVES = ("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")  # no arithmetic
 QUANTISED = ("QuantizeLinear", "DequantizeLinear")
 # As ONNX Runtime calls what it has fused: with an activation, in the CPU's blocked layout ...
@@ -74,8 +78,9 @@ def _layers(graph: GraphProto, outer: Mapping[str, Source], part: str) -> Iterat
     known |= {tensor.name: tensor for tensor in graph.initializer}
     known |= {output: node for node in graph.node for output in node.output}
     for node in graph.node:
-        if node.op_type in WITH_WEIGHTS and node.domain == "":
-            found = _weight(node.input[1], known)
+        at = WITH_WEIGHTS.get((node.domain, node.op_type))
+        if at is not None:
+            found = _weight(node.input[at], known)
             if found is not None:
                 weight, kind = found
                 if kind == "int8" and not _is_dequantised(node.input[0], known):

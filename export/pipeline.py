@@ -154,7 +154,7 @@ def run(plan: Plan, out: Path, *, overwrite: bool = False, device: str = "cpu") 
         made = graphs(plan)
     with output.whole_folder(out, overwrite=overwrite) as folder:
         with stages.stage("write", f"lowering {settings.lowering}, {settings.precision}"):
-            bundle = write(plan, made.parts, folder)
+            bundle = write(plan, made.parts, folder, made.plain)
         with stages.stage("check", f"against the twin on {len(sample.clips)} clips"):
             verdict = _judge(plan, made, bundle, sample, device)
         said = report(plan, bundle, verdict, stages.seconds)

@@ -25,16 +25,23 @@ from .plan import LOWERINGS, ExportSettings, Plan, calibration_of
 from .verify import Verdict
 
 
-def write(plan: Plan, parts: Parts, folder: Path) -> Bundle:
+def write(plan: Plan, parts: Parts, folder: Path, plain: Parts | None = None) -> Bundle:
     """Lower a twin's graphs as planned, and write them with their manifest into a folder.
 
     The same bytes for the same twin, plan and versions.
+
+    Args:
+        plan: what is to be exported.
+        parts: the graphs as they are run.
+        folder: where.
+        plain: the same as the exporter gave them: what other engines read, unless in int8.
 
     Raises:
         VmoeError: the twin's file is not the one that was read any more.
     """
     lowering = registry.load(LOWERINGS, plan.settings.lowering, "lowering (--lowering)")
-    others = lowering.others(*parts) if hasattr(lowering, "others") else {}
+    given = parts if plain is None or plan.settings.int8 else plain
+    others = lowering.others(*given) if hasattr(lowering, "others") else {}
     bundle = _manifest(
         plan,
         folder,

@@ -46,6 +46,7 @@ int getNvOnnxParserVersion(void) { return 0; }
 """
 # As the package `tensorrt` does it: another name for the bindings.
 ALIAS = "from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n"
+PIP = ("--quiet", "--no-deps", "--only-binary", ":all:", "--timeout", "20", "--retries", "1")
 SURFACE = Path(__file__).with_name("surface.py")
 
 
@@ -120,22 +121,19 @@ def install(version: str, root: Path) -> Bindings:
 
 def download(wheels: list[str], folder: Path) -> None:
     """Install wheels, and nothing that they depend on, into a folder; skip where that fails."""
-    options = [
-        "--quiet",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        "--timeout",
-        "20",
-        "--retries",
-        "1",
-    ]
-    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(folder), *wheels]
+    if wheels[0] in _refused:  # offline: once is enough
+        pytest.skip(_refused[wheels[0]])
+    command = [sys.executable, "-m", "pip", "install", *PIP, "--target", str(folder), *wheels]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         shutil.rmtree(folder, ignore_errors=True)
         said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        pytest.skip(f"{wheels[0]} cannot be installed here: {(said or ['pip failed'])[-1]}")
+        why = f"{wheels[0]} cannot be installed here: {(said or ['pip failed'])[-1]}"
+        _refused[wheels[0]] = why
+        pytest.skip(why)
+
+
+_refused: dict[str, str] = {}  # why, by wheel
 
 
 def _compile(version: str, folder: Path) -> None:

@@ -1,7 +1,6 @@
-"""Run the routed kernels in Triton's interpreter, in a process of its own.
+"""Run the routed kernels in Triton's interpreter: a process of its own, of as many calls as wanted.
 
-Triton decides when it is imported whether it interprets; hence a process. Standard input is a
-pickle-free `.npz` of calls, standard output one of answers.
+Triton decides when it is imported whether it interprets; hence a process.
 
     python tests/interpreted.py calls.npz answers.npz
 """
@@ -20,7 +19,6 @@ import torch
 from triton.runtime import interpreter
 
 from vmoe.export.plugins import compiled, kernels
-from vmoe.runtime.plugins.calls import Call
 
 _patch = interpreter._patch_lang_tensor
 
@@ -34,27 +32,16 @@ def _patched(tensor: Any, scope: Any) -> None:
 interpreter._patch_lang_tensor = _patched
 
 
-def launch(call: Call) -> None:
-    """Run one call on tensors, program after program."""
-    variant = compiled.variants()[call.kernel]
-    getattr(kernels, variant.kernel)[call.grid](*call.args, **variant.blocks)
-
-
-def answers(calls: list[Call]) -> None:
-    """Run calls in order; what they write stands in their tensors."""
-    for call in calls:
-        launch(call)
-
-
 def main(source: str, target: str) -> None:
-    """Answer what lies in a file: `calls` in JSON, in which a string names a tensor."""
+    """Run `calls` (JSON: kernel, grid, arguments, of which a string names a tensor) in order."""
     with np.load(source) as read:
-        held: dict[str, torch.Tensor] = {
-            name: torch.from_numpy(read[name]) for name in read.files if name != "calls"
-        }
-        asked: list[Any] = json.loads(str(read["calls"]))
-    for kernel, grid, args in asked:
-        launch(Call(kernel, tuple(grid), tuple(held.get(a, a) for a in args)))
+        held = {name: torch.from_numpy(read[name]) for name in read.files if name != "calls"}
+        asked = json.loads(str(read["calls"]))
+    variants = compiled.variants()
+    for name, grid, arguments in asked:
+        given = [held[a] if isinstance(a, str) else a for a in arguments]
+        variant = variants[name]
+        getattr(kernels, variant.kernel)[tuple(grid)](*given, **variant.blocks)
     np.savez(target, **{name: tensor.numpy() for name, tensor in held.items()})
 
 

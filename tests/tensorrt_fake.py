@@ -90,7 +90,7 @@ class Fake(ModuleType):
         self._made: dict[str, Any] = {}
         for path in surface["classes"]:
             self._make(path)
-        self._creators: dict[tuple[str, str, str], Any] = {}
+        self.creators: dict[tuple[str, str, str], Any] = {}
         for path, made in self._made.items():
             outer, _, name = path.rpartition(".")
             setattr(self._made[outer] if outer else self, name, made)
@@ -149,10 +149,10 @@ class Fake(ModuleType):
     # What each method does.
 
     def _IPluginRegistry_get_creator(self, me: Any, kind: str, version: str, space: str) -> Any:
-        return self._creators.get((kind, version, space))
+        return self.creators.get((kind, version, space))
 
     def _IPluginRegistry_register_creator(self, me: Any, creator: Any, space: str) -> bool:
-        self._creators[creator.name, creator.plugin_version, space] = creator
+        self.creators[creator.name, creator.plugin_version, space] = creator
         return True
 
     def _IPluginCreatorV3One___init__(self, me: Any) -> None:

@@ -49,6 +49,7 @@ def routed(
     experts: Sequence[GraphProto],
     answer: Sequence[NodeProto],
     constants: Sequence[TensorProto] = (),
+    pick: Sequence[NodeProto] | None = None,
 ) -> GraphProto:
     """Return the graph `moe` of several experts.
 
@@ -57,11 +58,12 @@ def routed(
         experts: clip -> logits, each; asked for their sizes only.
         answer: the nodes that make `logits` of `clip` and `route`.
         constants: what those nodes need.
+        pick: the nodes that make `free_route` of `scores`; None is ArgMax.
     """
     routing = graphs.renamed(router, "router/", {"clip": "clip", "scores": "scores"})
     own = [ints("force_route", FREE), ints("zero", 0), ints("last", len(experts) - 1)]
     return helper.make_graph(
-        [*routing.node, *_choice(), *answer],
+        [*routing.node, *_choice(pick), *answer],
         "moe",
         [*routing.input, _value("force_route", TensorProto.INT64, [])],
         _outputs(len(experts), classes_of(experts[0])),
@@ -70,10 +72,11 @@ def routed(
     )
 
 
-def _choice() -> list[NodeProto]:
+def _choice(pick: Sequence[NodeProto] | None) -> list[NodeProto]:
     """Return the nodes that make `route` of `scores`: the lowest index on ties, or as forced."""
+    most = _node("ArgMax", ["scores"], ["free_route"], axis=1, keepdims=0, select_last_index=0)
     return [
-        _node("ArgMax", ["scores"], ["free_route"], axis=1, keepdims=0, select_last_index=0),
+        *([most] if pick is None else pick),
         _node("GreaterOrEqual", ["force_route", "zero"], ["is_forced"]),
         _node("Min", ["force_route", "last"], ["forced"]),  # the expert that the tree ends at
         _node("Where", ["is_forced", "forced", "free_route"], ["route"]),

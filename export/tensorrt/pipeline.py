@@ -42,9 +42,8 @@ def as_asked(settings: ExportSettings, build: BuildSettings) -> ExportSettings:
     """
     if settings.lowering != "split":
         raise SettingError(
-            "--trt builds the lowering split, where the host routes; "
-            f"{settings.lowering} would run every expert, or without CUDA graphs. "
-            "Leave --lowering out."
+            "--trt builds the lowering split, where the host routes. "
+            f"Leave --lowering {settings.lowering} out."
         )
     if settings.form != WINDOW:
         raise SettingError(f"--trt is not for --form {settings.form}: leave one of them out.")

@@ -106,3 +106,23 @@ def packed(call: Call, found: Kernel) -> tuple[list[Any], Any]:
         for i, value in enumerate(call.args)
     ]
     return held, (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
+
+
+_shared: dict[int, Launcher] = {}
+
+
+def shared() -> Launcher:
+    """Return the launcher of the current context: all plugins of a process use one."""
+    key = _context()
+    if key not in _shared:
+        _shared[key] = Launcher()
+    return _shared[key]
+
+
+def _context() -> int:
+    try:
+        from cuda.bindings import driver
+
+        return int(driver.cuCtxGetCurrent()[1])
+    except (ImportError, RuntimeError):
+        return 0  # Launcher says what is missing

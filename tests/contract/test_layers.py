@@ -46,13 +46,10 @@ WHERE = {
     "openvino": ("runtime/engines/", "export/"),
     "tensorrt": ("runtime/engines/", "export/"),
     "torch_tensorrt": ("export/",),
+    "triton": ("export/plugins/",),
 }
-LAZY = {
-    "onnxruntime",
-    "openvino",
-    "tensorrt",
-    "torch_tensorrt",
-}  # a registry imports a file to ask what it can do
+# A registry imports a file to ask what it can do.
+LAZY = {"onnxruntime", "openvino", "tensorrt", "torch_tensorrt"}
 
 
 class Import(NamedTuple):
@@ -193,7 +190,8 @@ def test_main_may_import_rooms_inside_of_its_functions(line: str) -> None:
 
 BLOCKED = """
 import sys
-for name in ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "openvino", "tensorrt"):
+for name in ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "openvino", "tensorrt",
+             "triton"):
     sys.modules[name] = None
 import importlib
 for name in sys.argv[1:]:
@@ -204,6 +202,7 @@ for name in sys.argv[1:]:
 SERVING = (
     "vmoe.cli", "vmoe.bundle", "vmoe.latest", "vmoe.report", "vmoe.data.folder", "vmoe.runtime",
     "vmoe.runtime.engine", "vmoe.runtime.cli", "vmoe.runtime.bench.cli", "vmoe.__main__",
+    "vmoe.runtime.plugins.nodes", "vmoe.runtime.plugins.launch",
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,12 +13,13 @@ import pytest
 import torch
 from onnx import GraphProto
 
-from tests.graphs import experts_of
+from tests.graphs import experts_of, session
 from tests.twins import SPEC, lively, random_clips
 from vmoe import registry
 from vmoe.batches import to_tensor
 from vmoe.checkpoint import Checkpoint
 from vmoe.export import ExportSettings, graphs, pipeline
+from vmoe.export.lowerings import plugin
 from vmoe.export.onnx import Parts, trace
 from vmoe.export.pipeline import LOWERINGS, Plan
 from vmoe.models import ModelSettings, VideoMoE, build
@@ -125,6 +127,40 @@ def test_its_graphs_are_valid_and_the_manifest_says_what_they_are(
         assert "BatchNormalization" not in kinds, "a normalisation was not folded"
         assert part.precision == {"asked": "fp32", "found": "fp32"}
         assert {(folder / file).stat().st_mode & 0o444 for file in part.hashes} == {0o444}
+
+
+def test_the_very_nodes_that_tensorrt_gets_answer_as_the_twin_does(
+    case: tuple[VideoMoE, Engine, Path],
+) -> None:
+    twin, engine, folder = case
+    if "tensorrt" not in engine.bundle.others:
+        pytest.skip("this lowering has no file for TensorRT")
+    model = onnx.load(folder / engine.bundle.others["tensorrt"].file)
+    nodes = [node for node in model.graph.node if node.domain == "vmoe"]
+    layers = Counter(type(module) for module in twin.experts[0].modules())
+    assert Counter(node.op_type for node in nodes) == {
+        "VmoeTopK": 1, "RoutedConv3d": layers[torch.nn.Conv3d] + layers[torch.nn.Conv2d],
+        "RoutedLinear": layers[torch.nn.Linear],
+    }  # fmt: skip
+    for node in nodes:  # parsers look at the type alone, and then by these attributes
+        assert not onnx.defs.has(node.op_type)
+        said = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert (said["plugin_namespace"], said["plugin_version"]) == (b"vmoe", b"1")
+    plain = plugin.with_functions(model, len(twin.experts))
+    assert list(plain.graph.node) == list(model.graph.node)
+    inferred = onnx.shape_inference.infer_shapes(plain).graph
+    kinds = {v.name: v.type.tensor_type.elem_type for v in inferred.value_info}
+    assert onnx.TensorProto.INT64 not in {kinds.get(n) for node in nodes for n in node.input}
+    clips = random_clips(5, seed=11)
+    run = session(plain)
+    logits, scores, route = run.run(None, {"clip": clips})
+    wanted = answers(twin, clips)
+    assert np.array_equal(route, wanted[2])
+    assert np.abs(scores - wanted[1]).max() <= 1e-4 * max(1, np.abs(scores).max())
+    assert np.abs(logits - wanted[0]).max() <= 1e-4 * np.abs(wanted[0]).max()
+    last = np.full(5, len(twin.experts) - 1)
+    (forced,) = run.run(["logits"], {"clip": clips, "force_route": last[:1].reshape(())})
+    assert np.abs(forced - answers(twin, clips, last)[0]).max() <= 1e-4 * np.abs(forced).max()
 
 
 def leaves(graph: GraphProto) -> list[GraphProto]:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
 
+from tests.graphs import Writer, clips_for, run
 from tests.twins import SPEC, lively, random_clips
 from vmoe import bundle as bundles
 from vmoe.checkpoint import Checkpoint
 from vmoe.errors import CorruptBundleError, SettingError
-from vmoe.export import graphs
-from vmoe.export.lowerings import dense, if_, plugin
+from vmoe.export import graphs, precision
+from vmoe.export.lowerings import _routed, dense, if_, plugin
 from vmoe.export.onnx import Parts
 from vmoe.export.pipeline import ExportSettings, Plan, write
 from vmoe.runtime import load
@@ -37,7 +39,7 @@ def mean_of(answer: str, weight: np.ndarray) -> ModelProto:
         helper.make_node("Cast", ["clip"], ["pixels"], to=TensorProto.FLOAT),
         helper.make_node("ReduceMean", ["pixels", "axes"], ["sum"], keepdims=0),
         helper.make_node("Div", ["sum", "white"], ["mean"]),
-        helper.make_node("MatMul", ["mean", "module.1.fc.weight"], [answer]),
+        helper.make_node("Gemm", ["mean", "module.1.fc.weight"], [answer]),
     ]
     for node in nodes:
         node.name = node.op_type
@@ -72,26 +74,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def node_of(model: ModelProto) -> onnx.NodeProto:
-    (node,) = [node for node in model.graph.node if node.domain == "vmoe"]
-    return node
+def nodes_of(model: ModelProto) -> list[onnx.NodeProto]:
+    return [node for node in model.graph.node if node.domain == "vmoe"]
 
 
-def test_one_node_is_the_dispatch_and_both_files_call_it_alike(folder: Path) -> None:
+def said(node: onnx.NodeProto) -> dict[str, object]:
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+
+
+NAMED = {"plugin_namespace": b"vmoe", "plugin_version": b"1"}
+
+
+def test_onnx_runtimes_file_has_one_node_and_tensorrts_has_layers(folder: Path) -> None:
     whole = onnx.load(folder / "moe.onnx")
-    alone = onnx.load(folder / "moe-tensorrt.onnx")
-    for model in (whole, alone):
-        node = node_of(model)
-        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        assert attributes == {
-            "plugin_namespace": b"vmoe", "plugin_version": b"1", "experts": EXPERTS,
-        }  # fmt: skip
-        assert node.op_type.startswith("Experts_")
+    routed = onnx.load(folder / "moe-tensorrt.onnx")
+    (node,) = nodes_of(whole)
+    assert node.op_type.startswith("Experts_")
+    assert said(node) == {**NAMED, "experts": EXPERTS}
+    assert list(node.output) == ["logits"]
+    topk, linear = nodes_of(routed)
+    assert (topk.op_type, linear.op_type) == ("VmoeTopK", "RoutedLinear")
+    assert said(topk) == {**NAMED, "k": 1}
+    assert said(linear) == {**NAMED, "relu": 0}
+    for model, file in ((whole, "moe.onnx"), (routed, "moe-tensorrt.onnx")):
         assert ("vmoe", 1) in {(o.domain, o.version) for o in model.opset_import}
-        assert list(node.output) == ["logits"]
-    assert node_of(whole).op_type == node_of(alone).op_type
-    onnx.checker.check_model(folder / "moe.onnx", full_check=True)
-    onnx.checker.check_model(folder / "moe-tensorrt.onnx", full_check=True)
+        onnx.checker.check_model(folder / file, full_check=True)
 
 
 def test_the_function_holds_the_weights_inside_its_branches_outside_of_the_file(
@@ -99,9 +106,9 @@ def test_the_function_holds_the_weights_inside_its_branches_outside_of_the_file(
 ) -> None:
     model = onnx.load(folder / "moe.onnx", load_external_data=False)
     (function,) = model.functions
-    assert (function.domain, function.name) == ("vmoe", node_of(model).op_type)
+    assert (function.domain, function.name) == ("vmoe", nodes_of(model)[0].op_type)
     assert set(function.attribute) == {"plugin_namespace", "plugin_version", "experts"}
-    assert list(node_of(model).input) == list(function.input) == ["clip", "expert"]
+    assert list(nodes_of(model)[0].input) == list(function.input) == ["clip", "expert"]
     held = [t for scope in graphs.scopes(model) for t in scope.initializer if "fc" in t.name]
     names = sorted(t.name for t in held[1:])
     assert names == [f"expert{i}/module.1.fc.weight" for i in range(EXPERTS)]
@@ -109,20 +116,97 @@ def test_the_function_holds_the_weights_inside_its_branches_outside_of_the_file(
     assert (folder / "moe.onnx").stat().st_size < 3 * 512 * 4 * EXPERTS
 
 
-def test_tensorrts_file_has_no_function_and_the_weights_as_inputs(folder: Path) -> None:
+def test_tensorrts_file_has_no_function_and_stacked_weights(folder: Path) -> None:
     model = onnx.load(folder / "moe-tensorrt.onnx")
     assert not model.functions
-    assert list(node_of(model).input) == [
-        "clip", "expert", "experts/white", "experts/module.1.fc.weight",
-    ]  # fmt: skip
+    *_, linear = nodes_of(model)
+    weight = "experts/module.1.fc.weight"
+    assert list(linear.input) == ["experts/mean", "expert", weight, f"{weight}/no_bias"]
     held = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     wanted = [
-        numpy_helper.to_array(next(t for t in e.graph.initializer if "fc" in t.name))
+        numpy_helper.to_array(next(t for t in e.graph.initializer if "fc" in t.name)).T
         for e in parts().experts
     ]
-    assert np.array_equal(held["experts/module.1.fc.weight"], np.stack(wanted))
+    assert np.array_equal(held[weight], np.stack(wanted))
+    assert held["experts/white"].shape == (), "what is alike in all experts stands there once"
     with pytest.raises(Exception, match="is not a registered function/op"):
         session(folder / "moe-tensorrt.onnx")
+
+
+def in_memory(model: ModelProto) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def two_of(write: Callable[[Writer], str]) -> list[ModelProto]:
+    """Return two experts of one graph with weights of their own."""
+    writers = [Writer(4, 12, seed) for seed in (0, 1)]
+    return [writer.model(write(writer)) for writer in writers]
+
+
+def router_for(experts: list[ModelProto]) -> ModelProto:
+    router = mean_of("scores", np.eye(3)[:, :2])
+    router.graph.input[0].CopyFrom(experts[0].graph.input[0])
+    return router
+
+
+def one_layer(writer: Writer) -> str:
+    x = writer.conv(writer.pixels(), 3, 4, (3, 3, 3), pads=[1] * 6, bias=True)
+    return writer.head(writer.node("Relu", x), 4)
+
+
+def test_a_relu_goes_into_the_layer_before_it_where_nothing_else_reads_it() -> None:
+    def block(writer: Writer) -> str:
+        x = writer.conv(writer.pixels(), 3, 4, (3, 3, 3), pads=[1] * 6)
+        y = writer.node("Relu", writer.conv(x, 4, 4, (1, 1, 1)))
+        y = writer.node("Relu", writer.node("Add", x, y))
+        z = writer.conv(y, 4, 4, (1, 3, 3))
+        return writer.head(writer.node("Add", z, writer.node("Relu", z)), 4)
+
+    experts = two_of(block)
+    nodes, _ = _routed.merged(experts)
+    convs = [node for node in nodes if node.op_type == "RoutedConv3d"]
+    assert [said(node)["relu"] for node in convs] == [0, 1, 0]
+    assert sum(node.op_type == "Relu" for node in nodes) == 2
+    model = plugin.with_functions(plugin.routed(router_for(experts), experts), 2)
+    clips = clips_for(experts[0], 3)
+    for i, expert in enumerate(experts):
+        given = {"clip": clips, "force_route": np.array(i)}
+        (logits,) = in_memory(model).run(["logits"], given)
+        assert np.allclose(logits, run(expert, clips), atol=1e-5)
+
+
+def test_half_experts_are_routed_in_half_precision() -> None:
+    def low(writer: Writer) -> str:
+        x = writer.node("Cast", writer.pixels(), to=TensorProto.FLOAT16)
+        weight = writer.constant(writer.rng.normal(0, 0.1, (4, 3, 3, 3, 3)), np.float16)
+        x = writer.node("Conv", x, weight, kernel_shape=[3, 3, 3])
+        return writer.head(writer.node("Cast", x, to=TensorProto.FLOAT), 4)
+
+    experts = two_of(low)
+    model = plugin.routed(router_for(experts), experts)
+    conv = nodes_of(model)[1]
+    kinds = {t.name: t.data_type for t in model.graph.initializer}
+    assert [kinds[name] for name in conv.input[2:]] == [TensorProto.FLOAT16] * 2
+    for expert in experts:  # ... and what the kernels have no numbers of is refused
+        for tensor in expert.graph.initializer:
+            if tensor.data_type == TensorProto.FLOAT16:
+                tensor.CopyFrom(
+                    numpy_helper.from_array(
+                        numpy_helper.to_array(tensor).astype(np.float64), tensor.name
+                    )
+                )
+    with pytest.raises(SettingError, match="no routed layers in float64"):
+        _routed.merged(experts)
+
+
+def test_routed_layers_are_proven_as_layers() -> None:
+    experts = two_of(one_layer)
+    model = plugin.routed(router_for(experts), experts)
+    assert precision.prove(model, "moe-tensorrt", ExportSettings()).found == {"fp32": 3}
 
 
 def test_the_manifest_lists_it_apart_and_no_backend_loads_it(folder: Path) -> None:
@@ -151,12 +235,58 @@ def test_two_models_never_share_an_operator() -> None:
     assert names[0] == names[1] != names[2]
 
 
-def test_experts_of_different_graphs_have_no_stacked_weights() -> None:
+def test_experts_that_no_kernel_routes_have_no_second_file(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     router, experts = parts()
     other = mean_of("logits", np.zeros((3, 7)))
-    with pytest.raises(SettingError, match=r"'module.1.fc.weight' is not of one shape in all"):
-        plugin.others(router, [experts[0], other])
+    with caplog.at_level("WARNING", logger="vmoe"):
+        assert plugin.others(router, [experts[0], other]) == {}
+    assert "no file for TensorRT: --lowering plugin stacks the experts' weights" in caplog.text
     assert plugin.others(None, experts[:1]) == {}
+
+
+def test_what_the_kernels_do_not_do_is_refused_by_name() -> None:
+    def refused(says: str, change: Callable[[GraphProto], None], *, both: bool = True) -> None:
+        made = two_of(one_layer)
+        for model in made if both else made[1:]:
+            change(model.graph)
+        with pytest.raises(SettingError, match=says):
+            _routed.merged(made)
+
+    def attribute(op: str, name: str, value: object) -> Callable[[GraphProto], None]:
+        def change(graph: GraphProto) -> None:
+            node = next(node for node in graph.node if node.op_type == op)
+            kept = [a for a in node.attribute if a.name != name]
+            del node.attribute[:]
+            node.attribute.extend([*kept, helper.make_attribute(name, value)])
+
+        return change
+
+    def renamed(op: str, to: str) -> Callable[[GraphProto], None]:
+        def change(graph: GraphProto) -> None:
+            next(node for node in graph.node if node.op_type == op).op_type = to
+
+        return change
+
+    uneven = "no routed convolution with groups, dilations or uneven pads, and the experts differ"
+    refused(uneven, attribute("Conv", "pads", [1, 1, 1, 0, 1, 1]))
+    refused(uneven, attribute("Conv", "dilations", [1, 2, 2]))
+    refused("no routed Gemm of that form", attribute("Gemm", "alpha", 0.5))
+    refused("no routed ConvTranspose", renamed("Conv", "ConvTranspose"))
+    refused("expert 1 has another than expert 0", renamed("Relu", "Sigmoid"), both=False)
+
+
+def test_rows_that_are_not_the_clips_are_refused() -> None:
+    def flat(writer: Writer) -> str:
+        x = writer.conv(writer.pixels(), 3, 4, (3, 3, 3), pads=[1] * 6)
+        x = writer.node("Reshape", x, writer.constant([1, -1], np.int64))
+        weight = writer.constant(writer.rng.normal(0, 1, (4, 2 * 4 * 4 * 144)))
+        return writer.node("Gemm", x, weight, transB=1)
+
+    experts = two_of(flat)
+    with pytest.raises(SettingError, match="no routed layer whose rows are not those of the clips"):
+        _routed.merged(experts)
 
 
 def test_dense_selects_and_lets_nothing_of_other_experts_through(tmp_path: Path) -> None:

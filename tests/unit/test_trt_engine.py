@@ -16,8 +16,8 @@ import pytest
 
 from tests import bundles
 from tests.cuda_fake import CUresult, Driver
+from tests.plans import built
 from tests.tensorrt_fake import WHY, Fake
-from tests.unit.test_trt_plans import built
 from vmoe import bundle as reader
 from vmoe import cli
 from vmoe.clips import ClipSpec

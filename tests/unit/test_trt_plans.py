@@ -17,32 +17,20 @@ import pytest
 
 from tests import bundles
 from tests.cuda_fake import Driver
+from tests.plans import built
 from tests.tensorrt_fake import MAGIC, WHY, Fake
 from vmoe import bundle as reader
-from vmoe import output
 from vmoe.bundle import Bundle
 from vmoe.clips import ClipSpec
 from vmoe.errors import EngineMismatchError, VmoeError
 from vmoe.export.tensorrt import builder, plans, proof
 from vmoe.export.tensorrt.settings import BuildSettings
 from vmoe.runtime import load
-from vmoe.runtime.engines import _plan
 
 
 @pytest.fixture
 def source(tmp_path: Path, spec: ClipSpec) -> Bundle:
     return reader.read(bundles.write(tmp_path / "onnx", spec))
-
-
-def built(source: Bundle, settings: BuildSettings | None = None, name: str = "plans") -> Path:
-    """Build a bundle of plans, as this machine's own."""
-    settings = settings or BuildSettings()
-    out = source.path.with_name(name)
-    with output.whole_folder(out) as folder:
-        made, _ = plans.write(source, folder, settings, plans.here("auto", settings))
-        output.write_json(folder / reader.REPORT, {})
-    _plan.note(part.hashes[part.file] for part in made.parts.values())
-    return out
 
 
 def test_plans_answer_as_the_onnx_does(trt: Fake, gpu: Driver, source: Bundle) -> None:

@@ -1,0 +1,95 @@
+"""TensorRT's plugins over its real bindings: each version makes of them what the others do."""
+
+from __future__ import annotations
+
+import json
+
+from tests.bindings import Bindings
+
+# Expressions and shapes are made by TensorRT's own library, which is a stub here.
+ANSWERS = r"""
+import gc, json
+import numpy as np
+import tensorrt as trt
+from vmoe.runtime.plugins import nodes
+
+class Expression(str):
+    pass
+
+class Expressions:
+    def constant(self, value):
+        return Expression(value)
+    def operation(self, operation, left, right):
+        return Expression(f"{operation.name}({left}, {right})")
+
+def fields(collection):
+    return {f.name: [f.type.name, np.array(f.data).tolist()] for f in collection}
+
+def answers(node):
+    creator = nodes.creator(trt, node)
+    given = nodes.collection(trt, {k: np.array(v, np.int32) + 1 for k, v in node.fields.items()})
+    built = creator.create_plugin("layer", given, trt.TensorRTPhase.BUILD)
+    kept = built.get_fields_to_serialize()
+    run = creator.create_plugin("layer", kept, trt.TensorRTPhase.RUNTIME).attach_to_context(None)
+    inputs = [[Expression(f"x{i}") for i in range(5)], [Expression("n")],
+              [Expression(f"w{i}") for i in range(6)], []]
+    pairs = []
+    for dtype in (trt.float32, trt.float16, trt.int8):
+        for position in range(5):
+            descs = [trt.DynamicPluginTensorDesc() for _ in range(5)]
+            for at, desc in enumerate(descs):
+                inner = desc.desc
+                inner.type = trt.int32 if at == node.indices[0] else dtype
+                inner.format = trt.TensorFormat.LINEAR
+                desc.desc = inner
+            pairs.append(run.supports_format_combination(position, descs, 4))
+    return {
+        "creator": [creator.name, creator.plugin_version, creator.plugin_namespace,
+                    fields(creator.field_names)],
+        "plugin": [run.plugin_name, run.plugin_version, run.plugin_namespace, run.num_outputs],
+        "fields": [fields(kept), fields(run.get_fields_to_serialize())],
+        "types": [t.name for t in run.get_output_data_types([trt.float16] * 4)],
+        "shapes": run.get_output_shapes(inputs, [], Expressions()),
+        "formats": pairs,
+        "is": [isinstance(run, base) for base in (trt.IPluginV3, trt.IPluginV3OneCore,
+                                                  trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)],
+        "capabilities": all(run.get_capability_interface(kind) is run for kind in
+                            trt.PluginCapabilityType.__members__.values()),
+    }
+
+trt.DimsExprs = list
+found = {node.op_type: answers(node) for node in nodes.NODES}
+for _ in range(20):  # plugins that are freed must not take the process with them
+    nodes.plugin(trt, nodes.Linear)({}).clone()
+gc.collect()
+print(json.dumps(found))
+"""
+
+ALONG = "SUM(FLOOR_DIV(SUB(SUM(x{0}, 2), w{1}), 2), 1)"
+FORMATS = [True, True, True, True, True] * 2 + [False, True] + [True] * 3
+
+
+def test_classes_and_creators_answer_alike_on_every_version(bindings: Bindings) -> None:
+    found = json.loads(bindings.run(ANSWERS))
+    assert set(found) == {"VmoeTopK", "RoutedLinear", "RoutedConv3d"}
+    for name, said in found.items():
+        assert said["creator"][:3] == [name, "1", "vmoe"]
+        assert said["plugin"][:3] == [name, "1", "vmoe"]
+        assert said["fields"][0] == said["fields"][1], "a plan would give other attributes back"
+        assert said["is"] == [True] * 4
+        assert said["capabilities"] is True
+    topk, linear, conv = (found[n] for n in ("VmoeTopK", "RoutedLinear", "RoutedConv3d"))
+    assert topk["plugin"][3] == 2
+    assert topk["types"] == ["HALF", "INT32"]
+    assert topk["shapes"] == [["x0", "2"], ["x0", "2"]]
+    assert topk["fields"][0] == {"k": ["INT32", [2]]}
+    assert linear["shapes"] == [["x0", "w1"]]
+    assert linear["formats"] == FORMATS
+    assert conv["formats"] == FORMATS
+    assert conv["types"] == ["HALF"]
+    assert conv["shapes"] == [["x0", "w1", *(ALONG.format(2 + i, 3 + i) for i in range(3))]]
+    assert conv["creator"][3] == {
+        "strides": ["INT32", [1, 1, 1]], "pads": ["INT32", [0] * 6], "relu": ["INT32", [0]],
+        "tf32": ["INT32", [0]],
+    }  # fmt: skip
+    assert conv["fields"][0]["strides"] == ["INT32", [2, 2, 2]]
