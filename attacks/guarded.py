@@ -7,16 +7,19 @@ drift of routes, and how old a label is. Equality with the guard's own is tested
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vmoe.attacks.loop import as_found
 from vmoe.errors import SettingError
 from vmoe.models import VideoMoE
-from vmoe.runtime.guard.profile import Profile
+from vmoe.runtime.guard import terms as guard_terms
+from vmoe.runtime.guard.profile import Profile, tail
 from vmoe.settings import Settings, opt
 
 TINY = 1e-30
@@ -58,6 +61,35 @@ def median(clip: Tensor) -> Tensor:
     return three.median(dim=0).values
 
 
+def bilateral(clip: Tensor) -> Tensor:
+    """Return clips, [N, 3, T, H, W] in [0, 1], each frame smoothed but for its edges.
+
+    x_p <- sum_q w_pq x_q / sum_q w_pq, w_pq = exp(-|p - q|^2 / 2 s^2 - (sum |x_p - x_q|)^2 / 2 c^2)
+    over q in a disc, as `cv2.bilateralFilter` does; the sum goes over channels.
+    """
+    across, colour, place = guard_terms.BILATERAL
+    radius = across // 2
+    frames = clip.transpose(1, 2).flatten(0, 1)
+    height, width = frames.shape[-2:]
+    padded = pad(frames, (radius,) * 4, mode="reflect")
+    total, weights = torch.zeros_like(frames), torch.zeros_like(frames[:, :1])
+    offsets = range(-radius, radius + 1)
+    for down, right in itertools.product(offsets, offsets):
+        far = down**2 + right**2
+        if far > radius**2:
+            continue
+        top, left = radius + down, radius + right
+        other = padded[..., top : top + height, left : left + width]
+        apart = 255 * (other - frames).abs().sum(dim=1, keepdim=True)
+        weight = (-far / (2 * place**2) - apart**2 / (2 * colour**2)).exp()
+        total, weights = total + weight * other, weights + weight
+    smoothed: Tensor = (total / weights).reshape(len(clip), -1, *frames.shape[1:]).transpose(1, 2)
+    return smoothed
+
+
+FILTERS = {"median": median, "bilateral": bilateral}  # those that have a gradient here
+
+
 def terms(
     shares: Tensor, weights: Tensor, filtered: Tensor | None = None
 ) -> dict[str, tuple[Tensor, Tensor]]:
@@ -87,12 +119,15 @@ def strangeness(profile: Profile, name: str, values: Tensor) -> Tensor:
     """Return -ln p of a term's values, as `Profile.strangeness` does, with a gradient."""
     at = torch.as_tensor(profile.quantiles[name], dtype=values.dtype)
     count, last = profile.counts[name], len(at) - 1
-    right = torch.searchsorted(at, values.detach().contiguous(), right=True).clamp(1, last)
+    start, scale = tail(profile.quantiles[name])
+    within = values.clamp_max(start)
+    right = torch.searchsorted(at, within.detach().contiguous(), right=True).clamp(1, last)
     low, high = at[right - 1], at[right]
-    part = ((values - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    part = ((within - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
     level = (right - 1 + part) / last
-    level = torch.where(values <= at[0], torch.zeros_like(level), level)
-    return -((1 + (1 - level) * count) / (1 + count)).log()
+    level = torch.where(within <= at[0], torch.zeros_like(level), level)
+    beyond = (values - start).clamp_min(0) / scale
+    return beyond - ((1 + (1 - level) * count) / (1 + count)).log()
 
 
 def score(
@@ -122,7 +157,7 @@ def attack(
         twin: the model.
         frames: prepared, [F, 3, H, W], pixels in [0, 1].
         windows: numbers of the frames of each window, int [N, T]; each overlaps the one before.
-        profile: of the guard that is to be passed; its filter is off or median.
+        profile: of the guard that is to be passed; its filter is off or one of FILTERS.
         settings: budget, steps, and how much the guard counts.
 
     Returns:
@@ -131,10 +166,10 @@ def attack(
     Raises:
         SettingError: the guard counts, and its filter has no gradient.
     """
-    if settings.weight and profile.filter not in ("off", "median"):
+    if settings.weight and profile.filter not in ("off", *FILTERS):
         raise SettingError(
             f"the guard's filter is {profile.filter!r}, which has no gradient here; attack a "
-            "profile of median or off, or say weight 0."
+            f"profile of off, {' or '.join(FILTERS)}, or say weight 0."
         )
     generator = torch.Generator().manual_seed(settings.seed)
     radius = int(255 * settings.eps + 1e-6) / 255
@@ -161,8 +196,9 @@ def _loss(twin: VideoMoE, clip: Tensor, before: Tensor, profile: Profile, weight
     if not weight:
         return loss
     filtered = None
-    if profile.filter == "median":
-        filtered = twin.run_routed(median(clip), out.route).softmax(dim=1)
+    if profile.filter in FILTERS:
+        again = FILTERS[profile.filter](clip)
+        filtered = twin.run_routed(again, out.route).softmax(dim=1)
     found = score(profile, out.logits.softmax(dim=1), out.scores.softmax(dim=1), filtered)
     known: Tensor = (found - profile.threshold + SURE).clamp_min(0).mean()
     return loss - weight * known

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from figures import Figure
-from gpu_routing import BUCKETS, Routed, _others
+from gpu_routing import BUCKETS, Routed, others
 from gpu_timing import Effort, Found, finish
 
 from vmoe import report
@@ -75,7 +75,7 @@ def measure(device: str, effort: Effort) -> Found:
         forms: dict[str, Callable[[], object]] = {
             "host routing": routed.grouped if n > 1 else routed.one
         }
-        forms |= _others(twin, wide, clips[:n])
+        forms |= others(twin, wide, clips[:n])
         forms.pop("torch's forward of the twin")
         for name, call in forms.items():
             calls, seconds, joules = _watch(counter, call, effort.watched_s)

@@ -202,7 +202,7 @@ def _single(
         "router and expert, route not read": partial(routed.unread, 2),
         "router alone": routed.router,
         "expert alone": routed.experts[2][1],
-        **_others(twin, wide, clips),
+        **others(twin, wide, clips),
     }
     taken = wall_us(forms, effort.calls)
     base = "router and expert, route not read"
@@ -240,13 +240,13 @@ def _batch(
         _check(routed, routed.grouped, routes)
         forms = {f"host routing, {name}": routed.grouped}
         if routes is mixed:
-            forms |= _others(twin, wide, clips)
+            forms |= others(twin, wide, clips)
         taken |= wall_us(forms, effort.calls)
     _gains(found, prefix, "b8", taken, "host routing, two for each expert")
     return _rows(taken)
 
 
-def _others(twin: VideoMoE, wide: VideoMoE, clips: Tensor) -> dict[str, Call]:
+def others(twin: VideoMoE, wide: VideoMoE, clips: Tensor) -> dict[str, Call]:
     """Return what is compared: all experts in one graph, the dense counterpart, torch's forward."""
     held: dict[str, Tensor] = {}
     steered = torch.zeros(len(clips), len(twin.experts), device=clips.device)

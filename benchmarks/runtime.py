@@ -32,7 +32,7 @@ from figures import Figure
 
 from vmoe import cli
 from vmoe.runtime.bench import context
-from vmoe.runtime.threads import Plan, apply
+from vmoe.runtime.threads import serving
 
 
 @cli.command(
@@ -56,9 +56,8 @@ def main(
     """Measure what serving costs around the engine, and what it survives."""
     figures.check_files(out, overwrite=overwrite)
     machine = context.read()
-    apply(Plan(1, 1))
     found: list[Figure] = []
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, serving():
         folder = Path(name)
         if only != "faults":
             found += runtime_speed.measure(folder, quick=quick)

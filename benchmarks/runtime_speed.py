@@ -19,6 +19,7 @@ from vmoe.export import ExportSettings, onnx, pipeline
 from vmoe.models import ModelSettings, build
 from vmoe.runtime import Engine, Pipeline, StreamSettings, load
 from vmoe.runtime.sources._iterator import IteratorSource
+from vmoe.runtime.windows import default_hop_s
 
 FPS, SIZE = 25.0, (480, 640)
 STREAMS = 8
@@ -40,7 +41,7 @@ def measure(folder: Path, *, quick: bool) -> list[Figure]:
     found = []
     with load(full_size(folder / "full"), threads=1) as engine:
         found.append(_overhead("stream_overhead", engine, rounds, windows))
-        found.append(_many(engine, rounds, max(3, windows // STREAMS)))
+        found.append(_many(engine, max(3, rounds // 2), max(3, windows // 4)))
         found.append(_latency(engine, 5.0 if quick else 30.0))
     with load(latest.shipped(), threads=1) as engine:
         found.append(_overhead("shipped_stream_overhead", engine, rounds, 5 * windows))
@@ -74,8 +75,7 @@ def _sized(engine: Engine, fitting: bool) -> tuple[int, int]:
 def _needed(engine: Engine, windows: int) -> int:
     """Return how many frames so many windows take."""
     spec = engine.bundle.spec
-    hop_s = max(spec.window_s / 2, spec.spacing_s)
-    return round((spec.window_s + (windows - 1) * hop_s) * FPS) + 2
+    return round((spec.window_s + (windows - 1) * default_hop_s(spec)) * FPS) + 2
 
 
 def _turns(alone: Callable[[], int], served: Callable[[bool], int], rounds: int) -> Turn:
@@ -112,7 +112,7 @@ def _overhead(name: str, engine: Engine, rounds: int, windows: int) -> Figure:
 
     def served(fitting: bool) -> int:
         frames = _frames(_needed(engine, windows), 0, _sized(engine, fitting))
-        source = IteratorSource(frames, fps=FPS)
+        source = IteratorSource(frames, fps=FPS, copy=False)  # as a file's: each its own
         return sum(1 for _ in Pipeline(engine, [source]).results())
 
     turn = _turns(alone, served, rounds)
@@ -131,7 +131,7 @@ def _many(engine: Engine, rounds: int, windows: int) -> Figure:
     def served(fitting: bool) -> int:
         count, size = _needed(engine, windows), _sized(engine, fitting)
         sources = [
-            IteratorSource(_frames(count, seed, size), fps=FPS, name=str(seed))
+            IteratorSource(_frames(count, seed, size), fps=FPS, name=str(seed), copy=False)
             for seed in range(STREAMS)
         ]
         how = StreamSettings(latency_budget=1000, max_batch=STREAMS)

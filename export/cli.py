@@ -30,7 +30,6 @@ log = cli.log
     "vmoe-export",
     "vmoe-export",
     "vmoe-export runs/train/mine/best.safetensors --lowering if --int8 --out runs/export/mine",
-    "vmoe-export runs/train/mine/best.safetensors --counterpart --lowering if",
     "vmoe-export runs/train/mine/best.safetensors --trt --fp16 --timing-cache runs/timing.cache",
 )
 @click.argument("checkpoint", metavar="[CKPT]", required=False, type=click.Path(path_type=Path))

@@ -123,14 +123,17 @@ class Batches:
         answers: dict[int, Prediction] = {}
         filtered: dict[int, NDArray[np.float32]] = {}
         if whole:
-            found = self._engine.infer(np.stack([window.clip for window in whole]))
+            clips = whole[0].clip[np.newaxis]  # one window, as it is: nothing is copied
+            if len(whole) > 1:
+                clips = np.stack([window.clip for window in whole])
+            found = self._engine.infer(clips)
             for i, window in enumerate(whole):
                 one = slice(i, i + 1)
                 answers[id(window)] = Prediction(
                     found.logits[one], found.scores[one], found.route[one]
                 )
             if self._filter != "off":
-                again = terms.filtered(np.stack([w.clip for w in whole]), self._filter)
+                again = terms.filtered(clips, self._filter)
                 logits = self._engine.infer(again, force_route=found.route.tolist()).logits
                 filtered = {id(w): logits[i : i + 1] for i, w in enumerate(whole)}
         ended = time.monotonic()

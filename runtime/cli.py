@@ -69,7 +69,7 @@ class RunSettings(StreamSettings):
     guard_calibrate: Path | None = opt(None, "write a guard's profile of clean sources")
     guard_filter: str = opt("off", "of --guard-calibrate: a second look at a filtered clip, for "
                             "one more run of the expert",
-                            choices=("off", "median", "jpeg"))  # fmt: skip
+                            choices=("off", "median", "jpeg", "bilateral"))  # fmt: skip
     false_alarms: float = opt(0.01, "of --guard-calibrate: share of clean windows that may raise "
                               "an alarm", above=0, at_most=0.5)  # fmt: skip
     page: str | None = opt(None, "serve the live page at HOST:PORT; alone: 127.0.0.1:8080",
@@ -89,6 +89,16 @@ class RunSettings(StreamSettings):
     show: bool = opt(False, "show the annotated stream in a window; q ends it")
     overwrite: bool = opt(False, "replace the files of --save, --jsonl, --events and --csv")
     seed: int = opt(0, "seed of --source test", at_least=0)
+
+    def __post_init__(self) -> None:
+        """Check every value; refuse what has no effect."""
+        super().__post_init__()
+        calibrates = self.guard_calibrate is not None
+        self._needs("--guard-calibrate", calibrates, "guard_filter", "false_alarms")
+        if calibrates and self.guard != "off":
+            raise SettingError(
+                f"--guard {self.guard} and --guard-calibrate exclude each other: calibrate first."
+            )
 
 
 @cli.command(
@@ -156,14 +166,13 @@ def _run(named: Path | None, settings: RunSettings, *, as_json: bool, stop: Stop
     from .pipeline import Pipeline
 
     sources = _sources(settings, names)
-    plan = threads.plan(len(sources), settings.threads)
-    threads.apply(plan)
+    count = threads.of_engine(len(sources), settings.threads)
     cache = cli.cache_folder() if settings.cache else None
     with engines.load(
         path,
         settings.backend,
         settings.device,
-        plan.engine,
+        count,
         cache=cache,
         trust=settings.trust,
         server=settings.server,

@@ -25,6 +25,7 @@ from . import online
 from .backends import ENGINES, choose
 from .engines import SERVER, Backend, BackendSettings, Outputs, Run
 from .online import States
+from .threads import of_engine
 
 TRITON = "triton"  # what --server is for
 
@@ -49,6 +50,7 @@ def load(
     device: str = "auto",
     threads: int | None = None,
     *,
+    streams: int = 0,
     all_parts: bool = False,
     cache: Path | None = None,
     trust: bool = False,
@@ -63,6 +65,8 @@ def load(
             verified for at export; where that is not known, the first that reads its parts.
         device: auto, cpu or cuda:N.
         threads: CPU threads of one run; None is the backend's own choice.
+        streams: sources that are decoded beside it, where `threads` is None: it takes the cores
+            that they leave (threads.py).
         all_parts: load every part now; else an expert is loaded when it is first routed to.
         cache: a folder for what a backend makes of parts, so that the next load is faster; the
             commands' own is `vmoe.cli.cache_folder()`. None keeps nothing.
@@ -78,6 +82,8 @@ def load(
     """
     if threads is not None and threads < 1:
         raise SettingError(f"--threads is {threads}; it must be at least 1.")
+    if threads is None and streams:
+        threads = of_engine(streams)
     read = bundle if isinstance(bundle, Bundle) else bundles.read(Path(bundle))
     name = choose(TRITON if server and backend == "auto" else backend, read, device)
     module = registry.load(ENGINES, name, "backend")

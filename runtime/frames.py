@@ -24,7 +24,7 @@ class Frame:
     """One frame of a source.
 
     Attributes:
-        pixels: uint8 [H, W, 3], RGB.
+        pixels: uint8 [H, W, 3], RGB; stay as they are, since windows to come may take them.
         t_s: its timestamp on the source's own clock, in seconds; rises within an epoch, but for
             a source that gives a frame twice.
         sequence: its number since the source was opened, dropped frames counted.

@@ -13,13 +13,11 @@ stream goes on, not backwards from each window's end as for other models.
 from __future__ import annotations
 
 import statistics
-import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vmoe import clips
 from vmoe.bundle import Bundle, Part, Port
 from vmoe.clips import ClipSpec
 from vmoe.errors import EngineMismatchError
@@ -141,18 +139,15 @@ class OnlineWindows(Windows):
         early_s = statistics.median(self._apart) / 2 if self._apart else 0.0
         if frame.t_s < self._wanted_s - early_s - EARLY_S:
             return None
-        began = time.monotonic()
-        pixels = clips.prepare(frame.pixels, self._spec)
-        prepare_ms = (time.monotonic() - began) * 1000
-        place = self._take(Kept(frame.t_s, frame.sequence, pixels))
+        place = self._take(Kept(frame))
         hops = self.hop_s / self._spec.spacing_s
         if place < self._due - TINY:
             return None
         self._due += hops * (1 + (place - self._due + TINY) // hops)
         if not self._is_whole():
-            self.incomplete += 1
+            self._miss_window(frame)
             return None
-        return self._made(list(self._ring), frame, prepare_ms, self._slot)
+        return self._made(list(self._ring), frame, self._slot)
 
     def _begin(self, t_s: float) -> None:
         super()._begin(t_s)
@@ -193,7 +188,7 @@ class OnlineWindows(Windows):
             self._place += 1
 
     def _append(self, frame: Kept) -> None:
-        self._ring.append(frame)
+        self._keep(frame)
         self._slot += 1
         if len(self._ring) > self._spec.frames:
             self._ring.popleft()

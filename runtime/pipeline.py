@@ -35,6 +35,7 @@ from .sinks import Sink, Step, Watching
 from .sinks._kept import Kept
 from .sources import Source, SourceSettings
 from .tally import Tally
+from .threads import serving
 from .windows import EXACT
 
 log = logging.getLogger("vmoe")
@@ -61,8 +62,8 @@ def watch(
     Args:
         engine: a loaded bundle.
         source: what `sources.open` takes, or an open `Source`.
-        hop_s: time between two windows, in seconds; None is half a window, of a bundle in the
-            online form one frame.
+        hop_s: time between two windows, in seconds; None is half of a window's frames, of a
+            bundle in the online form one.
         sampling: `exact`, or `nearest` for sources slower than the model wants.
         top: how many labels a result lists.
         duration_s: stop after so much of the stream, in seconds; None is its end.
@@ -114,7 +115,7 @@ class Pipeline:
             settings: how they are served.
             stop: ends the run when asked.
             calibrate: gather the guard's terms for a profile (guard/calibration.py), with this
-                filter: off, median or jpeg.
+                filter: off, median, jpeg or bilateral.
 
         Raises:
             SettingError: settings that do not fit, or no profile for the guard.
@@ -185,6 +186,7 @@ class Pipeline:
         threads = [thread for lane in self.lanes for thread in lane.threads()]
         threads.append(threading.Thread(target=self._batches.run, name="vmoe-engine", daemon=True))
         with contextlib.ExitStack() as stack:
+            stack.enter_context(serving())
             for sink in self.sinks:
                 stack.enter_context(sink)
             stack.callback(self._end, threads)  # threads end before the sinks are closed
@@ -227,6 +229,9 @@ class Pipeline:
             log.warning("%s", error)
 
     def _raise_lost(self) -> None:
+        """Raise what was lost; of several streams that were ended on purpose it was told before."""
+        if len(self.lanes) > 1 and self.stop.asked():
+            return
         lost = [lane.steps.error for lane in self.lanes if lane.steps.error is not None]
         if len(self.lanes) == 1 and lost:
             raise lost[0]

@@ -41,8 +41,9 @@ class Result:
         weights: softmax of the router's scores, one for each expert.
         route_margin: weight of the best expert less that of the second, in [0, 1].
         route_entropy: of the weights, in nats; 0 is sure, log M is no idea.
-        stage_ms: `decode_ms`, `prepare_ms` (both of its last frame), `wait_ms` (until the engine
-            was free), `infer_ms` (of the batch that it was in).
+        stage_ms: `decode_ms` (of its last frame), `prepare_ms` (of the frames that it was the
+            first to take), `wait_ms` (until the engine was free), `infer_ms` (of the batch that it
+            was in).
         smooth_label: the label with the highest share, averaged over time.
         smooth_score: that share.
         event: the id of the event that goes on (runtime/smoothing.py); None where none does.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmoe.errors import SettingError
 from vmoe.settings import Settings, opt
 
 AUTO = "auto"
@@ -15,8 +16,8 @@ BUFFERS = (AUTO, "latest", "oldest", "block")
 class StreamSettings(Settings):
     """How streams are served."""
 
-    hop: float | None = opt(None, "seconds between two windows; half a window if not given, of "
-                            "a bundle in the online form one frame", above=0)  # fmt: skip
+    hop: float | None = opt(None, "seconds between two windows; half of a window's frames if not "
+                            "given, of a bundle in the online form one frame", above=0)  # fmt: skip
     sampling: str = opt("exact", "exact refuses sources slower than the model's frame spacing; "
                         "nearest repeats frames", choices=("exact", "nearest"))  # fmt: skip
     top: int = opt(3, "how many labels to list", at_least=1)
@@ -44,3 +45,17 @@ class StreamSettings(Settings):
                         "their cost)", choices=("abstain", "vote"))  # fmt: skip
     vote_share: float = opt(0.25, "at most so much of 100 windows is voted on, the others abstain",
                             at_least=0, at_most=1)  # fmt: skip
+
+    def __post_init__(self) -> None:
+        """Check every value; refuse what has no effect."""
+        super().__post_init__()
+        self._needs("--guard monitor or enforce", self.guard != "off", "guard_profile")
+        self._needs("--guard enforce", self.guard == "enforce", "on_alarm", "vote_share")
+        self._needs("--on-alarm vote", self.on_alarm == "vote", "vote_share")
+
+    def _needs(self, needed: str, given: bool, *names: str) -> None:
+        """Refuse settings that are not at their defaults, and do nothing without another."""
+        for name in names:
+            default = type(self).__dataclass_fields__[name].default
+            if not given and getattr(self, name) != default:
+                raise SettingError(f"--{name.replace('_', '-')} does nothing without {needed}.")

@@ -2,16 +2,18 @@
 
 A window ends at a frame; its other frames are chosen backwards from there by the clip spec's
 spacing and the true timestamps. Windows are due every hop, counted from the first that could be
-filled. Only prepared (small) frames are kept.
+filled. A frame is prepared when a window first takes it: of a camera at 30 frames a second two of
+three never are. Until then it is kept as it came, in bounded memory.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import statistics
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +23,8 @@ from vmoe.errors import SettingError, SourceError
 
 from .frames import Frame
 
+log = logging.getLogger("vmoe")
+
 EXACT, NEAREST = "exact", "nearest"
 LOOKED_AT = 8  # distances between frames after which a source counts as too slow
 EARLY_S = 1e-6  # timestamps are floats: a frame this much before its time is on time
@@ -29,6 +33,8 @@ EARLY_S = 1e-6  # timestamps are floats: a frame this much before its time is on
 BREAK_SPACINGS = 2
 BREAK_USUAL = 3
 PROMPT_S = 30.0  # the promptest frame of one to two such times is what others are late against
+RAW_BYTES = 32 << 20  # of frames that no window has taken yet; beyond, the oldest are prepared
+TELL_S = 60.0  # between two lines that say that a source has become slow
 REMEMBERED = 16  # newest distances between frames, whose median is the usual one
 
 
@@ -47,7 +53,7 @@ class Window:
         arrived_s: when its last frame was there, on `time.monotonic`'s clock.
         gap: whether the stream was broken between the window before and this one.
         dropped: frames of the source that were lost since the window before.
-        stage_ms: what its last frame took: `decode_ms`, `prepare_ms`.
+        stage_ms: `decode_ms` of its last frame; `prepare_ms` of all that it was the first to take.
         slot: its last frame's number among the frames that were taken, where windows share them
             (runtime/online.py); else None.
     """
@@ -66,17 +72,33 @@ class Window:
     slot: int | None = None
 
 
-class Kept(NamedTuple):
-    """A prepared frame in the ring."""
+class Kept:
+    """A frame in the ring: as it came, until a window takes it; then prepared.
 
-    t_s: float
-    sequence: int
-    pixels: clips.Frame
+    Attributes:
+        t_s: its timestamp, in seconds.
+        sequence: its number.
+        raw_bytes: what it holds in memory as it came; 0 once it is prepared.
+    """
+
+    __slots__ = ("_pixels", "raw_bytes", "sequence", "t_s")
+
+    def __init__(self, frame: Frame) -> None:
+        """Take the frame; its pixels must stay as they are."""
+        self.t_s, self.sequence = frame.t_s, frame.sequence
+        self._pixels = frame.pixels
+        self.raw_bytes = frame.pixels.nbytes
+
+    def prepared(self, spec: ClipSpec) -> clips.Frame:
+        """Return it as the spec has it; the work is done once."""
+        if self.raw_bytes:
+            self._pixels, self.raw_bytes = clips.prepare(self._pixels, spec), 0
+        return self._pixels
 
 
 def default_hop_s(spec: ClipSpec) -> float:
-    """Return the hop where none is given: half a window, and at least one spacing."""
-    return max(spec.window_s / 2, spec.spacing_s)
+    """Return the hop where none is given: half of a window's frames, so that two share the rest."""
+    return max(1, spec.frames // 2) * spec.spacing_s
 
 
 class Windows:
@@ -102,7 +124,7 @@ class Windows:
         Args:
             spec: of the clips.
             source: its name, for the error.
-            hop_s: time between two windows, in seconds; None is half a window.
+            hop_s: time between two windows, in seconds; None is half of a window's frames.
             sampling: `exact` refuses a source whose frames are too far apart; `nearest` takes
                 the nearest frame, also twice.
         """
@@ -121,6 +143,8 @@ class Windows:
         self._breaks = 0
         self._last: Frame | None = None
         self._apart: deque[float] = deque(maxlen=REMEMBERED)
+        self._own: deque[float] = deque(maxlen=REMEMBERED)  # the source's, whatever was lost
+        self._told_s = -math.inf  # when it was last said that it has become slow
         self._due_s = 0.0
         self._next = 0  # the sequence that comes next where nothing is lost
         self._lost = 0
@@ -137,16 +161,13 @@ class Windows:
         """
         if not self._account(frame):
             return None
-        began = time.monotonic()
-        pixels = clips.prepare(frame.pixels, self._spec)
-        prepare_ms = (time.monotonic() - began) * 1000
-        self._ring.append(Kept(frame.t_s, frame.sequence, pixels))
-        self._forget(frame.t_s)
+        self._forget(max(frame.t_s, self._due_s - EARLY_S))
+        self._keep(Kept(frame))
         if frame.t_s < self._due_s - EARLY_S:
             return None
         late = frame.t_s - self._due_s
         self._due_s += self.hop_s * (1 + int((late + EARLY_S) // self.hop_s))
-        return self._window(frame, prepare_ms)
+        return self._window(frame)
 
     def end(self) -> None:
         """Say that no frame follows, so that a short source is judged too.
@@ -203,10 +224,12 @@ class Windows:
     def _is_break(self, last: Frame, frame: Frame) -> bool:
         """Return whether two frames of an epoch are too far apart for this source; count it."""
         apart_s = frame.t_s - last.t_s
-        usual_s = statistics.median(self._apart) if self._apart else apart_s
+        self._own.append(apart_s / max(1, frame.sequence - last.sequence))
+        broken = apart_s > BREAK_SPACINGS * self._spec.spacing_s + EARLY_S
+        if broken:
+            usual_s = statistics.median(self._apart) if self._apart else apart_s
+            broken = apart_s > BREAK_USUAL * usual_s + EARLY_S
         self._apart.append(apart_s)
-        longest_s = max(BREAK_SPACINGS * self._spec.spacing_s, BREAK_USUAL * usual_s)
-        broken = apart_s > longest_s + EARLY_S
         self._breaks += broken
         return broken
 
@@ -221,26 +244,53 @@ class Windows:
                 "--sampling nearest (frames are repeated, and labels are less sure)."
             )
 
-    def _forget(self, now_s: float) -> None:
-        """Drop frames that no window can want any more; one is kept before the oldest wanted."""
-        oldest_s = now_s - self._spec.window_s - self._spec.spacing_s / 2
+    def _keep(self, kept: Kept) -> None:
+        """Put a frame into the ring; where too many wait there as they came, prepare the oldest."""
+        self._ring.append(kept)
+        raw_bytes = sum(one.raw_bytes for one in self._ring)
+        for one in self._ring:
+            if raw_bytes <= RAW_BYTES:
+                return
+            raw_bytes -= one.raw_bytes
+            one.prepared(self._spec)
+
+    def _forget(self, end_s: float) -> None:
+        """Drop frames that no window which ends then or later can want.
+
+        One is kept before the oldest that is wanted.
+        """
+        oldest_s = end_s - self._spec.window_s - self._spec.spacing_s / 2
         while len(self._ring) > 1 and self._ring[1].t_s < oldest_s:
             self._ring.popleft()
 
-    def _window(self, frame: Frame, prepare_ms: float) -> Window | None:
+    def _window(self, frame: Frame) -> Window | None:
         times = [kept.t_s for kept in self._ring]
         chosen = clips.choose(times, frame.t_s, self._spec, nearest=self._nearest)
         if chosen is None:
-            self.incomplete += 1
+            self._miss_window(frame)
             return None
-        return self._made([self._ring[i] for i in chosen], frame, prepare_ms)
+        return self._made([self._ring[i] for i in chosen], frame)
 
-    def _made(
-        self, kept: list[Kept], frame: Frame, prepare_ms: float, slot: int | None = None
-    ) -> Window:
+    def _miss_window(self, frame: Frame) -> None:
+        """Count a window that was due; where the source has become slow, say so once in a while."""
+        self.incomplete += 1
+        own_s = statistics.median(self._own) if len(self._own) == REMEMBERED else 0.0
+        if not clips.too_slow(own_s, self._spec) or frame.arrived_s < self._told_s + TELL_S:
+            return
+        self._told_s = frame.arrived_s
+        log.warning(
+            "%s has become slow: a frame every %.0f ms, where this model wants one every %.0f ms. "
+            "Its windows are not labelled until it is faster; --sampling nearest repeats frames.",
+            self._source, own_s * 1000, self._spec.spacing_s * 1000,
+        )  # fmt: skip
+
+    def _made(self, kept: list[Kept], frame: Frame, slot: int | None = None) -> Window:
+        began = time.monotonic()
+        clip = np.stack([one.prepared(self._spec) for one in kept])
+        prepare_ms = (time.monotonic() - began) * 1000
         window = Window(
             number=self.made,
-            clip=np.stack([one.pixels for one in kept]),
+            clip=clip,
             epoch=self.epoch,
             t_first_s=kept[0].t_s,
             t_s=frame.t_s,

@@ -7,6 +7,7 @@ import functools
 import re
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -100,6 +101,49 @@ class Rtsp:
             stamp = int(due_s * 90000) & 0xFFFFFFFF
             rtp = struct.pack(">BBHII", 0x80, 33, number & 0xFFFF, stamp, 1) + packets
             client.sendall(struct.pack(">cBH", b"$", 0, len(rtp)) + rtp)
+
+
+GSTREAMER = """
+import sys
+import gi
+gi.require_version("Gst", "1.0")
+gi.require_version("GstRtspServer", "1.0")
+from gi.repository import GLib, Gst, GstRtspServer
+Gst.init(None)
+server = GstRtspServer.RTSPServer(address="127.0.0.1", service=sys.argv[2])
+factory = GstRtspServer.RTSPMediaFactory()
+factory.set_launch(
+    f"( filesrc location={sys.argv[1]} ! avidemux ! jpegdec ! videoconvert "
+    "! x264enc tune=zerolatency speed-preset=ultrafast key-int-max=10 "
+    "! rtph264pay name=pay0 pt=96 config-interval=-1 )"
+)
+server.get_mount_points().add_factory("/live", factory)
+assert server.attach(None)
+print("ready", flush=True)
+GLib.MainLoop().run()
+"""
+SYSTEM_PYTHON = "/usr/bin/python3"  # Debian's, which has gir1.2-gst-rtsp-server-1.0
+
+
+def has_gstreamer() -> bool:
+    """Return whether GStreamer's RTSP server is here, as Debian packages it."""
+    code = "import gi; gi.require_version('GstRtspServer', '1.0')"
+    with contextlib.suppress(OSError):
+        return not subprocess.run([SYSTEM_PYTHON, "-c", code], stderr=subprocess.DEVNULL).returncode
+    return False
+
+
+@contextlib.contextmanager
+def gstreamer(video: Path, port: int) -> Iterator[str]:
+    """Serve an AVI of JPEGs as H.264 by GStreamer's RTSP server; it is killed at the end."""
+    command = [SYSTEM_PYTHON, "-c", GSTREAMER, str(video), str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        try:
+            yield f"rtsp://127.0.0.1:{port}/live"
+        finally:
+            process.kill()
 
 
 SDP = (
@@ -219,6 +263,44 @@ def hook(*answers: int) -> Iterator[tuple[int, list[tuple[str | None, bytes]]]]:
         finally:
             server.shutdown()
             thread.join()
+
+
+@contextlib.contextmanager
+def live_hls(folder: Path, video: Path, frames: int) -> Iterator[str]:
+    """Serve MPEG-TS as live HLS does: the newest three pieces of a second each, until its end."""
+    data, pieces = video.read_bytes(), round(frames / FPS)
+    packets = len(data) // TS_PACKET
+    cuts = [TS_PACKET * (packets * i // pieces) for i in range(pieces + 1)]
+    done = threading.Event()
+
+    def list_until(last: int) -> None:
+        first = max(0, last - 2)
+        lines = ["#EXTM3U", "#EXT-X-VERSION:3", "#EXT-X-TARGETDURATION:1",
+                 f"#EXT-X-MEDIA-SEQUENCE:{first}"]  # fmt: skip
+        for piece in range(first, last + 1):
+            lines += ["#EXTINF:1.0,", f"{piece}.ts"]
+        part = folder / "a.part"
+        part.write_text("\n".join([*lines, ""]))
+        part.replace(folder / "a.m3u8")
+
+    def publish() -> None:
+        for piece in range(pieces):
+            (folder / f"{piece}.ts").write_bytes(data[cuts[piece] : cuts[piece + 1]])
+            if piece >= 2:
+                list_until(piece)
+                if done.wait(1.0):
+                    return
+
+    thread = threading.Thread(target=publish)
+    thread.start()
+    try:
+        with http(folder) as root:
+            while not (folder / "a.m3u8").exists():
+                time.sleep(0.01)
+            yield f"{root}/a.m3u8"
+    finally:
+        done.set()
+        thread.join()
 
 
 class _Quiet(SimpleHTTPRequestHandler):

@@ -250,6 +250,8 @@ VERIFIED = [
     ["bf16", "tests in CI: the graphs; run by OpenVINO at export, where it is"],
     ["routing, streaming, attacks, training, export", "tests in CI, without a GPU"],
     ["a camera through OpenCV's V4L2 code", "an emulated device; no camera hardware"],
+    ["kernels of the plugins, launched as the plugins do; host routing by CUDA graphs; energy",
+     "one NVIDIA H200: benchmarks/results/gpu.md; in CI in Triton's interpreter"],
     ["TensorRT plans: what is built, loaded, refused", "tests in CI, over the names and signatures "
      "of the real bindings 10.3 to 11.4; no plan was ever built"],
 ]  # fmt: skip
@@ -258,7 +260,7 @@ UNVERIFIED = [  # on any machine of ours; --self-test is for those marked with *
     "* TensorRT reading the ONNX, its plans and what they answer, fp32, fp16, int8",
     "* CUDA graphs of plans, the arena that parts share, latency by route",
     "* the layers that TensorRT's inspector names, and their types",
-    "plans that are stripped, version-compatible or for other GPUs",
+    "plans that are stripped, refittable, version-compatible or for other GPUs; --torch-trt",
     "* the plugins of --lowering plugin in TensorRT",
     "Jetson (JetPack 6 and 7), ARM servers",
 ]

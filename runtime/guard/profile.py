@@ -1,6 +1,8 @@
 """A profile: how the guard's terms are distributed on clean video, and its threshold.
 
-    strangeness of a term x   -ln p, p = (1 + clean values >= x) / (1 + clean values)
+    strangeness of a term x   -ln p, p = (1 + clean values >= x) / (1 + clean values); beyond u,
+                              which 0.05 of the clean values exceed, -ln p(u) + (x - u) / b, b the
+                              mean of what those exceed it by (an exponential tail)
     score                     the sum over the terms
     threshold                 exceeded by at most the stated share of clean windows
 
@@ -28,9 +30,11 @@ from vmoe.errors import SettingError
 
 from .terms import AGE, ENOUGH, FILTERS, NAMES, NEWEST, Floats, change, histogram
 
-SCHEMA = 1
+SCHEMA = 2
 FILE = "guard.json"  # in a bundle's folder: the profile that is taken where none is named
 LEVELS = 256  # quantiles that are kept of each term
+TAIL = 0.95  # level from which clean values are taken to fall off exponentially
+LEAST = 0.01  # of b: terms lie in [0, 1], and smaller differences say nothing
 LATE = 10.0  # strangeness of a label that is older than its window is long, and more
 
 
@@ -41,7 +45,7 @@ class Profile:
     Attributes:
         twin: sha256 of the twin whose bundle was calibrated.
         hop_s: time between two windows, in seconds.
-        filter: off, median or jpeg.
+        filter: off, median, jpeg or bilateral.
         false_alarms: the share of clean windows that may raise an alarm.
         windows: how many clean windows stand behind it.
         threshold: a score above is an alarm.
@@ -63,7 +67,7 @@ class Profile:
     def strangeness(self, terms: dict[str, float]) -> dict[str, float]:
         """Return -ln p of each term that the profile knows, and of a label that is late."""
         parts = {
-            name: -math.log(_tail(self.quantiles[name], self.counts[name], value))
+            name: _strangeness(self.quantiles[name], self.counts[name], value)
             for name, value in terms.items()
             if name in self.quantiles
         }
@@ -87,6 +91,18 @@ class Profile:
                 f"the guard's profile is for --hop {self.hop_s:g}, not {hop_s:g}. Use that hop, or "
                 "calibrate again."
             )
+
+
+def tail(quantiles: Floats) -> tuple[float, float]:
+    """Return u and b: where the tail of clean values begins, and its scale."""
+    beyond = quantiles[round(TAIL * (len(quantiles) - 1)) :]
+    return float(beyond[0]), max(LEAST, float((beyond - beyond[0]).mean()))
+
+
+def _strangeness(quantiles: Floats, count: int, value: float) -> float:
+    start, scale = tail(quantiles)
+    beyond = max(0.0, value - start) / scale
+    return beyond - math.log(_tail(quantiles, count, min(value, start)))
 
 
 def _tail(quantiles: Floats, count: int, value: float) -> float:

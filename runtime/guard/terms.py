@@ -27,8 +27,11 @@ NAMES = (
 )  # fmt: skip
 AGE = "label_age"  # how old a label is depends on the machine, not on clean video
 NEWEST, ENOUGH = 32, 16  # windows whose routes are compared with clean ones; at least so many
-FILTERS = ("off", "median", "jpeg")
+FILTERS = ("off", "median", "jpeg", "bilateral")
 JPEG_QUALITY = 60
+# Of the bilateral filter: pixels across, and its deviations in colour (of 255, the sum of three
+# channels) and in place (pixels). It keeps edges, and takes most of what is below a few levels.
+BILATERAL = (5, 30.0, 3.0)
 TINY = 1e-30
 
 
@@ -73,9 +76,19 @@ def jpeg(clips: Clips) -> Clips:
     return filtered
 
 
+def bilateral(clips: Clips) -> Clips:
+    """Return clips, uint8 [N, T, H, W, 3], each frame smoothed but for its edges."""
+    import cv2
+
+    filtered = np.empty_like(clips)
+    for place in np.ndindex(clips.shape[:2]):
+        filtered[place] = np.asarray(cv2.bilateralFilter(clips[place], *BILATERAL), np.uint8)
+    return filtered
+
+
 def filtered(clips: Clips, name: str) -> Clips:
     """Return clips through one of FILTERS other than off."""
-    return median(clips) if name == "median" else jpeg(clips)
+    return {"median": median, "jpeg": jpeg, "bilateral": bilateral}[name](clips)
 
 
 class Terms:

@@ -15,7 +15,6 @@ LINEAR_O, LINEAR_I = 16, 128
 FINISH = 1024  # numbers of one program that sums splits
 PROGRAMS = 264  # two for each multiprocessor of the largest GPU; fewer, and K is split
 LEAST_STEPS = 4  # of a split: less work is not worth its sum
-PRECISIONS = ("fp32", "tf32", "fp16")
 
 
 class Tile(NamedTuple):
@@ -135,7 +134,7 @@ def routed_conv3d(
         b: [M, O].
         y: [N, O, T', H', W'].
         parts: room of `conv.workspace_bytes`; not read where that is 0.
-        precision: of PRECISIONS. fp32 is summed of three TF32 products, tf32 is one.
+        precision: fp32 (the sum of three TF32 products), tf32 (one of them), or fp16.
     """
     tile = TILES[conv.tile]
     positions = prod(conv.out)

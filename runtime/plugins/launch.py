@@ -7,6 +7,7 @@ graph, once its kernel was loaded (`prepare`).
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +74,20 @@ class Launcher:
         Raises:
             EngineMismatchError: the driver refuses it.
         """
+        self.bind(call)(stream)
+
+    def bind(self, call: Call) -> Callable[[int], None]:
+        """Return a call as a function of the stream, which can be called again and again."""
         self.prepare(call.kernel)
         found, function = self._loaded[call.kernel]
         held, addresses = packed(call, found)
-        self._do(
-            "cuLaunchKernel", function, *call.grid, THREADS * found.warps, 1, 1,
-            found.shared_bytes, stream, ctypes.addressof(addresses), 0,
-        )  # fmt: skip
-        del held  # the driver has copied the arguments
+        at, threads = ctypes.addressof(addresses), THREADS * found.warps
+        shared = found.shared_bytes
+
+        def go(stream: int, _kept: Any = (held, addresses)) -> None:
+            self._do("cuLaunchKernel", function, *call.grid, threads, 1, 1, shared, stream, at, 0)
+
+        return go
 
     def _do(self, name: str, *args: Any) -> Any:
         """Call the driver; return what it gives, or nothing."""

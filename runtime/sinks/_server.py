@@ -1,9 +1,10 @@
 """The web server of the live page: the standard library's, with limits.
 
 A viewer is a connection that stays (a stream, events). There are at most VIEWERS of them, and
-CONNECTIONS of all; more are turned away at once. A peer that takes nothing for TIMEOUT_S is cut
-off. Where only this machine is listened to, only its own names are answered, so that no page of
-the web can read the stream by a name that it makes point here.
+CONNECTIONS of all: one more takes the place of the oldest that has not asked yet for anything, or
+is turned away at once. A peer that takes nothing for TIMEOUT_S is cut off. Where only this machine
+is listened to, only its own names are answered, so that no page of the web can read the stream by
+a name that it makes point here.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Server(ThreadingHTTPServer):
         self.ending = threading.Event()
         self._count = threading.Lock()
         self._connections = self._viewers = 0
+        self._silent: dict[socket.socket, None] = {}  # those that have not asked yet, oldest first
         super().__init__((page.host, page.port), Handler)
         self._thread = threading.Thread(
             target=self.serve_forever, args=(0.1,), name="vmoe-page", daemon=True
@@ -86,10 +88,18 @@ class Server(ThreadingHTTPServer):
         self._thread.join()
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Turn away what is too much."""
+        """Turn away what is too much; who holds a place and asks for nothing gives it up."""
         with self._count:
-            if self._connections < CONNECTIONS:
+            room = self._connections < CONNECTIONS
+            if not room and self._silent:
+                oldest = next(iter(self._silent))
+                del self._silent[oldest]
+                with contextlib.suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)  # its thread ends
+                room = True
+            if room:
                 self._connections += 1
+                self._silent[request] = None
                 return True
         with contextlib.suppress(OSError):
             request.settimeout(0.1)
@@ -103,6 +113,12 @@ class Server(ThreadingHTTPServer):
         finally:
             with self._count:
                 self._connections -= 1
+                self._silent.pop(request, None)
+
+    def heard(self, request: socket.socket) -> None:
+        """Note that a connection has asked for something."""
+        with self._count:
+            self._silent.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A viewer that leaves is no error; anything else is told by the log of the run."""
@@ -134,6 +150,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer by the path."""
+        self.server.heard(self.request)
         page, path = self.server.page, urlsplit(self.path).path
         if not self._is_meant_for_us():
             self._text(403, "this name is not served here\n")

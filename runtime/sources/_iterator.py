@@ -25,7 +25,13 @@ class IteratorSource:
     """
 
     def __init__(
-        self, frames: Iterable[Given], *, fps: float = 10.0, live: bool = False, name: str = "api"
+        self,
+        frames: Iterable[Given],
+        *,
+        fps: float = 10.0,
+        live: bool = False,
+        name: str = "api",
+        copy: bool = True,
     ) -> None:
         """Take the frames.
 
@@ -35,9 +41,11 @@ class IteratorSource:
             live: the newest frame wins, and those without a timestamp are stamped as they come;
                 else nothing is dropped, and what is iterated waits for the labels.
             name: of the source, in results.
+            copy: take a copy of each frame, so that the program may fill the same array again;
+                off where every frame is an array of its own, which stays as it is.
         """
         self.name, self.fps, self.live, self.state = name, fps, live, OPENING
-        self._given = frames
+        self._given, self._copy = frames, copy
 
     def frames(self, stop: Stop) -> Generator[Frame, None, None]:
         """Yield what is given.
@@ -57,6 +65,7 @@ class IteratorSource:
                 own_s = now - start_s if self.live else number / self.fps
                 t_s, pixels = item if isinstance(item, tuple) else (own_s, item)
                 self._check(pixels, number)
+                pixels = pixels.copy() if self._copy else pixels
                 epoch, last_s = epoch + (t_s < last_s), t_s
                 yield Frame(pixels, float(t_s), number, epoch, now, 0.0)
         finally:

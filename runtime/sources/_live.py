@@ -179,7 +179,7 @@ class NetworkSource(LiveSource):
                 return
             pixels = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
             at_s = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
-            timed = timed and (read != 1 or at_s > 0)  # zero twice: it carries none
+            timed = timed and (read != 2 or at_s > 0)  # thrice zero: it carries none
             first_s = first_s or now
             ms = (time.monotonic() - now) * 1000
             yield Shot(pixels, at_s if timed else now - first_s, now, ms)
@@ -190,5 +190,5 @@ class NetworkSource(LiveSource):
 def sleep(seconds: float, stop: Stop) -> None:
     """Wait, unless `stop` is asked."""
     until = time.monotonic() + seconds
-    while not stop.asked() and time.monotonic() < until:
-        time.sleep(0.05)
+    while not stop.asked() and (left_s := until - time.monotonic()) > 0:
+        time.sleep(min(left_s, 0.05))

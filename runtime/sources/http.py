@@ -2,13 +2,18 @@
 
 What has an end (a file, an HLS recording) is served as a file is, nothing dropped; the rest is
 live, and reopened when it is lost. MJPEG carries no timestamps: its frames are stamped as they
-arrive.
+arrive. Live HLS comes in pieces of some seconds, of which FFmpeg begins with the third from the
+end: they are given at their own pace, so that nothing of a piece is dropped, and the next is there
+when one is over.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 from vmoe import opencv
 from vmoe.errors import SourceError
@@ -16,10 +21,12 @@ from vmoe.runtime import addresses
 from vmoe.runtime.frames import Stop
 
 from . import SourceSettings, _network
-from ._live import FRAMES_AT_MOST, NetworkSource, Shot
+from ._live import FRAMES_AT_MOST, NetworkSource, Shot, sleep
 
 SCHEMES = ("http://", "https://")
 PORTS = {"http": 80, "https": 443}
+HLS = ".m3u8"
+BEHIND_S = 1.0  # a stream that is so late goes on at its pace from there
 MISSING_SHARE = 0.02  # of a file's frames: their number is often an estimate
 
 
@@ -40,6 +47,7 @@ class HttpSource(NetworkSource):
         """Take the address as it is printed, and as it is."""
         super().__init__(name, address, settings)
         self._expected = 0  # frames of what has an end
+        self._in_pieces = urlsplit(address).path.lower().endswith(HLS)
 
     def _learn(self, capture: Any) -> None:
         super()._learn(capture)
@@ -53,8 +61,8 @@ class HttpSource(NetworkSource):
         return not self.live or code not in (b"MJPG", b"mjpg")
 
     def _read(self, capture: Any, stop: Stop) -> Iterator[Shot]:
-        read = 0
-        for shot in super()._read(capture, stop):
+        shots, read = super()._read(capture, stop), 0
+        for shot in _paced(shots, stop) if self.live and self._in_pieces else shots:
             read += 1
             yield shot
         if self._expected and not stop.asked() and read < self._expected * (1 - MISSING_SHARE):
@@ -65,3 +73,14 @@ class HttpSource(NetworkSource):
 
     def _why_missing(self) -> str | None:
         return _network.why_not(self._address, PORTS[self._address.partition("://")[0].lower()])
+
+
+def _paced(shots: Iterator[Shot], stop: Stop) -> Iterator[Shot]:
+    """Yield frames no earlier than their timestamps say, and as having come then."""
+    start_s = -math.inf  # when a frame of time zero was, or would have been, given
+    for shot in shots:
+        now = time.monotonic()
+        if now - (start_s + shot.at_s) > BEHIND_S:
+            start_s = now - shot.at_s
+        sleep(start_s + shot.at_s - now, stop)
+        yield shot._replace(arrived_s=max(now, start_s + shot.at_s))

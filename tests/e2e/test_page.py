@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
 import signal
 import socket
@@ -20,7 +21,7 @@ import cv2
 import numpy as np
 import pytest
 
-from tests import browser, bundles, videos
+from tests import browser, bundles, servers, videos
 from tests.contract.test_sinks import result
 from vmoe.clips import ClipSpec
 from vmoe.errors import SettingError
@@ -162,6 +163,53 @@ def test_viewers_are_capped_and_who_reads_nothing_harms_nobody(served: Page) -> 
     while get_or_none(served) != 200:
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_who_asks_for_nothing_does_not_keep_others_out(served: Page) -> None:
+    with contextlib.ExitStack() as stack:
+        for number in range(2 * _server.CONNECTIONS):
+            one = stack.enter_context(socket.create_connection(("127.0.0.1", served.port), 5))
+            if number % 2:
+                one.sendall(b"GET /healthz HT")  # and says no more
+        began = time.monotonic()
+        assert get(served, "/healthz")[0] == 200
+        assert time.monotonic() - began < _server.TIMEOUT_S / 2
+        names = [t.name for t in threading.enumerate()]
+        assert sum("process_request_thread" in n for n in names) <= _server.CONNECTIONS + 8
+
+
+@pytest.mark.skipif(browser.chromium() is None, reason="no Chromium here to look at the page with")
+def test_the_page_comes_back_after_a_restart(engine: Engine, tmp_path: Path) -> None:
+    """The browser's own reconnection: events and pictures go on with the next run."""
+    port = servers.free_port()
+
+    @contextlib.contextmanager
+    def running(name: str) -> Iterator[None]:
+        given = (videos.picture(i % 256) for i in itertools.count() if not time.sleep(0.05))
+        source = IteratorSource(given, live=True, name=name)
+        shown = page.open(f"127.0.0.1:{port}")
+        stream = Stream(engine, source, sinks=[shown])
+        thread = threading.Thread(target=lambda: list(stream))
+        thread.start()
+        try:
+            yield
+        finally:
+            stream.stop()
+            thread.join()
+
+    banner = "getComputedStyle(document.getElementById('lost')).display"
+    with browser.browsing(tmp_path / "profile") as tab:
+        with running("before"):
+            time.sleep(0.5)
+            tab.open(f"http://127.0.0.1:{port}/", 800, 900)
+            tab.until("document.body.innerText.includes('before')")
+            assert tab.value(banner) == "none"
+        tab.until(f"{banner} == 'block'")
+        with running("after"):
+            tab.until("document.body.innerText.includes('after')")
+            tab.until(f"{banner} == 'none'")
+            tab.until("document.images[0].src.includes('?t=')")
+            tab.until("document.images[0].naturalWidth > 0")
 
 
 def get_or_none(served: Page) -> int | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given
@@ -62,6 +65,18 @@ def test_no_frame_stands_twice() -> None:
     assert choose([0.0, 0.05, 0.2], 0.2, spec) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("fps", [12.5, 25.0, 30.0, 50.0])
+def test_windows_some_spacings_apart_share_frames(fps: float) -> None:
+    """Timestamps are floats: of two frames that are as near, it is always the earlier one."""
+    times = np.arange(400) / fps
+    hop = round(0.4 * fps)
+    ends = range(len(times) - 1 - 10 * hop, len(times), hop)
+    found = [choose(times, times[end], SPEC) for end in ends]
+    assert None not in found
+    for one, other in itertools.pairwise(found):
+        assert [i + hop for i in one] == other  # type: ignore[union-attr]
+
+
 def test_too_few_frames() -> None:
     assert choose([], 0.0, SPEC) is None
     assert choose([0.0], 0.0, SPEC) is None
@@ -85,7 +100,7 @@ def test_choice_is_the_nearest_one_by_brute_force(
     assert found is not None
     wanted = times[-1] - spacing * np.arange(frames - 1, -1, -1)
     least = np.abs(times[None] - wanted[:, None]).min(axis=1)
-    np.testing.assert_array_equal(np.abs(times[found] - wanted), least)
+    np.testing.assert_allclose(np.abs(times[found] - wanted), least, atol=1e-6)  # up to a tie
     good = (least <= spacing / 2 + 1e-6).all() and len(set(found)) == frames
     assert strict == (found if good else None)
 
@@ -123,6 +138,16 @@ def test_area_is_the_mean_of_blocks() -> None:
     frame = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
     means = frame.reshape(16, 2, 24, 2, 3).mean(axis=(1, 3))
     assert np.abs(prepare(frame, SPEC) - means).max() <= 0.5
+
+
+def test_a_large_frame_is_halved_first_and_is_still_the_mean_of_its_pixels() -> None:
+    rng = np.random.default_rng(0)
+    rough = rng.integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    frame = cv2.resize(rough, (241, 161), interpolation=cv2.INTER_CUBIC)  # no even halves
+    means = frame[:160, :240].reshape(16, 10, 24, 10, 3).mean(axis=(1, 3))
+    off = prepare(frame, SPEC) - means
+    assert np.abs(off).mean() < 5  # of 60, what the pixels themselves differ by
+    assert abs(off.mean()) < 0.5
 
 
 def test_cover_crops_the_centre() -> None:

@@ -44,6 +44,11 @@ def test_filters() -> None:
     flat = np.full_like(clips, 90)
     assert np.abs(terms.filtered(flat, "jpeg").astype(int) - 90).max() <= 2
     assert terms.jpeg(clips).shape == clips.shape
+    assert (terms.filtered(flat, "bilateral") == 90).all()
+    edge = np.where(np.arange(8) < 4, 0, 200).astype(np.uint8)[:, None] * np.ones_like(clips)
+    rough = edge + np.random.default_rng(0).integers(0, 9, edge.shape).astype(np.uint8)
+    smooth = terms.bilateral(rough).astype(float) - edge
+    assert smooth.std() < 0.5 * (rough.astype(float) - edge).std()  # and the edge is still there
 
 
 def test_windows_are_compared_with_the_one_before_where_they_overlap() -> None:
@@ -97,9 +102,10 @@ def test_strangeness_is_how_rare_a_value_is_on_clean_video() -> None:
     parts = clean.strangeness({"label_change": 0.5, "unknown": 9.0})
     assert parts == {"label_change": pytest.approx(math.log(2), abs=0.03)}
     assert clean.strangeness({"label_change": -1.0})["label_change"] == 0
-    assert clean.strangeness({"label_change": 2.0})["label_change"] == pytest.approx(
-        math.log(102), abs=1e-6
-    )
+    beyond = clean.strangeness({"label_change": 2.0})["label_change"]  # u is 0.95, b 0.025
+    assert beyond == pytest.approx(math.log(20) + (2 - 0.95) / 0.025, rel=0.06)
+    same = made(np.zeros(100)).strangeness({"label_change": 0.1})  # b is at least a hundredth
+    assert same == {"label_change": pytest.approx(10)}
     assert clean.strangeness({terms.AGE: 1.0}) == {terms.AGE: 11.0}
 
 
@@ -120,7 +126,7 @@ def test_a_profile_is_written_and_read(tmp_path: Path) -> None:
         with pytest.raises(SettingError, match=r"bad\.json is no guard's profile, or damaged"):
             profile.read(tmp_path / "bad.json")
     (tmp_path / "bad.json").write_text(json.dumps({"schema_version": 9}))
-    with pytest.raises(SettingError, match="is of another version; this one reads 1"):
+    with pytest.raises(SettingError, match="is of another version; this one reads 2"):
         profile.read(tmp_path / "bad.json")
     with pytest.raises(SettingError, match=r"no\.json: No such file.*--guard-calibrate"):
         profile.read(tmp_path / "no.json")
@@ -161,7 +167,7 @@ def run(
     return list(pipeline.results(sinks))
 
 
-@pytest.mark.parametrize("look", ["off", "median"])
+@pytest.mark.parametrize("look", ["off", "bilateral"])
 def test_a_stream_is_calibrated_watched_and_acted_on(
     engine: Engine, tmp_path: Path, look: str
 ) -> None:
@@ -207,14 +213,14 @@ def _slow(run_all: Any) -> Any:
 def test_a_profile_of_another_model_or_pace_is_refused(engine: Engine, tmp_path: Path) -> None:
     other = made(np.linspace(0, 1, 100))
     profile.write(other, tmp_path / "g.json")
-    settings = StreamSettings(guard=MONITOR, guard_profile=tmp_path / "g.json")
+    settings = StreamSettings(guard=MONITOR, guard_profile=tmp_path / "g.json", hop=0.3)
     with pytest.raises(SettingError, match=r"profile is of another model \(t\)"):
         Pipeline(engine, [source([0])], settings)
     profile.write(
         profile.Profile(**{**vars(other), "twin": engine.bundle.twin["sha256"]}),
         tmp_path / "g.json",
     )
-    with pytest.raises(SettingError, match=r"profile is for --hop 0\.2, not 0\.15"):
+    with pytest.raises(SettingError, match=r"profile is for --hop 0\.2, not 0\.3"):
         Pipeline(engine, [source([0])], settings)
     with pytest.raises(SettingError, match=r"guard\.json: No such file"):
         Pipeline(engine, [source([0])], StreamSettings(guard=ENFORCE))

@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,10 +77,11 @@ def dynamic(dims: Any, kind: str = "f32", layout: str = "linear") -> Any:
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Any]]]:
     """Yield what is prepared and launched, in order."""
     seen: list[tuple[str, Any]] = []
-    fake = SimpleNamespace(
-        prepare=lambda name: seen.append(("prepare", name)),
-        launch=lambda call, stream: seen.append((f"launch on {stream}", call)),
-    )
+
+    def bind(call: Call) -> Callable[[int], None]:
+        return lambda stream: seen.append((f"launch on {stream}", call))
+
+    fake = SimpleNamespace(prepare=lambda name: seen.append(("prepare", name)), bind=bind)
     monkeypatch.setattr(launch, "shared", lambda: fake)
     return seen
 
@@ -107,7 +108,15 @@ def test_an_enqueue_only_launches_what_the_shapes_had_prepared(
     assert [conv, finish] == calls.routed_conv3d(sizes, 1, 2, 3, 4, 5, 6)
     assert sizes.relu
     launched.clear()
-    plugin.enqueue([desc(s, "f16") for s in SHAPES], [], [1, 2, 3, 4], [5], 6, 77)
+    plugin.enqueue(inputs, [], [1, 2, 3, 4], [5], 6, 78)
+    assert launched == [("launch on 78", conv), ("launch on 78", finish)]
+    launched.clear()
+    plugin.enqueue(inputs, [], [1, 2, 3, 4], [50], 6, 78)
+    assert launched[0][1].args[4] == 50, "tensors moved"
+    halves = [desc(s, "f16") for s in SHAPES]
+    plugin.on_shape_change(halves, [])
+    launched.clear()
+    plugin.enqueue(halves, [], [1, 2, 3, 4], [50], 6, 77)
     assert {call.kernel for _, call in launched} == {"routed_conv3d_fp16_small", "finish_fp16"}
     tf32 = made(nodes.Convolution, **CONV, tf32=1)
     launched.clear()

@@ -8,9 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from vmoe import clips
 from vmoe.clips import ClipSpec
 from vmoe.errors import SettingError, SourceError
+from vmoe.runtime import windows as windows_of
 from vmoe.runtime.frames import Frame
+from vmoe.runtime.online import OnlineWindows
 from vmoe.runtime.windows import Window, Windows, default_hop_s
 
 SPEC = ClipSpec(frames=4, spacing_s=0.1, height=8, width=8)
@@ -49,8 +52,8 @@ def test_frames_are_chosen_by_time_and_hops_counted_from_the_first_window() -> N
     assert made[0].clip.shape == SPEC.shape
 
 
-def test_default_hop_is_half_a_window_and_at_least_one_spacing() -> None:
-    assert default_hop_s(SPEC) == pytest.approx(0.15)
+def test_default_hop_is_half_of_a_windows_frames_and_at_least_one_spacing() -> None:
+    assert default_hop_s(SPEC) == pytest.approx(0.2)
     assert default_hop_s(ClipSpec(frames=1, spacing_s=0.1)) == pytest.approx(0.1)
 
 
@@ -137,6 +140,22 @@ def test_a_source_that_becomes_slow_is_broken_only_until_that_is_usual() -> None
     assert [w.epoch for w in made][-30:] == [made[-1].epoch] * 30
 
 
+@pytest.mark.parametrize("windows", [Windows, OnlineWindows])
+def test_a_source_that_becomes_slow_later_is_told_once(
+    windows: type[Windows], caplog: pytest.LogCaptureFixture
+) -> None:
+    times = [i / 30 for i in range(60)] + [2 + i * 0.15 for i in range(100)]
+    given = frames(times)
+    run(windows(SPEC, "x"), given)
+    line = "x has become slow: a frame every 150 ms, where this model wants one every 100 ms"
+    assert [line in record.message for record in caplog.records] == [True]
+    caplog.clear()
+    lost = [f for f in frames(i / 30 for i in range(250)) if f.sequence < 60 or not f.sequence % 5]
+    run(windows(SPEC, "x"), lost)  # what was dropped on the way is no fault of the source
+    run(windows(SPEC, "x", sampling="nearest"), given)
+    assert caplog.records == []
+
+
 def test_late_is_against_the_last_minute_since_clocks_drift() -> None:
     windows = Windows(SPEC, "x")
     (one,) = frames([0.0])
@@ -147,11 +166,36 @@ def test_late_is_against_the_last_minute_since_clocks_drift() -> None:
     assert windows.late == 1
 
 
-def test_only_small_frames_are_kept_and_no_more_than_needed() -> None:
-    windows = Windows(SPEC, "x")
-    run(windows, frames((i * 0.01 for i in range(200)), first=0))
-    assert len(windows._ring) <= 0.36 / 0.01 + 2
-    assert windows._ring[0].pixels.shape == (8, 8, 3)
+def test_a_frame_is_prepared_when_a_window_takes_it_and_only_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prepared: list[int] = []
+    prepare = clips.prepare
+
+    def noting(frame: clips.Frame, spec: ClipSpec) -> clips.Frame:
+        prepared.append(int(frame[0, 0, 0]))
+        return prepare(frame, spec)
+
+    monkeypatch.setattr(clips, "prepare", noting)
+    made = run(Windows(SPEC, "x"), frames(i / 30 for i in range(100)))
+    assert prepared == sorted({number for window in made for number in seen(window)})
+    assert prepared == list(range(0, 100, 3))[: len(prepared)]  # two of three never are
+    prepared.clear()
+    made = run(Windows(SPEC, "x", hop_s=1.0), frames(i * 0.1 for i in range(34)))
+    assert prepared == [n for window in made for n in seen(window)]  # none between windows
+
+
+def test_frames_as_they_came_are_bounded_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = frames(i * 0.01 for i in range(200))
+    monkeypatch.setattr(windows_of, "RAW_BYTES", 5 * given[0].pixels.nbytes)
+    windows, made = Windows(SPEC, "x"), []
+    for frame in given:
+        made.append(windows.push(frame))
+        assert sum(kept.raw_bytes > 0 for kept in windows._ring) <= 5
+        assert len(windows._ring) <= 0.36 / 0.01 + 2
+    monkeypatch.undo()
+    got = [seen(window) for window in made if window is not None]
+    assert got == [seen(window) for window in run(Windows(SPEC, "x"), given)]
 
 
 def test_one_frame_models_have_windows_too() -> None:

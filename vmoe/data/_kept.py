@@ -20,6 +20,7 @@ from vmoe.clips import ClipSpec, Frame
 from vmoe.data import _index
 from vmoe.data._decode import decode
 
+FORM = 2  # of what `vmoe.clips.prepare` makes; kept frames of another are not taken
 MEMORY_BYTES = 1 << 30  # of prepared frames, for all data sets that a process opens
 
 
@@ -31,6 +32,7 @@ class _Form(NamedTuple):
     width: int
     resize: str
     interpolation: str
+    version: int = FORM
 
 
 class _Memory:
