@@ -15,12 +15,13 @@ from vmoe.models import flops
 from vmoe.runtime.bench.certificate import BOUND
 from vmoe.settings import to_mapping
 
-from . import pipeline
+from . import pipeline, triton
 from .pipeline import Exported
 from .plan import ExportSettings, Plan, calibration_of
 from .tensorrt import pipeline as trt_pipeline
 from .tensorrt.from_onnx import command as from_onnx_command
 from .tensorrt.settings import BuildSettings
+from .triton import command as serving
 
 log = cli.log
 
@@ -40,7 +41,8 @@ log = cli.log
 @cli.options(BuildSettings)
 @click.option("--out", type=click.Path(path_type=Path),
               help="The bundle's folder. [default: runs/export/NAME-LOWERING]")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+@serving.options
+@click.option("--overwrite", is_flag=True, help="Replace a bundle or repository that is there.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; export nothing.")
 @cli.seed_option
 @cli.device_option
@@ -48,6 +50,7 @@ log = cli.log
 @cli.json_option
 def main(
     checkpoint: Path | None, onnx: bool, trt: bool, from_onnx: bool, out: Path | None,
+    triton_repo: Path | None,
     overwrite: bool, dry_run: bool, seed: int, device: str, config: Path | None, as_json: bool,
     **flags: Any,
 ) -> None:  # fmt: skip
@@ -57,15 +60,28 @@ def main(
     the newest under runs/, else the one that ships. The bundle is loaded again and compared with
     the twin on --device (auto is the CPU); one that does not pass its gates is refused (exit
     code 3), and kept as NAME.rejected with its report. With --trt, plans are built of its parts,
-    and are judged in the same way on the GPU that they were built for.
+    and are judged in the same way on the GPU that they were built for. With --triton-repo alone, a
+    bundle (by default the newest) is taken as it is, and no twin is read.
     """
     settings, build = _settings(flags, config, onnx=onnx, trt=trt)
+    how = serving.of_flags(triton_repo, flags)
+    if from_onnx and how is not None:
+        raise SettingError(
+            "--from-onnx makes a bundle: serve that, by vmoe-export BUNDLE --triton-repo DIR."
+        )
     if from_onnx:
         _from_onnx(settings, build)
         assert build is not None  # else it was refused
         from_onnx_command(checkpoint, out, build, overwrite=overwrite, dry_run=dry_run,
                           device=device, as_json=as_json)  # fmt: skip
         return
+    if how is not None:
+        triton.refuse_existing(how.folder, overwrite=overwrite)
+        as_it_is = settings == ExportSettings() and out is None and not onnx and not trt
+        if as_it_is and serving.is_bundle(checkpoint):
+            serving.run(checkpoint, how, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
+            return
+        triton.check_lowering(settings.lowering)
     if out is not None:
         output.refuse_existing(out, overwrite=overwrite)
         output.probe(out)
@@ -86,12 +102,14 @@ def main(
         made = trt_pipeline.run(plan, folder, build, overwrite=overwrite, device=device)
     else:
         made = pipeline.run(plan, folder, overwrite=overwrite, device=device)
+    if how is not None:
+        triton.write(made.bundle, how, overwrite=overwrite)
     if as_json:
         cli.print_json({"bundle": str(folder), **report.plain(made.report)})
     else:
         click.echo(_table(made))
     log.info("bundle: %s", folder)
-    for next_line in _next(made, folder):
+    for next_line in (*_next(made, folder), *serving.next_lines(folder, how)):
         log.info("next: %s", next_line)
 
 

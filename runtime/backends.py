@@ -9,9 +9,10 @@ from vmoe import registry
 from vmoe.bundle import Bundle
 from vmoe.errors import BundleError, EngineMismatchError, MissingDependencyError
 
-from .engines import TWIN
+from .engines import SERVER, TWIN
 
 ENGINES = "vmoe.runtime.engines"
+NEVER_AUTO = {TWIN, SERVER}
 REPORTED = "backends"  # in report.json: {name: {ok, device, latency_ms, ...}} of this export
 TIE = 1.1  # latencies within this ratio of the least are the same, so that noise seldom decides
 MOST_MS = 1e9  # of a latency; what is longer is none
@@ -23,7 +24,7 @@ def choose(backend: str, bundle: Bundle, device: str) -> str:
     Args:
         backend: its name, or auto: the fastest here of those that the bundle was verified for on
             such a device; where that is not known, the first that reads its parts and was not
-            found wrong at export. The reference is never auto.
+            found wrong at export. The reference is never auto, nor is a server.
         bundle: the manifest.
         device: auto, cpu or cuda:N.
 
@@ -49,7 +50,8 @@ def choose(backend: str, bundle: Bundle, device: str) -> str:
     whys, refused = [], []
     for name in verified(bundle, device) or registry.names(ENGINES):
         module = registry.load(ENGINES, name, "backend")
-        if TWIN not in module.FORMATS and _reads(module, bundle) and _runs_on(module, device):
+        auto = not NEVER_AUTO & set(module.FORMATS)
+        if auto and _reads(module, bundle) and _runs_on(module, device):
             if name in wrong:
                 refused.append(name)
                 continue
@@ -112,10 +114,9 @@ def _same_kind(device: str, checked: object) -> bool:
 
 
 def _reads(module: ModuleType, bundle: Bundle) -> bool:
-    """Return whether a backend reads a bundle's parts, or (the reference) runs its twin."""
-    return TWIN in module.FORMATS or {p.format for p in bundle.parts.values()} <= set(
-        module.FORMATS
-    )
+    """Return whether a backend reads a bundle's parts, or runs its twin, or has a server do it."""
+    formats = set(module.FORMATS)
+    return bool(NEVER_AUTO & formats) or {p.format for p in bundle.parts.values()} <= formats
 
 
 def _runs_on(module: ModuleType, device: str) -> bool:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from vmoe.errors import ServerError
+
 from .engine import Engine, Prediction
 from .frames import POLL_S, Stop
 from .guard import terms
@@ -57,6 +59,9 @@ class Batches:
                 self._engine.load_parts()  # else a first visit to an expert costs live windows
             while (due := self._due()) is not None:
                 self._label(due)
+        except ServerError as e:
+            if not self._stop.asked():  # who ends the run does not wait for a server
+                self.error = e
         except BaseException as e:
             self.error = e
         finally:

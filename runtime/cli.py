@@ -49,7 +49,9 @@ class RunSettings(StreamSettings):
     list: Path | None = opt(None, "a file that names sources, one a line; # begins a comment")
     replay: Path | None = opt(None, "a video file by the live path, on the file's own clock, "
                               "with nothing dropped: the labels of offline evaluation")  # fmt: skip
-    backend: str = opt("auto", "what runs the graphs: auto, onnxruntime, openvino or torch")
+    backend: str = opt("auto", "what runs the graphs: auto, onnxruntime, openvino, torch or triton")
+    server: str | None = opt(None, "HOST:PORT (HTTP) or grpc://HOST:PORT of a Triton server that "
+                             "has the bundle: backend triton")  # fmt: skip
     device: str = opt("auto", "auto, cpu or cuda:N")
     threads: int | None = opt(None, "CPU threads of the engine; if not given, what decoding the "
                               "sources leaves", at_least=1)  # fmt: skip
@@ -167,7 +169,14 @@ def _run(named: Path | None, settings: RunSettings, *, as_json: bool, stop: Stop
     count = threads.of_engine(len(sources), settings.threads)
     cache = cli.cache_folder() if settings.cache else None
     with engines.load(
-        path, settings.backend, settings.device, count, cache=cache, trust=settings.trust
+        path,
+        settings.backend,
+        settings.device,
+        count,
+        cache=cache,
+        trust=settings.trust,
+        server=settings.server,
+        stopping=stop.asked,
     ) as engine:
         calibrate = settings.guard_filter if settings.guard_calibrate is not None else None
         pipeline = Pipeline(engine, sources, settings, stop=stop, calibrate=calibrate)
@@ -259,7 +268,8 @@ def _counts(pipeline: Pipeline) -> list[str]:
         )
     missed = [f"{sink.name}: {sink.failures} failures, {sink.missed} not written"
               for sink in pipeline.sinks if sink.failures]  # fmt: skip
-    return [*lines, *pipeline.tally.lines(), *missed]
+    again = [f"server: away, {pipeline.retries} requests repeated"] if pipeline.retries else []
+    return [*lines, *pipeline.tally.lines(), *again, *missed]
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
@@ -367,7 +377,7 @@ def _ends_on_signals(stop: Stop) -> Iterator[None]:
 
 FILES = ("jsonl", "events", "csv", "guard_calibrate")
 OUTPUTS = {*FILES, "save", "mqtt", "webhook", "page", "metrics", "show", "overwrite"}
-SHARED = {"backend", "device", "threads"}  # flags of vmoe-bench too
+SHARED = {"backend", "device", "threads", "server"}  # flags of vmoe-bench too
 NEXT_S = 20.0  # how long the next command watches what has no end
 
 

@@ -7,7 +7,7 @@ is the lowering's matter and stands in this file.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -23,9 +23,11 @@ from vmoe.errors import EngineMismatchError, SettingError, UnknownNameError
 
 from . import online
 from .backends import ENGINES, choose
-from .engines import Backend, BackendSettings, Outputs, Run
+from .engines import SERVER, Backend, BackendSettings, Outputs, Run
 from .online import States
 from .threads import of_engine
+
+TRITON = "triton"  # what --server is for
 
 
 class Prediction(NamedTuple):
@@ -52,6 +54,8 @@ def load(
     all_parts: bool = False,
     cache: Path | None = None,
     trust: bool = False,
+    server: str | None = None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Engine:
     """Load a bundle: prove it whole, and open a backend for it.
 
@@ -67,20 +71,29 @@ def load(
         cache: a folder for what a backend makes of parts, so that the next load is faster; the
             commands' own is `vmoe.cli.cache_folder()`. None keeps nothing.
         trust: load parts that are code (TensorRT plans) though they were built elsewhere.
+        server: HOST:PORT of a Triton server that has the parts; backend auto is then triton.
+        stopping: asked while a server that was lost is waited for: whether to give up.
 
     Raises:
         BundleError: no bundle, or one that is not what its manifest says.
         UnknownNameError: no such backend.
         MissingDependencyError: the backend is not installed.
+        ServerError: the server does not answer.
     """
     if threads is not None and threads < 1:
         raise SettingError(f"--threads is {threads}; it must be at least 1.")
     if threads is None and streams:
         threads = of_engine(streams)
     read = bundle if isinstance(bundle, Bundle) else bundles.read(Path(bundle))
-    name = choose(backend, read, device)
-    settings = BackendSettings(read.path, device, threads, read, cache, trust)
-    opened = registry.load(ENGINES, name, "backend").open(settings)
+    name = choose(TRITON if server and backend == "auto" else backend, read, device)
+    module = registry.load(ENGINES, name, "backend")
+    if server and SERVER not in module.FORMATS:
+        raise SettingError(f"--server is for --backend {TRITON}; {name} runs here. Leave one out.")
+    settings = BackendSettings(
+        read.path, device, threads, read, cache, trust, server=server, stopping=stopping
+    )
+    opened = module.open(settings)
+    read = module.served(read) if SERVER in module.FORMATS else read
     engine = Engine(read, opened, name)
     try:
         engine.load_parts(
@@ -185,6 +198,11 @@ class Engine:
         out = self._run(f"expert{expert}", frames, None, states)
         logits = self._output(out, "logits", (len(frames), len(self.bundle.labels)))
         return logits, {p.name: out[online.after(p.name)] for p in online.state_ports(part)}
+
+    @property
+    def retries(self) -> int:
+        """How many requests were repeated, because the server that runs the parts was away."""
+        return int(getattr(self._backend, "retries", 0))
 
     def load_parts(self, names: Sequence[str] | None = None) -> None:
         """Load parts now; None is all of them.

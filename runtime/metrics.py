@@ -113,6 +113,11 @@ class _Collector:
             for key, value in (tally.percentiles(name) or {}).items():
                 latency.add_metric([name.removesuffix("_ms"), QUANTILES[key]], value / 1000)
         yield latency
+        again = CounterMetricFamily(
+            "vmoe_server_retries", "Requests repeated because the model's server was away"
+        )
+        again.add_metric([], self._pipeline.retries)
+        yield again
 
     def _sinks(self) -> Iterator[Any]:
         from prometheus_client.core import CounterMetricFamily

@@ -142,6 +142,7 @@ class Pipeline:
             for number, source in enumerate(sources)
         ]
         self.hop_s = self.lanes[0].windows.hop_s
+        self._engine = engine
         if profile is not None:
             profile.check(engine.bundle, self.hop_s)
         filter = profile.filter if profile is not None else calibrate or "off"
@@ -158,6 +159,11 @@ class Pipeline:
             vote_share=settings.vote_share,
             experts=self.experts,
         )
+
+    @property
+    def retries(self) -> int:
+        """How many requests were repeated, because the server that runs the bundle was away."""
+        return self._engine.retries
 
     @property
     def tally(self) -> Tally:

@@ -233,6 +233,7 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
 PACKAGES = {
     "numpy": "everything", "opencv-python": "decoding, cameras", "onnxruntime": "serving on a CPU",
     "onnxruntime-gpu": "serving on an NVIDIA GPU", "openvino": "serving int8 on a CPU",
+    "tritonclient": "a Triton server by gRPC",
     "tensorrt": "plans, built and served on an NVIDIA GPU", "cuda-bindings": "plans",
     "torch": "training, attacks, export", "onnx": "export", "onnxscript": "export",
     "safetensors": "checkpoints", "scikit-image": "the demo's photographs",
@@ -254,6 +255,8 @@ VERIFIED = [
      "one NVIDIA H200: benchmarks/results/gpu.md; in CI in Triton's interpreter"],
     ["TensorRT plans: what is built, loaded, refused", "tests in CI, over the names and signatures "
      "of the real bindings 10.3 to 11.4; no plan was ever built"],
+    ["Triton Inference Server: repository, client, restarts",
+     "tests in CI, against the real server 2.51 with its python backend"],
 ]  # fmt: skip
 UNVERIFIED = [  # on any machine of ours; --self-test is for those marked with *
     "ONNX Runtime CUDA",
@@ -262,6 +265,7 @@ UNVERIFIED = [  # on any machine of ours; --self-test is for those marked with *
     "* the layers that TensorRT's inspector names, and their types",
     "plans that are stripped, refittable, version-compatible or for other GPUs; --torch-trt",
     "* the plugins of --lowering plugin in TensorRT",
+    "Triton's onnxruntime and tensorrt backends; the images of docker/",
     "Jetson (JetPack 6 and 7), ARM servers",
 ]
 

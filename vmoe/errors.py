@@ -5,6 +5,7 @@ VmoeError (1)
 ├─ BundleError (1)           a bundle that is not what its manifest says
 │  ├─ CorruptBundleError       a part is missing, changed, or outside of the folder
 │  └─ EngineMismatchError      whole, but not for this version, machine or clip
+├─ ServerError (1)           a server that runs the model does not answer
 ├─ SettingError (2)          a value that cannot be used
 ├─ UnknownNameError (2)      a name that is not there, with the nearest that is
 ├─ GateError (3)             a gate refused a bundle
@@ -38,6 +39,10 @@ class CorruptBundleError(BundleError):
 
 class EngineMismatchError(BundleError):
     """A bundle is whole, but not for this version, this machine or this clip."""
+
+
+class ServerError(VmoeError):
+    """A server that runs the model does not answer, or was lost."""
 
 
 class SettingError(VmoeError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,14 +50,21 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def whole_folder(
+    path: Path, *, overwrite: bool = False, replaces: Callable[[Path], bool] | None = None
+) -> Iterator[Path]:
     """Yield a temporary folder; rename it to `path` when the body ends well, else remove it.
+
+    Args:
+        path: the folder.
+        overwrite: replace one that is there.
+        replaces: returns whether it may be: by default, whether it is a bundle and no more.
 
     Raises:
         SettingError: `path` exists and `overwrite` is off.
         OutputError: the disk is full, or the folder cannot be written.
     """
-    refuse_existing(path, overwrite=overwrite)
+    refuse_existing(path, overwrite=overwrite, replaces=replaces)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -75,12 +82,19 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def refuse_existing(path: Path, *, overwrite: bool) -> None:
+def refuse_existing(
+    path: Path,
+    *,
+    overwrite: bool,
+    replaces: Callable[[Path], bool] | None = None,
+    flag: str = "--out",
+) -> None:
     """Raise SettingError for an output that exists, before any work is done."""
     if path.exists() and not overwrite:
-        raise SettingError(f"{path} exists. Choose another --out, or say --overwrite.")
-    if path.exists() and not _is_only_a_bundle(path):
-        raise SettingError(f"{path} is or holds more than a bundle, so that it is not replaced.")
+        raise SettingError(f"{path} exists. Choose another {flag}, or say --overwrite.")
+    if path.exists() and not (replaces or _is_only_a_bundle)(path):
+        what = "what vmoe-export writes there" if replaces else "a bundle"
+        raise SettingError(f"{path} is or holds more than {what}, so that it is not replaced.")
 
 
 def probe(path: Path) -> None:

@@ -43,7 +43,9 @@ class BenchSettings(Settings):
                                         above=0, at_most=100)  # fmt: skip
     force_route: str = opt("all", "all: every route; free: only the router's own; or one expert")
     device: str = opt("auto", "auto, cpu or cuda:N")
-    backend: str = opt("auto", "what runs the graphs: auto, onnxruntime, openvino or torch")
+    backend: str = opt("auto", "what runs the graphs: auto, onnxruntime, openvino, torch or triton")
+    server: str | None = opt(None, "HOST:PORT (HTTP) or grpc://HOST:PORT of a Triton server that "
+                             "has all of the bundles: backend triton")  # fmt: skip
     out: Path | None = opt(None, "write the record as JSON, with every call's time")
     csv: Path | None = opt(None, "write the rows as CSV")
     md: Path | None = opt(None, "write the table and the verdicts as Markdown")
@@ -74,6 +76,7 @@ def run(paths: Sequence[Path], baselines: Sequence[Path], settings: BenchSetting
             threads=settings.threads,
             batch=settings.clips,
             seed=settings.seed,
+            server=settings.server,
         )
         calls = [form for subject in measured for form in forms.of(subject, settings.force_route)]
         plan = Plan(settings.iterations, settings.duration, settings.warmup / 1000, settings.seed)

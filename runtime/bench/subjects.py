@@ -75,6 +75,7 @@ def open_all(
     threads: int | None,
     batch: int,
     seed: int,
+    server: str | None = None,
 ) -> list[Subject]:
     """Load bundles and baselines; `stack` closes them.
 
@@ -87,7 +88,7 @@ def open_all(
     _check_baselines(read[: len(paths)], read[len(paths) :])
     subjects = []
     for i, (name, bundle) in enumerate(zip(names, read, strict=True)):
-        engine = engines.load(bundle, backend, device, threads, all_parts=True)
+        engine = engines.load(bundle, backend, device, threads, all_parts=True, server=server)
         stack.enter_context(engine)
         clips = random_clips(bundle.spec, CALLS * batch, seed)
         subjects.append(Subject(name, engine, i >= len(paths), clips, batch))

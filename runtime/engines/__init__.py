@@ -1,8 +1,10 @@
 """Backends, one file each: `why_unavailable()` and `open(settings)`.
 
 A file of this folder also names the `FORMATS` of parts that it reads, such as ("onnx",), and the
-`DEVICES` that it runs on, of cpu and cuda. Format TWIN stands for what a bundle's parts were made
-from: such a backend runs the twin that the bundle carries in the place of each part.
+`DEVICES` that it runs on, of cpu and cuda. Two formats are no part's, and what reads them is never
+chosen by auto. TWIN: the backend runs the twin that the bundle carries in the place of each part.
+SERVER: a server that the user names has the parts; such a file also says, by `served(bundle)`, as
+which bundle the server answers.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 from vmoe.bundle import Bundle, Part
 from vmoe.clips import Clips
 
-TWIN = "twin"  # a format of no part
+TWIN, SERVER = "twin", "server"  # formats of no part
 
 Outputs = dict[str, NDArray[Any]]  # by the names that the graph gives them
 Run = Callable[[Mapping[str, Any]], Outputs]  # takes inputs by name: numpy, or what `put` gave
@@ -34,6 +36,8 @@ class BackendSettings:
         bundle: its manifest, for a backend that needs more of it than its parts.
         cache: a folder that outlives this run, for what a backend makes of parts; None for none.
         trust: whether parts that are code, as a plan is, are loaded though made elsewhere.
+        server: the address of a server that has the parts; None for none.
+        stopping: asked while a backend waits for its server: whether to give up.
     """
 
     folder: Path
@@ -42,6 +46,8 @@ class BackendSettings:
     bundle: Bundle | None = None
     cache: Path | None = None
     trust: bool = False
+    server: str | None = None
+    stopping: Callable[[], bool] = lambda: False
 
 
 class Backend(Protocol):

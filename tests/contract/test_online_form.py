@@ -33,6 +33,7 @@ from vmoe.export.pipeline import Plan, write
 from vmoe.models import ModelSettings, VideoMoE, build
 from vmoe.runtime import Engine, Pipeline, StreamSettings, load
 from vmoe.runtime.backends import ENGINES
+from vmoe.runtime.engines import SERVER
 from vmoe.runtime.frames import Frame, Stop
 from vmoe.runtime.online import Follower, OnlineWindows
 from vmoe.runtime.sources import RUNNING
@@ -76,7 +77,10 @@ def path(twin: VideoMoE, parts: Parts, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module", params=registry.names(ENGINES))
 def engine(request: pytest.FixtureRequest, path: Path) -> Iterator[Engine]:
-    why = registry.load(ENGINES, request.param, "backend").why_unavailable()
+    module = registry.load(ENGINES, request.param, "backend")
+    if SERVER in module.FORMATS:
+        pytest.skip("a server's backend is tested with one, in test_triton.py")
+    why = module.why_unavailable()
     if why:
         pytest.skip(why)
     with load(path, request.param, "cpu", threads=1) as loaded:

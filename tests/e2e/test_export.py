@@ -29,7 +29,7 @@ from vmoe.export.onnx import from_twin
 from vmoe.export.plan import ExportSettings, plan
 from vmoe.export.written import write
 from vmoe.models import ModelSettings, build
-from vmoe.runtime import load
+from vmoe.runtime import load, served
 
 SCHEMA = json.loads(Path(vmoe.__file__).with_name("bundle.schema.json").read_text())
 COMMAND = [sys.executable, "-m", "vmoe.export.cli"]
@@ -66,7 +66,8 @@ def exported(
     cwd = tmp_path_factory.mktemp("cwd")
     (cwd / "expert0.data").write_text("a file of the user's that happens to be called so")
     done = subprocess.run(
-        [*COMMAND, str(tiny_checkpoint), "--name", "tiny", "--gate-sparsity", "1000"],
+        [*COMMAND, str(tiny_checkpoint), "--name", "tiny", "--gate-sparsity", "1000",
+         "--triton-repo", "models"],
         cwd=cwd, capture_output=True, text=True, check=False, env=_environment(),
     )  # fmt: skip
     return cwd / "runs/export/tiny-split", done
@@ -93,6 +94,16 @@ def test_it_says_where_the_bundle_is_how_good_and_what_next(
     assert [row.split()[1] for row in rows[2:]] == ["router", *(f"expert{i}" for i in range(4))]
     assert all(row.rstrip(" |").endswith("ok") for row in rows[2:])
     assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_with_a_repository_the_new_bundle_is_served_and_the_next_commands_say_how(
+    exported: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    path, done = exported
+    folder = path.parents[2] / "models"
+    assert f"next: tritonserver --model-repository {folder}" in done.stderr
+    assert f"{Path('runs/export/tiny-split')} --server localhost:8000" in done.stderr
+    assert (folder / "tiny" / str(served.version(bundles.read(path))) / "model.py").is_file()
 
 
 def test_the_same_twin_gives_the_same_bytes(

@@ -10,9 +10,16 @@ from typing import Any
 import pytest
 
 from tests import bundles
+from tests.servers import free_port
 from vmoe import bundle as reader
 from vmoe.clips import ClipSpec
-from vmoe.errors import BundleError, EngineMismatchError, MissingDependencyError
+from vmoe.errors import (
+    BundleError,
+    EngineMismatchError,
+    MissingDependencyError,
+    ServerError,
+    SettingError,
+)
 from vmoe.runtime import load
 from vmoe.runtime.backends import choose, verified
 
@@ -46,6 +53,16 @@ def test_the_fastest_that_was_verified_is_taken(path: Path) -> None:
     )
     with load(reported(path, {"onnxruntime": entry(2), "openvino": entry(1)})) as engine:
         assert engine.backend_name == "openvino"
+
+
+def test_a_server_is_taken_where_one_is_named_alone(path: Path) -> None:
+    assert auto(reported(path, {"onnxruntime": entry(2), "triton": entry(1)})) == "onnxruntime"
+    with pytest.raises(SettingError, match="backend triton needs the server's address: --server"):
+        load(path, backend="triton")
+    with pytest.raises(SettingError, match="--server is for --backend triton; onnxruntime runs"):
+        load(path, backend="onnxruntime", server="localhost:8000")
+    with pytest.raises(ServerError, match="no Triton server answers at http://127"):
+        load(path, server=f"127.0.0.1:{free_port()}")
 
 
 def test_one_that_is_not_installed_is_passed_over(

@@ -14,6 +14,7 @@ import pytest
 
 from tests import layouts
 from tests.videos import number_of, read, write
+from vmoe import opencv
 from vmoe.clips import ClipSpec, choose, every_clip
 from vmoe.data import DataSettings, _index, _kept, open_data
 from vmoe.data._decode import decode, timestamps
@@ -29,6 +30,13 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     files: list[Path] = []
     monkeypatch.setattr(_index, "timestamps", lambda path: files.append(path) or timestamps(path))
     return files
+
+
+def test_an_opencv_before_4_13_is_quiet_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    import cv2
+
+    monkeypatch.delattr(cv2.utils, "logging")
+    assert opencv.quiet() is cv2
 
 
 def test_every_clip_is_what_choose_says_of_each_end() -> None:
