@@ -28,7 +28,7 @@ from vmoe.runtime.backends import ENGINES, REPORTED
 from vmoe.runtime.engines import TWIN
 from vmoe.runtime.online import is_online
 
-from . import accuracy, executed, latency, online, parity, sparsity
+from . import accuracy, executed, latency, online, parity, routed, sparsity
 from .accuracy import Adversarial, Sample
 from .executed import Executed
 from .gates import Gate, GateSettings
@@ -149,7 +149,17 @@ def verify(case: Case) -> Verdict:
         return _verdict([*gates, written], None, {"precision": asked, **said})
     first = next(iter(judged.values()))
     said |= {"precision": asked, **first.report}
-    return _verdict([*first.gates, written], first.findings, said)
+    return _verdict([*first.gates, *_of_others(case), written], first.findings, said)
+
+
+def _of_others(case: Case) -> list[Gate]:
+    """Judge the file that only TensorRT reads; nothing where there is none."""
+    part = case.bundle.others.get("tensorrt")
+    if part is None or case.known is None:
+        return []
+    asked = case.settings.precision, case.settings.asked(ROUTER)
+    return routed.gates(case.bundle.path / part.file, case.held.twin, case.sample.clips,
+                        case.settings, asked, case.known)  # fmt: skip
 
 
 def _verdict(gates: Sequence[Gate], found: Findings | None, report: dict[str, Any]) -> Verdict:

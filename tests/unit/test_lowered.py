@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,9 +18,10 @@ from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
 from tests.graphs import Writer, clips_for, run
 from tests.twins import SPEC, lively, random_clips
 from vmoe import bundle as bundles
+from vmoe import checkpoint
 from vmoe.checkpoint import Checkpoint
-from vmoe.errors import CorruptBundleError, SettingError
-from vmoe.export import graphs, precision
+from vmoe.errors import CorruptBundleError, GateError, SettingError
+from vmoe.export import export, graphs, precision, routed
 from vmoe.export.lowerings import _routed, dense, if_, plugin
 from vmoe.export.onnx import Parts
 from vmoe.export.pipeline import ExportSettings, Plan, write
@@ -233,6 +236,34 @@ def test_the_manifest_lists_it_apart_and_no_backend_loads_it(folder: Path) -> No
 def test_two_models_never_share_an_operator() -> None:
     names = [plugin.op_type(parts(seed).experts) for seed in (0, 0, 1)]
     assert names[0] == names[1] != names[2]
+
+
+def test_the_file_for_tensorrt_is_judged_at_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(Checkpoint(lively(2, 3), LABELS), tmp_path / "twin.safetensors")
+    right = plugin.others
+
+    def wrong(*parts: Any) -> dict[str, ModelProto]:
+        """Give every clip the next expert's weights."""
+        made = right(*parts)
+        weights = {n.input[2] for n in nodes_of(made["tensorrt"]) if len(n.input) > 2}
+        for tensor in made["tensorrt"].graph.initializer:
+            if tensor.name in weights:
+                turned = np.roll(numpy_helper.to_array(tensor), 1, axis=0)
+                tensor.CopyFrom(numpy_helper.from_array(turned, tensor.name))
+        return made
+
+    monkeypatch.setattr(plugin, "others", wrong)
+    asked = ExportSettings(
+        lowering="plugin", optimize="none", gate_sparsity=1e3, robust_clips=0, verify_clips=16
+    )
+    with pytest.raises(GateError, match=r"max \|d logits\| in the file for TensorRT is"):
+        export(tmp_path / "twin.safetensors", tmp_path / "x", asked)
+    said = json.loads((tmp_path / "x.rejected" / "report.json").read_text())["gates"]
+    ok = {gate["what"]: gate["ok"] for gate in said if routed.SHOWN in gate["what"]}
+    assert list(ok.values()) == [False, True, False, True]  # scores and routes are as they should
+    assert all(gate["ok"] for gate in said if routed.SHOWN not in gate["what"])
 
 
 def test_experts_that_no_kernel_routes_have_no_second_file(
