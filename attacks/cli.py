@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from click.core import ParameterSource
 from vmoe import adversarial, cli, latest, output
 from vmoe.adversarial import AdversarialClips
 from vmoe.attacks import chosen as clips_of
+from vmoe.attacks import deployment, gate, parts, plot, presets, ranks, record, sanity, tables
 from vmoe.attacks import flags as given_by
-from vmoe.attacks import parts, plot, presets, ranks, record, sanity, tables
 from vmoe.attacks.chosen import Chosen
-from vmoe.attacks.deployed import Target, open_target
+from vmoe.attacks.deployed import Attackable, How, Target, open_target
 from vmoe.attacks.evaluate import Evaluation, Row, fitting, job, replay
 from vmoe.attacks.figures import everything, telling
-from vmoe.attacks.flags import RunSettings
+from vmoe.attacks.flags import Rows, RunSettings
+from vmoe.attacks.modes import ADAPTIVE, QUERY, TRANSFER, Deployed
 from vmoe.attacks.ranks import Ranks
 from vmoe.attacks.session import Session
 from vmoe.errors import SettingError
@@ -30,7 +31,11 @@ log = cli.log
 RUNS = Path("runs/attack")
 FILES = ("report.json", "report.md", "report.csv", *(f"{plot.NAME}.{k}" for k in plot.KINDS))
 SANITY_CLIPS = 32  # that are right: enough for the rule by which its checks fail
-KEPT = ("twin", "save_adv", "md", "preset", "curve", "sanity", "seed", "device")  # for --resume
+# For --resume; of them, those that are paths.
+KEPT = (
+    "twin", "compare", "save_adv", "md", "preset", "curve", "sanity", "gate_robust", "seed",
+    "device",
+)  # fmt: skip
 PATHS = ("twin", "save_adv", "md")
 
 
@@ -40,6 +45,7 @@ class Asked:
 
     target: Path | None
     twin: Path | None
+    compare: tuple[Path, ...]
     save_adv: Path | None
     load_adv: Path | None
     out: Path | None
@@ -47,6 +53,7 @@ class Asked:
     preset: str | None
     curve: bool
     sanity: bool
+    gate_robust: float | None
     resume: bool
     overwrite: bool
     dry_run: bool
@@ -65,7 +72,8 @@ class Asked:
         if self.resume and self.overwrite:
             raise SettingError("--resume and --overwrite exclude each other: go on, or begin anew.")
         if self.load_adv is not None:
-            given = {name for name, value in self.flags.items() if value is not None} - {"batch"}
+            given = {name for name, value in self.flags.items() if value is not None}
+            given -= {"batch", "backend"}
             also = {name for name in ("preset", "curve", "resume") if getattr(self, name)}
             given_by.refuse(given | also, f"--load-adv {self.load_adv} replays clips as they are")
 
@@ -73,14 +81,18 @@ class Asked:
 @cli.command(
     "vmoe-attack",
     "vmoe-attack runs/train/mine/best.safetensors --attack pgd,apgd-ce,j-tlga --curve",
-    "vmoe-attack runs/export/mine --attack tlga-r --gamma1 2 --save-adv clips",
+    "vmoe-attack runs/export/fp32 --compare runs/export/int8 --n 100 --save-adv clips",
     "vmoe-attack runs/export/mine --load-adv clips --md robust.md",
 )
-@click.argument("target", type=click.Path(path_type=Path), required=False)
+@click.argument("target", type=click.Path(path_type=Path), nargs=-1)
 @cli.options(RunSettings)
 @given_by.every_method_option
 @click.option("--preset", type=cli.NameType(presets.PRESETS), help="Named values, under flags.")
 @click.option("--twin", type=click.Path(path_type=Path), help="Checkpoint to make the clips on.")
+@click.option(
+    "--compare", multiple=True, type=click.Path(path_type=Path),
+    help="Another bundle of the same twin, attacked beside TARGET; give several, or --compare A B.",
+)  # fmt: skip
 @click.option("--save-adv", type=click.Path(path_type=Path), help="Folder for the clips made.")
 @click.option("--load-adv", type=click.Path(path_type=Path), help="Replay the clips of a folder.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder. [default: runs/attack/NAME]")
@@ -89,6 +101,10 @@ class Asked:
 @click.option(
     "--sanity/--no-sanity", default=True, help="Check the attacks themselves. [default: on]"
 )
+@click.option(
+    "--gate-robust", type=click.FloatRange(0, 100),
+    help="Exit 3 where more clips, in per cent, are broken on an engine, on the twin by nothing.",
+)  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on where --out was interrupted.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier report.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done; attack nothing.")
@@ -97,16 +113,26 @@ class Asked:
 @cli.config_option
 @cli.json_option
 def main(**given: Any) -> None:
-    """Attack TARGET: a checkpoint, or a bundle (its twin is attacked, its engine replays).
+    """Attack TARGET: a checkpoint, or a bundle, through its twin and through its engine.
 
     Without TARGET: the newest of runs/, else the model that ships. A run that was interrupted goes
     on with --resume and its --out. Several processes share one, float32 results bit for bit:
     torchrun --nproc-per-node 4 --no-python -- vmoe-attack ... (the -- keeps --n from torchrun).
     """
+    given["target"], given["compare"] = _compared(given["target"], given["compare"])
     own = [field.name for field in dataclasses.fields(Asked) if field.name != "flags"]
     asked = Asked(**{name: given.pop(name) for name in own}, flags=given)
     asked.refuse_contradictions()
     _attack(_as_before(asked) if asked.resume else asked, ranks.here())
+
+
+def _compared(
+    targets: tuple[Path, ...], compare: tuple[Path, ...]
+) -> tuple[Path | None, tuple[Path, ...]]:
+    """Return the target and what it is compared with: `A --compare B C` names three bundles."""
+    if len(targets) > 1 and not compare:
+        raise SettingError(f"{targets[1]} is a second TARGET; attack it beside with --compare.")
+    return next(iter(targets), None), (*compare, *targets[1:])
 
 
 def _as_before(asked: Asked) -> Asked:
@@ -124,6 +150,8 @@ def _as_before(asked: Asked) -> Asked:
     values: dict[str, Any] = {
         n: Path(v) if n in PATHS and v else v for n, v in held.items() if n in left_out
     }
+    if "compare" in values:
+        values["compare"] = tuple(map(Path, values["compare"]))
     target = asked.target or Path(held["target"])
     return dataclasses.replace(
         asked, target=target, flags={**asked.flags, **before, **given}, **values
@@ -139,12 +167,19 @@ class What:
         rows: the attacks.
         saved: clips that are replayed; None where they are made.
         early: what is to be said of early stop; empty for nothing.
+        engines: those that are attacked in the place of the twin, by name.
     """
 
     settings: RunSettings
     rows: list[Row]
     saved: AdversarialClips | None
     early: str
+    engines: dict[str, Attackable] = field(default_factory=dict)
+
+    @property
+    def models(self) -> dict[str, Deployed]:
+        """The engines as models, by name."""
+        return {name: engine.model for name, engine in self.engines.items()}
 
 
 def _attack(asked: Asked, here: Ranks) -> None:
@@ -155,14 +190,19 @@ def _attack(asked: Asked, here: Ranks) -> None:
         say = log.debug
     if asked.curve:
         plot.require()
-    settings, rows = _plan(asked)
     path, which = latest.target(asked.target)
+    settings, rows = _plan(asked, path)
     folder = _place(asked, path) if here.first else None
     say(which)
     device = here.device(asked.device)
-    with open_target(path, asked.twin, device, replay=asked.load_adv is not None) as opened:
+    replays = asked.load_adv is not None
+    needs_twin = not replays and settings.modes != (QUERY,)
+    how = How(asked.twin, device, asked.compare, settings.backend, needs_twin)
+    with open_target(path, how) as opened:
         what = _what(asked, opened, settings, rows)
-        header = record.header(opened, what.settings, what.rows, what.saved, what.early)
+        header = record.header(
+            opened, what.settings, what.rows, what.saved, what.early, what.engines
+        )
         say(header)
         if asked.dry_run:
             return
@@ -174,6 +214,7 @@ def _attack(asked: Asked, here: Ranks) -> None:
         if asked.save_adv is not None:
             clips_of.save(asked.save_adv, opened, chosen, found, asked.seed)
     figures = everything(found, chosen.index.tolist())
+    figures |= {"deployed": deployment.everything(found) if opened.engines else None}
     report = record.report(
         opened, chosen, what.rows, asked.seed, figures, checked, what.early, asked.preset
     )
@@ -183,14 +224,17 @@ def _attack(asked: Asked, here: Ranks) -> None:
     else:
         _show(report)
     _say_next(say, path, opened, folder, asked)
+    if asked.gate_robust is not None:
+        gate.refuse(found, asked.gate_robust)
 
 
-def _plan(asked: Asked) -> tuple[RunSettings, list[Row]]:
+def _plan(asked: Asked, path: Path) -> tuple[RunSettings, Rows]:
     """Read the flags of settings; a replay has its rows from the clips."""
     if asked.load_adv is not None:
-        return cli.resolve(RunSettings, asked.flags, asked.config), []
+        return cli.resolve(RunSettings, asked.flags, asked.config), Rows([], [])
     return given_by.read(
-        asked.flags, asked.seed, asked.config, asked.preset, curve=asked.curve
+        asked.flags, asked.seed, asked.config, asked.preset, curve=asked.curve,
+        bundle=path.is_dir(),
     )  # fmt: skip
 
 
@@ -234,8 +278,8 @@ def _free(folder: Path) -> Path:
     return at
 
 
-def _what(asked: Asked, opened: Target, settings: RunSettings, rows: list[Row]) -> What:
-    """Settle what depends on the target: groups, fold, saved clips, early stop."""
+def _what(asked: Asked, opened: Target, settings: RunSettings, rows: Rows) -> What:
+    """Settle what depends on the target: groups, fold, saved clips, modes, early stop."""
     if settings.group is None:
         settings = dataclasses.replace(settings, group=opened.group)
     if settings.fold is None:
@@ -243,21 +287,33 @@ def _what(asked: Asked, opened: Target, settings: RunSettings, rows: list[Row]) 
     if asked.load_adv is not None:
         saved = clips_of.load(asked.load_adv, opened)
         return What(settings, [row for row, _ in clips_of.rows_of(saved)], saved, "")
-    assert opened.twin is not None  # open_target refuses a bundle without one
-    twin = opened.twin.twin
-    if twin.router is None and asked.flags.get("attack") is None:
+    if opened.experts == 1 and asked.flags.get("attack") is None:
         settings, rows = given_by.usual(settings, rows)
-    rows = fitting(twin, rows)
-    given_by.refuse_budgets(rows, opened.spec)
-    early = ""
-    if asked.flags.get("early_stop") is None and (opened.engine is not None or asked.save_adv):
-        rows = given_by.stopping(rows, early=False)
-        who = "an engine judges, too" if opened.engine is not None else "the clips are saved"
-        early = (
-            f"early stop: off, as {who}: a first success lies on the twin's boundary, and "
-            "transfers worse (--early-stop turns it on)"
-        )
-    return What(settings, rows, None, early)
+    stops = asked.flags.get("early_stop") is not None  # the user's own word
+    if opened.engines:
+        given = given_by.in_modes(rows, settings.modes, list(opened.engines), as_given=stops)
+    else:
+        given = given_by.stopping(rows.named, early=False) if asked.save_adv else rows.named
+        given = rows.named if stops else given
+    engines = {}
+    if {row.mode for row in given} != {TRANSFER}:
+        engines = opened.deployed(adaptive=any(row.mode == ADAPTIVE for row in given))
+    given = fitting(opened.experts, opened.spec.frames, given)
+    given_by.refuse_budgets(given, opened.spec)
+    return What(settings, given, None, _early(asked, opened, given, stops), engines)
+
+
+def _early(asked: Asked, opened: Target, rows: list[Row], stops: bool) -> str:
+    """Return what is to be said of early stop; empty where nothing is."""
+    transfers = any(row.mode == TRANSFER for row in rows)
+    if stops or not transfers or not (opened.engines or asked.save_adv):
+        return ""
+    who = "an engine judges, too" if opened.engines else "the clips are saved"
+    which = "of transfer: off" if opened.engines else "off"
+    return (
+        f"early stop {which}, as {who}: a first success lies on the twin's boundary, and "
+        "transfers worse (--early-stop turns it on)"
+    )
 
 
 def _chosen(opened: Target, what: What) -> Chosen:
@@ -279,11 +335,10 @@ def _found(
         return replay(
             chosen.clean, chosen.label, pairs, judges, index=chosen.index, batch=batch
         )  # fmt: skip
-    assert opened.twin is not None  # open_target refuses a bundle without one
     keep = asked.save_adv is not None
     work = job(
-        opened.twin.twin, chosen.clean, chosen.label, what.rows, judges, index=chosen.index,
-        batch=batch, device=opened.device, keep_clips=keep,
+        opened.twin and opened.twin.twin, chosen.clean, chosen.label, what.rows, judges,
+        engines=what.models, index=chosen.index, batch=batch, device=opened.device, keep_clips=keep,
     )  # fmt: skip
     run = record.run_of(opened, what.settings, what.rows, chosen, keep)
     session = Session(work, run, _command(asked, path), asked.resume)
@@ -324,7 +379,7 @@ def _check(
 
 def _write(asked: Asked, report: dict[str, Any], header: str, folder: Path) -> None:
     curve = plot.write(report, folder)[0].name if asked.curve else None
-    text = tables.markdown(report, header, curve)
+    text = tables.markdown(report, header, [curve] if curve else [])
     record.write(report, text, folder, asked.md)
     parts.remove(folder)
 
@@ -332,6 +387,8 @@ def _write(asked: Asked, report: dict[str, Any], header: str, folder: Path) -> N
 def _show(report: dict[str, Any]) -> None:
     click.echo("\n" + tables.attacks(report) + "\n")
     click.echo(tables.agreement(report) or "no engine: TARGET is a checkpoint")
+    if report["deployed"]:
+        click.echo("\n" + tables.deployed(report))
     if report["sanity"]:
         click.echo("\n" + tables.sanity(report))
 
@@ -345,7 +402,7 @@ def _say_next(
     if asked.save_adv is not None:
         say(f"clips: {asked.save_adv}")
         say(f"next: vmoe-attack {path} --load-adv {asked.save_adv}")
-    elif opened.engine is None:
+    elif not opened.engines:
         say(f"next: vmoe-export {path}")
     else:
         say(f"next: vmoe-run {path} --camera 0")
