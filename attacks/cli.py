@@ -14,7 +14,18 @@ from click.core import ParameterSource
 from vmoe import adversarial, cli, latest, output
 from vmoe.adversarial import AdversarialClips
 from vmoe.attacks import chosen as clips_of
-from vmoe.attacks import deployment, gate, parts, plot, presets, ranks, record, sanity, tables
+from vmoe.attacks import (
+    deployment,
+    gate,
+    on_video,
+    parts,
+    plot,
+    presets,
+    ranks,
+    record,
+    sanity,
+    tables,
+)
 from vmoe.attacks import flags as given_by
 from vmoe.attacks.chosen import Chosen
 from vmoe.attacks.deployed import Attackable, How, Target, open_target
@@ -24,8 +35,10 @@ from vmoe.attacks.flags import Rows, RunSettings
 from vmoe.attacks.modes import ADAPTIVE, QUERY, TRANSFER, Deployed
 from vmoe.attacks.ranks import Ranks
 from vmoe.attacks.session import Session
+from vmoe.attacks.video import VideoSettings
 from vmoe.errors import SettingError
 from vmoe.report import plain
+from vmoe.settings import format_eps
 
 log = cli.log
 RUNS = Path("runs/attack")
@@ -54,6 +67,8 @@ class Asked:
     curve: bool
     sanity: bool
     gate_robust: float | None
+    video: Path | None
+    to_label: str | None
     resume: bool
     overwrite: bool
     dry_run: bool
@@ -71,6 +86,8 @@ class Asked:
             )
         if self.resume and self.overwrite:
             raise SettingError("--resume and --overwrite exclude each other: go on, or begin anew.")
+        if self.to_label is not None and self.video is None:
+            raise SettingError("--to-label has no effect: it goes with --video; leave it out.")
         if self.load_adv is not None:
             given = {name for name, value in self.flags.items() if value is not None}
             given -= {"batch", "backend"}
@@ -82,7 +99,7 @@ class Asked:
     "vmoe-attack",
     "vmoe-attack runs/train/mine/best.safetensors --attack pgd,apgd-ce,j-tlga --curve",
     "vmoe-attack runs/export/fp32 --compare runs/export/int8 --n 100 --save-adv clips",
-    "vmoe-attack runs/export/mine --load-adv clips --md robust.md",
+    "vmoe-attack runs/export/mine --video in.mp4 --save-adv out.mkv",
 )
 @click.argument("target", type=click.Path(path_type=Path), nargs=-1)
 @cli.options(RunSettings)
@@ -105,6 +122,11 @@ class Asked:
     "--gate-robust", type=click.FloatRange(0, 100),
     help="Exit 3 where more clips, in per cent, are broken on an engine, on the twin by nothing.",
 )  # fmt: skip
+@click.option(
+    "--video", type=click.Path(path_type=Path),
+    help="Perturb a whole video, every window that vmoe-run would cut; --save-adv OUT.mkv.",
+)  # fmt: skip
+@click.option("--to-label", help="Of --video: the label that its windows are to get.")
 @click.option("--resume", is_flag=True, help="Go on where --out was interrupted.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier report.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done; attack nothing.")
@@ -191,6 +213,9 @@ def _attack(asked: Asked, here: Ranks) -> None:
     if asked.curve:
         plot.require()
     path, which = latest.target(asked.target)
+    if asked.video is not None:
+        _attack_video(asked, asked.video, path, which, say)
+        return
     settings, rows = _plan(asked, path)
     folder = _place(asked, path) if here.first else None
     say(which)
@@ -226,6 +251,42 @@ def _attack(asked: Asked, here: Ranks) -> None:
     _say_next(say, path, opened, folder, asked)
     if asked.gate_robust is not None:
         gate.refuse(found, asked.gate_robust)
+
+
+def _attack_video(
+    asked: Asked, source: Path, path: Path, which: str, say: Callable[[str], Any]
+) -> None:
+    """Do what --video asks."""
+    given = {name for name, value in asked.flags.items() if value is not None}
+    also = {"load_adv", "md", "out", "curve", "resume", "preset", "compare", "gate_robust"}
+    given_by.refuse(
+        (given - on_video.TAKES) | {name for name in also if getattr(asked, name)},
+        "--video attacks all windows of one video together",
+    )
+    settings = cli.resolve(RunSettings, {**asked.flags, "step": None, "steps": None}, asked.config)
+    on_video.refuse(source, asked.save_adv, settings.modes)
+    assert asked.save_adv is not None  # refused above
+    if len(settings.eps) > 1:
+        raise SettingError("--video is attacked within one budget: give one --eps.")
+    values = {name: asked.flags[name] for name in ("step", "steps", "route_grad", "batch")}
+    values |= {"eps": next(iter(settings.eps), None)}
+    how = VideoSettings(**{name: value for name, value in values.items() if value is not None})
+    opened_as = How(asked.twin, asked.device, (), settings.backend)
+    with open_target(path, opened_as) as opened:
+        adaptive = ADAPTIVE in settings.modes and bool(opened.engines)
+        mode = ADAPTIVE if adaptive else TRANSFER
+        wanted = on_video.Asked(source, asked.save_adv, how, mode, asked.to_label)
+        say(which)
+        say(f"attack: {mode}, L-infinity, eps {format_eps(how.eps)}, {how.steps} steps")
+        if asked.dry_run:
+            return
+        report = on_video.run(wanted, opened, say)
+    if asked.as_json:
+        cli.print_json(report)
+    else:
+        click.echo("\n" + on_video.text(report))
+    say(f"video: {asked.save_adv}")
+    say(f"next: vmoe-run {path} --source {asked.save_adv} --guard monitor")
 
 
 def _plan(asked: Asked, path: Path) -> tuple[RunSettings, Rows]:

@@ -57,7 +57,8 @@ class RunSettings(Settings):
     mode: tuple[str, ...] = opt(
         (ALL,), "how a bundle is attacked, with commas: transfer (clips of the twin, replayed), "
         "adaptive (engine in the loop, the twin's gradients), query (no gradients: of the attacks "
-        "named those that ask for none, else square and nes, of 500 --queries)", choices=(*MODES, ALL),
+        "named those that ask for none, else square and nes, of 500 --queries)",
+        choices=(*MODES, ALL),
     )  # fmt: skip
     backend: tuple[str, ...] = opt(
         (AUTO,), "what runs the bundles, with commas; all is every one that runs them here"
