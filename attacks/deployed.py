@@ -20,8 +20,9 @@ import torch
 from vmoe import bundle as bundles
 from vmoe import checkpoint, registry
 from vmoe.attacks import straight
+from vmoe.attacks.channel import Channel
 from vmoe.attacks.judge import Judge, of_twin
-from vmoe.attacks.modes import Deployed
+from vmoe.attacks.modes import Deployed, Through
 from vmoe.bundle import Bundle
 from vmoe.checkpoint import Checkpoint
 from vmoe.clips import ClipSpec
@@ -45,6 +46,7 @@ class Target:
         foreign: the engines were exported from another twin.
         engines: what was deployed, by name; none of a checkpoint.
         device: where the twin is.
+        channel: what clips go through before any of them; None for nothing.
     """
 
     path: Path
@@ -54,6 +56,7 @@ class Target:
     foreign: bool
     engines: dict[str, Engine]
     device: torch.device
+    channel: Channel | None = None
     _open: ExitStack = field(default_factory=ExitStack)
 
     @property
@@ -94,7 +97,18 @@ class Target:
         judges: dict[str, Judge] = {}
         if self.twin is not None:
             judges["twin"] = of_twin(self.twin.twin, self.device)
-        return judges | {name: engine.infer for name, engine in self.engines.items()}
+        judges |= {name: engine.infer for name, engine in self.engines.items()}
+        if self.channel is None:
+            return judges
+        return {name: self.channel.judge(judge, self.spec) for name, judge in judges.items()}
+
+    @property
+    def model(self) -> VideoMoE | None:
+        """The twin as a transfer sees it; None where there is none."""
+        return None if self.twin is None else self._through(self.twin.twin)
+
+    def _through(self, twin: VideoMoE) -> VideoMoE:
+        return twin if self.channel is None else Through(twin, self.channel)
 
     def deployed(self, *, adaptive: bool) -> dict[str, Attackable]:
         """Return the engines as models that can be attacked, by name.
@@ -106,12 +120,13 @@ class Target:
             SettingError: the twin cannot take the routes of an engine.
             MissingDependencyError: onnx, which reads int8 parts, is not installed.
         """
-        made = {}
+        made, judges = {}, self.judges
         for name, engine in self.engines.items():
             bundle = engine.bundle
             settings = ModelSettings(experts=bundle.experts, classes=len(bundle.labels))
             twin, said = self._slopes(bundle) if adaptive else (None, "asked alone")
-            of = Deployed(engine.infer, settings, bundle.spec, twin)
+            through = None if twin is None else self._through(twin)
+            of = Deployed(judges[name], settings, bundle.spec, through)
             made[name] = Attackable(of, said)
         return made
 
@@ -156,6 +171,7 @@ class How:
         compare: bundles beside the first, of the same twin.
         backends: of every bundle; `auto` is the engine's own choice, `all` every one that runs it.
         needs_twin: a bundle without its twin is refused.
+        channel: what clips go through before any model.
     """
 
     twin: Path | None = None
@@ -163,6 +179,7 @@ class How:
     compare: tuple[Path, ...] = ()
     backends: tuple[str, ...] = (AUTO,)
     needs_twin: bool = True
+    channel: Channel | None = None
 
 
 def open_target(path: Path, how: How | None = None) -> Target:
@@ -187,10 +204,14 @@ def open_target(path: Path, how: How | None = None) -> Target:
                     f"{path} is a checkpoint, a twin itself; {flag} goes with a bundle."
                 )
         read = checkpoint.load(path, where)
-        return Target(path, read, path, bundles.sha256(path), False, {}, where)
+        if how.channel is not None:
+            how.channel.require(read.twin.spec)
+        return Target(path, read, path, bundles.sha256(path), False, {}, where, how.channel)
     first, *others = (bundles.read(each) for each in (path, *how.compare))
     for other in others:
         _refuse_another(first, other)
+    if how.channel is not None:
+        how.channel.require(first.spec)
     file = how.twin or (path / first.twin["file"] if "file" in first.twin else None)
     if file is None and how.needs_twin:
         raise BundleError(
@@ -211,7 +232,9 @@ def open_target(path: Path, how: How | None = None) -> Target:
             name: stack.enter_context(load(bundle, backend, how.device))
             for name, bundle, backend in _named([first, *others], how.backends, how.device)
         }
-        return Target(path, made, file, digest, foreign, engines, where, stack.pop_all())
+        return Target(
+            path, made, file, digest, foreign, engines, where, how.channel, stack.pop_all()
+        )  # fmt: skip
 
 
 def _refuse_another(first: Bundle, other: Bundle) -> None:

@@ -370,6 +370,8 @@ def _make(
     route = own(clean).route
     best, success = clean.copy(), judged(clean, every).success
     loss = np.full(len(clean), -np.inf)
+    if isinstance(model, Deployed):
+        model.begin = None
     if begin is not None and isinstance(model, Deployed):
         place, given = {int(i): k for k, i in enumerate(index)}, to_tensor(begin, device)
         model.begin = lambda numbers: given[[place[int(i)] for i in numbers]]

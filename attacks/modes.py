@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from vmoe.attacks.channel import Channel
 from vmoe.attacks.judge import Judge
 from vmoe.clips import Clips, ClipSpec
 from vmoe.models import ModelSettings, MoEOutput, VideoMoE
@@ -23,7 +24,59 @@ TRANSFER, ADAPTIVE, QUERY = "transfer", "adaptive", "query"
 MODES = (TRANSFER, ADAPTIVE, QUERY)
 
 
-class Deployed(VideoMoE):
+class Stand(VideoMoE):
+    """What answers in the place of a twin: it has as many experts, but they are elsewhere."""
+
+    def __init__(self, settings: ModelSettings, spec: ClipSpec) -> None:
+        """Take what it stands for: the model's settings, and its clips."""
+        nn.Module.__init__(self)
+        self.settings, self.spec = settings, spec
+        self.total, self.denoiser = len, None  # type: ignore[assignment]  # of a twin in training
+        self.router = nn.Identity() if settings.experts > 1 else None
+        self.experts = nn.ModuleList(nn.Identity() for _ in range(settings.experts))
+
+
+class Through(Stand):
+    """A twin that sees clips through a channel: the mean of what it answers to their likenesses."""
+
+    def __init__(self, twin: VideoMoE, channel: Channel) -> None:
+        """Take both."""
+        super().__init__(twin.settings, twin.spec)
+        self.twin, self.channel = twin, channel
+
+    def scores(self, clip: Tensor) -> Tensor:
+        """Return the mean of the router's scores, [B, M]."""
+        return self._mean(self.twin.scores, clip)
+
+    def forward(
+        self, clip: Tensor, route_grad: str = "straight-through", route: Tensor | None = None
+    ) -> MoEOutput:
+        """Return the mean of logits and scores; the route is that of the mean."""
+        found = [self.twin(one, route_grad, route) for one in self._likenesses(clip)]
+        logits = torch.stack([each.logits for each in found]).mean(dim=0)
+        scores = torch.stack([each.scores for each in found]).mean(dim=0)
+        return MoEOutput(logits, scores, scores.argmax(dim=1) if route is None else route)
+
+    def run_routed(self, clip: Tensor, route: Tensor) -> Tensor:
+        """Return the mean of the routed logits, [B, K]."""
+        return self._mean(lambda one: self.twin.run_routed(one, route), clip)
+
+    def run_all(self, clip: Tensor) -> Tensor:
+        """Return the mean of all experts' logits, [B, M, K]."""
+        return self._mean(self.twin.run_all, clip)
+
+    def run_expert(self, index: int, clip: Tensor) -> Tensor:
+        """Return the mean of one expert's logits, [B, K]."""
+        return self._mean(lambda one: self.twin.run_expert(index, one), clip)
+
+    def _mean(self, of: Callable[[Tensor], Tensor], clip: Tensor) -> Tensor:
+        return torch.stack([of(one) for one in self._likenesses(clip)]).mean(dim=0)
+
+    def _likenesses(self, clip: Tensor) -> list[Tensor]:
+        return self.channel.likenesses(clip, self.spec)
+
+
+class Deployed(Stand):
     """An engine in the place of its twin: its values, with a twin's gradients or none.
 
     What is asked of it is rounded to uint8 first. Where no gradient is wanted, the engine alone
@@ -40,7 +93,6 @@ class Deployed(VideoMoE):
         settings: ModelSettings,
         spec: ClipSpec,
         twin: VideoMoE | None = None,
-        begin: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Take what answers.
 
@@ -49,37 +101,34 @@ class Deployed(VideoMoE):
             settings: of the model that was deployed.
             spec: of its clips.
             twin: where gradients come from; None for none. It has as many experts.
-            begin: see above.
         """
-        nn.Module.__init__(self)
-        self.settings, self.spec = settings, spec
-        self.total, self.denoiser = len, None  # type: ignore[assignment]  # of a twin in training
-        self.router = nn.Identity() if settings.experts > 1 else None  # it has one, elsewhere
-        self.experts = nn.ModuleList(nn.Identity() for _ in range(settings.experts))
-        self.begin = begin
+        super().__init__(settings, spec)
+        self.begin: Callable[[Tensor], Tensor] | None = None
         self._answer = answer
         self.twin = twin
 
     def scores(self, clip: Tensor) -> Tensor:
         """Return the engine's scores, [B, M]."""
         value = self._asked(clip)[1]
-        return graft(value, self.twin.scores(clip)) if self._slopes() else value
+        return self._grafted(value, lambda twin: twin.scores(clip))
 
-    def forward(self, clip: Tensor, route_grad: str = "straight-through") -> MoEOutput:
+    def forward(
+        self, clip: Tensor, route_grad: str = "straight-through", route: Tensor | None = None
+    ) -> MoEOutput:
         """Answer clips by the engine's hard choice; the gradient passes it as the twin's would.
 
         By route_grad `soft`, as by `all`, every expert of the twin gives a gradient.
         """
-        logits, scores, route = self._asked(clip)
-        if not self._slopes():
-            return MoEOutput(logits, scores, route)
-        of = self._source(clip, route_grad, route)
-        return MoEOutput(graft(logits, of.logits), graft(scores, of.scores), route)
+        logits, scores, chosen = self._asked(clip, route)
+        if self.twin is None or not torch.is_grad_enabled():
+            return MoEOutput(logits, scores, chosen)
+        of = self.twin(clip, route_grad, chosen)
+        return MoEOutput(graft(logits, of.logits), graft(scores, of.scores), chosen)
 
     def run_routed(self, clip: Tensor, route: Tensor) -> Tensor:
         """Answer each clip by a given expert of the engine; return the logits, [B, K]."""
         value = self._asked(clip, route)[0]
-        return graft(value, self.twin.run_routed(clip, route)) if self._slopes() else value
+        return self._grafted(value, lambda twin: twin.run_routed(clip, route))
 
     def run_all(self, clip: Tensor) -> Tensor:
         """Answer every clip by every expert; return the logits, [B, M, K]."""
@@ -90,14 +139,12 @@ class Deployed(VideoMoE):
         """Answer every clip by one expert; return the logits, [B, K]."""
         route = torch.full((len(clip),), index, dtype=torch.int64, device=clip.device)
         value = self._asked(clip, route)[0]
-        return graft(value, self.twin.run_expert(index, clip)) if self._slopes() else value
+        return self._grafted(value, lambda twin: twin.run_expert(index, clip))
 
-    def _slopes(self) -> bool:
-        return self.twin is not None and torch.is_grad_enabled()
-
-    def _source(self, clip: Tensor, route_grad: str, route: Tensor) -> MoEOutput:
-        assert self.twin is not None
-        return cast(MoEOutput, self.twin(clip, route_grad, route))
+    def _grafted(self, value: Tensor, of: Callable[[VideoMoE], Tensor]) -> Tensor:
+        if self.twin is None or not torch.is_grad_enabled():
+            return value
+        return graft(value, of(self.twin))
 
     def _asked(self, clip: Tensor, route: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the engine's logits, scores and route of clips, rounded to uint8."""

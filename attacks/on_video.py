@@ -8,16 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 
 import vmoe
+from vmoe import cli
 from vmoe import report as texts
 from vmoe import video as files
+from vmoe.attacks import flags as given_by
 from vmoe.attacks import grid
-from vmoe.attacks.deployed import Target
+from vmoe.attacks.asked import Asked
+from vmoe.attacks.deployed import How, Target, open_target
+from vmoe.attacks.flags import RunSettings
 from vmoe.attacks.judge import of_twin
 from vmoe.attacks.modes import ADAPTIVE, TRANSFER
-from vmoe.attacks.video import Found, Frames, VideoSettings, attack
+from vmoe.attacks.video import Found, Frames, VideoSettings, perturb
 from vmoe.cli import log
 from vmoe.errors import SettingError, UnknownNameError, VmoeError
 from vmoe.runtime.frames import Stop
@@ -30,7 +35,7 @@ TAKES = {"eps", "steps", "step", "route_grad", "batch", "mode", "backend"}  # fl
 
 
 @dataclass(frozen=True)
-class Asked:
+class Wanted:
     """What is to be done to a video.
 
     Attributes:
@@ -48,7 +53,58 @@ class Asked:
     label: str | None
 
 
-def refuse(source: Path, out: Path | None, modes: tuple[str, ...]) -> None:
+def attack(asked: Asked, source: Path, path: Path, which: str, say: Callable[[str], Any]) -> None:
+    """Do what --video asks.
+
+    Args:
+        asked: the command line.
+        source: the video.
+        path: what is attacked.
+        which: the line that says so.
+        say: says a line.
+
+    Raises:
+        SettingError: flags that have no effect, an output that cannot be written, a label that is
+            none of the model's, or a video that cannot be attacked.
+        SourceError: a video that cannot be read.
+        VmoeError: what was read back is not what was written.
+    """
+    given = {name for name, value in asked.flags.items() if value is not None}
+    also = {
+        "load_adv", "md", "out", "curve", "resume", "preset", "compare", "gate_robust", "codec",
+        "camera_size", "eot",
+    }  # fmt: skip
+    given_by.refuse(
+        (given - TAKES) | {name for name in also if getattr(asked, name)},
+        "--video attacks all windows of one video together",
+    )
+    settings = cli.resolve(RunSettings, {**asked.flags, "step": None, "steps": None}, asked.config)
+    _refuse(source, asked.save_adv, settings.modes)
+    assert asked.save_adv is not None  # refused above
+    if len(settings.eps) > 1:
+        raise SettingError("--video is attacked within one budget: give one --eps.")
+    values = {name: asked.flags[name] for name in ("step", "steps", "route_grad", "batch")}
+    values |= {"eps": next(iter(settings.eps), None)}
+    how = VideoSettings(**{name: value for name, value in values.items() if value is not None})
+    opened_as = How(asked.twin, asked.device, (), settings.backend)
+    with open_target(path, opened_as) as opened:
+        adaptive = ADAPTIVE in settings.modes and bool(opened.engines)
+        mode = ADAPTIVE if adaptive else TRANSFER
+        wanted = Wanted(source, asked.save_adv, how, mode, asked.to_label)
+        say(which)
+        say(f"attack: {mode}, L-infinity, eps {format_eps(how.eps)}, {how.steps} steps")
+        if asked.dry_run:
+            return
+        report = _run(wanted, opened, say)
+    if asked.as_json:
+        cli.print_json(report)
+    else:
+        click.echo("\n" + _text(report))
+    say(f"video: {asked.save_adv}")
+    say(f"next: vmoe-run {path} --source {asked.save_adv}")
+
+
+def _refuse(source: Path, out: Path | None, modes: tuple[str, ...]) -> None:
     """Refuse, before any work, what cannot be written, and modes that no video has.
 
     Raises:
@@ -67,7 +123,7 @@ def refuse(source: Path, out: Path | None, modes: tuple[str, ...]) -> None:
         raise SettingError(f"--video {source} needs gradients: --mode transfer or adaptive.")
 
 
-def run(asked: Asked, opened: Target, say: Callable[[str], Any]) -> dict[str, Any]:
+def _run(asked: Wanted, opened: Target, say: Callable[[str], Any]) -> dict[str, Any]:
     """Attack a video, write it, read it back, and report what the engine says of what was read.
 
     Raises:
@@ -97,7 +153,7 @@ def run(asked: Asked, opened: Target, say: Callable[[str], Any]) -> dict[str, An
         f"video: {asked.source}, {len(frames)} frames of {frames.shape[2]}x{frames.shape[1]}, "
         f"{fps:.4g} a second"
     )
-    found = attack(
+    found = perturb(
         model, judge, frames, fps, asked.settings, target=target, name=str(asked.source)
     )  # fmt: skip
     with files.writing(asked.out, fps, frames.shape[1:3]) as append:
@@ -134,7 +190,7 @@ def read(path: Path) -> tuple[Frames, float]:
 
 
 def _report(
-    asked: Asked, opened: Target, found: Found, frames: Frames, fps: float
+    asked: Wanted, opened: Target, found: Found, frames: Frames, fps: float
 ) -> dict[str, Any]:
     before, after = (p.logits.argmax(axis=1) for p in (found.before, found.after))
     labels = opened.labels
@@ -157,7 +213,7 @@ def _report(
     return made
 
 
-def text(report: dict[str, Any]) -> str:
+def _text(report: dict[str, Any]) -> str:
     """Return a report as text: one line for each run of windows that say the same."""
     rows = []
     runs = itertools.groupby(report["said"], key=lambda w: (w["before"], w["after"]))

@@ -58,6 +58,8 @@ def header(
             f"{'engine' if name == 'engine' else f'engine {name}'}: {bundle.path}, "
             f"{bundle.lowering}, {precision(bundle)}, on {engine.backend_name}: {how}"
         )
+    if opened.channel is not None:
+        lines.append(f"channel: {opened.channel}; every model judges what arrives")
     data = f"{settings.data} {settings.split}, {settings.n} clips"
     if settings.group:
         data += f", groups {settings.group!r}"
@@ -120,6 +122,7 @@ def run_of(
             f"{name} sha256": f"{sha256(engine.bundle.path / 'vmoe.json')} {engine.backend_name}"
             for name, engine in opened.engines.items()
         },
+        "channel": opened.channel and str(opened.channel),
         **{f"--{k.replace('_', '-')}": v for k, v in to_mapping(settings).items()},
         "--save-adv": keep_clips,
         "clips sha256": chosen.sha256,
@@ -161,6 +164,10 @@ def report(
             for name, engine in opened.engines.items()
         ],
         "threat_model": {"norm": rows[0].norm, "grid": "uint8"},
+        "channel": opened.channel and {
+            "codec": opened.channel.codec, "quality": opened.channel.quality,
+            "camera": opened.channel.camera, "draws": opened.channel.draws,
+        },
         "early_stop": early or None,
         "preset": preset,
         "data": chosen.name,

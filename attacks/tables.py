@@ -173,7 +173,8 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
 def markdown(report: Mapping[str, Any], header: str, pictures: Sequence[str] = ()) -> str:
     """Return the whole report; `pictures` are the names of those beside it."""
     facts = "\n".join(f"* {line}" for line in header.splitlines())
-    shown = [f"![robust accuracy against eps]({name})" for name in pictures]
+    says = ("robust accuracy against eps", "robust accuracy of each engine")
+    shown = [f"![{what}]({name})" for what, name in zip(says, pictures, strict=False)]
     parts = [
         "# vmoe-attack", facts, deployed(report), *shown, attacks(report), agreement(report),
         sanity(report),

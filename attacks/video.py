@@ -140,7 +140,7 @@ def _along(height: int, width: int, spec: ClipSpec, axis: int) -> NDArray[np.flo
     return np.ascontiguousarray(np.concatenate(lines, axis=1)[:, : (height, width)[axis]])
 
 
-def attack(
+def perturb(
     model: VideoMoE, judge: Judge, frames: Frames, fps: float, settings: VideoSettings,
     *, target: int | None = None, name: str = "the video",
 ) -> Found:  # fmt: skip
