@@ -13,12 +13,13 @@ with a slope, x' = [x] + (x - [x])^3, Shin and Song, "JPEG-resistant adversarial
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from vmoe.clips import Clips, ClipSpec
 from vmoe.errors import MissingDependencyError, SettingError, UnknownNameError, VmoeError
 from vmoe.runtime.engine import Prediction
 
+REMEMBERED = 4  # batches of clips
 NONE, MJPEG, H264 = "none", "mjpeg", "h264"
 QUALITIES = {MJPEG: (1, 100), H264: (0, 51)}
 APART = {MJPEG: 10, H264: 3}  # between two qualities of an expectation
@@ -63,6 +65,7 @@ class Channel:
     quality: int = 0
     camera: tuple[int, int] | None = None
     draws: int = 1
+    _coded: dict[bytes, Clips] = field(default_factory=dict, repr=False, compare=False)
 
     def __str__(self) -> str:
         """Return what is said of it."""
@@ -100,7 +103,18 @@ class Channel:
         return 2 * round(spec.height * scale / 2), 2 * round(spec.width * scale / 2)
 
     def real(self, clips: Clips, spec: ClipSpec) -> Clips:
-        """Return clips as they arrive, uint8 [N, T, h, w, 3], through the real codec."""
+        """Return clips as they arrive, uint8 [N, T, h, w, 3], through the real codec.
+
+        The newest are remembered: several models judge the same ones.
+        """
+        key = hashlib.sha256(clips.tobytes()).digest()
+        if key not in self._coded:
+            self._coded[key] = self._through(clips, spec)
+            for old in list(self._coded)[:-REMEMBERED]:
+                del self._coded[old]
+        return self._coded[key]
+
+    def _through(self, clips: Clips, spec: ClipSpec) -> Clips:
         import cv2
 
         size = self.picture(spec)
@@ -188,7 +202,7 @@ def like_jpeg(frames: Tensor, quality: int) -> Tensor:
     """Return frames, [F, 3, H, W] in [0, 1], nearly as JPEG would leave them, with gradients."""
     scale = 5000 / quality if quality < 50 else 200 - 2 * quality
     tables = [_scaled(table, scale, frames) for table in (LUMA, CHROMA)]
-    return _planes(frames, lambda plane, i: _coded(plane - 128, tables[i]) + 128)
+    return _planes(frames, lambda plane, i: _coded(plane - 128, tables[i]) + 128, "bilinear")
 
 
 def like_h264(frames: Tensor, crf: int, count: int) -> Tensor:
@@ -211,18 +225,19 @@ def like_h264(frames: Tensor, crf: int, count: int) -> Tensor:
             arrived.append(before + _coded(frame - before, step))
         return torch.stack(arrived, dim=1).flatten(0, 1)
 
-    return _planes(frames, code)
+    return _planes(frames, code, "nearest")
 
 
-def _planes(frames: Tensor, code: Any) -> Tensor:
-    """Code luminance, and both chrominances at half the size; in [0, 1], outside in [0, 255]."""
+def _planes(frames: Tensor, code: Callable[[Tensor, int], Tensor], enlarge: str) -> Tensor:
+    """Code luminance (0), and both chrominances (1) at half the size, in [0, 255]."""
     r, g, b = (255 * frames).unbind(dim=1)
     y = 0.299 * r + 0.587 * g + 0.114 * b  # ITU-R BT.601
     cb, cr = 128 + 0.564 * (b - y), 128 + 0.713 * (r - y)
     half = functional.avg_pool2d(torch.stack([cb, cr], dim=1), 2, ceil_mode=True)
     y = code(y, 0)
     coded = torch.stack([code(half[:, 0], 1), code(half[:, 1], 1)], dim=1)
-    whole = coded.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    how = {"align_corners": False} if enlarge == "bilinear" else {}
+    whole = functional.interpolate(coded, scale_factor=2, mode=enlarge, **how)
     cb, cr = (whole[:, i, : y.shape[1], : y.shape[2]] - 128 for i in range(2))
     rgb = torch.stack([y + cr / 0.713, y - 0.344 * cb - 0.714 * cr, y + cb / 0.564], dim=1)
     return rgb / 255

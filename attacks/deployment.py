@@ -44,6 +44,13 @@ def everything(found: Evaluation) -> dict[str, Any]:
         for name in engines
         for line in sane(found, name, eps)
     ]
+    for row in rows:
+        at = [
+            line for line in lines if (line["engine"], line["eps"]) == (row["engine"], row["eps"])
+        ]
+        failed = [line["name"] for line in at if line["verdict"] == FAILED]
+        if failed:
+            row["says"] += f". FAILED: {', '.join(failed)}: look there before the figures are used"
     made: dict[str, Any] = plain({"rows": rows, "sanity": lines})
     return made
 

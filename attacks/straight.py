@@ -83,6 +83,9 @@ class Straight(nn.Module):
             return
         if node.op_type == "QuantizeLinear":
             scale, zero = given[1:]
+            if given[0] in constants:  # weights whose pair is written out
+                constants[output] = _levels(*(constants[n] for n in given), **attributes)
+                return
             grids[output] = scale, zero
             if grids.get(given[0]) == (scale, zero):
                 self._steps.append(Step(_identity, {}, given[:1], output))
@@ -160,11 +163,24 @@ def _constants(graph: Any) -> dict[str, Tensor]:
 
 def _dequantised(value: Tensor, scale: Tensor, zero: Value = None, axis: int = 1) -> Tensor:
     """Return weights as floats: scale (q - zero), by channel where the scale has several."""
+    shape = _broad(value, scale, axis)
+    levels = value.float() - (0 if zero is None else zero.float().reshape(shape))
+    return levels * scale.reshape(shape)
+
+
+def _levels(value: Tensor, scale: Tensor, zero: Tensor, axis: int = 1) -> Tensor:
+    """Return weights as levels, q = round(w / scale) + zero, saturated."""
+    shape = _broad(value, scale, axis)
+    levels = (value / scale.reshape(shape)).round() + zero.float().reshape(shape)
+    return levels.clamp(*ENDS[zero.dtype])
+
+
+def _broad(value: Tensor, scale: Tensor, axis: int) -> list[int]:
+    """Return the shape by which a scale, one or one a channel, spreads over a value."""
     shape = [1] * value.ndim
     if scale.numel() > 1:
         shape[axis] = -1
-    levels = value.float() - (0 if zero is None else zero.float().reshape(shape))
-    return levels * scale.reshape(shape)
+    return shape
 
 
 class _Quantise(torch.autograd.Function):
