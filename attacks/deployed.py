@@ -256,6 +256,9 @@ def _named(
     held: Sequence[Bundle], backends: Sequence[str], device: str
 ) -> list[tuple[str, Bundle, str]]:
     """Return a name for each bundle on each backend; of a single engine, `engine`."""
+    doubled, count = Counter(str(b.path.resolve()) for b in held).most_common(1)[0]
+    if count > 1:
+        raise SettingError(f"--compare names {doubled} twice; name every bundle once.")
     each = [(b, name) for b in held for name in _backends(b, backends, device)]
     if len(each) == 1:
         return [("engine", *each[0])]
@@ -266,9 +269,8 @@ def _named(
     named = [
         (f"{short[b.path]} on {name}" if several else short[b.path], b, name) for b, name in each
     ]
-    doubled, count = Counter(name for name, *_ in named).most_common(1)[0]
-    if count > 1 or any(name == "twin" for name, *_ in named):
-        raise SettingError(f"--compare names {doubled} twice; name every bundle once.")
+    if any(name == "twin" for name, *_ in named):
+        raise SettingError("a bundle called twin cannot be told from the twin: rename its folder.")
     return named
 
 

@@ -54,12 +54,11 @@ def test_the_likeness_of_jpeg_is_like_it_and_has_a_gradient(quality: int, seen: 
 
 
 @NEEDS_FFMPEG
-def test_the_likeness_of_h264_is_like_it_where_little_moves(seen: Clips) -> None:
-    still = np.repeat(seen[:, :1], 8, axis=1)
-    which, spec = Channel("h264", 30), ClipSpec()
-    real, clip = to_tensor(which.real(still, spec)), to_tensor(still)
+def test_the_likeness_of_h264_is_like_it_at_a_camera_s_size(seen: Clips) -> None:
+    which, spec = Channel("h264", 23, (160, 120)), ClipSpec()
+    real, clip = to_tensor(which.real(seen, spec)), to_tensor(seen)
     (made,) = which.likenesses(clip, spec)
-    assert float((real - made).abs().mean()) < float((real - clip).abs().mean())
+    assert float((real - made).abs().mean()) < 0.8 * float((real - clip).abs().mean())
 
 
 def test_a_camera_s_picture_keeps_the_clip_s_shape() -> None:
