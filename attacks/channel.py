@@ -153,7 +153,7 @@ class Channel:
                 coded = like_h264(sized, quality, spec.frames)
             if size != (spec.height, spec.width):
                 coded = functional.interpolate(coded, (spec.height, spec.width), mode="area")
-            arrived = coded.clamp(0, 1).unflatten(0, (len(clip), -1)).transpose(1, 2)
+            arrived = coded.clamp(0, 1).view(len(clip), -1, *coded.shape[1:]).transpose(1, 2)
             found.append(arrived)
         return found
 
@@ -222,7 +222,7 @@ def like_h264(frames: Tensor, crf: int, count: int) -> Tensor:
 
     def code(plane: Tensor, _: int) -> Tensor:
         arrived: list[Tensor] = []
-        for frame in plane.unflatten(0, (-1, count)).unbind(dim=1):
+        for frame in plane.reshape(-1, count, *plane.shape[1:]).unbind(dim=1):
             before = arrived[-1] if arrived else torch.full_like(frame, 128)
             offset = INTER if arrived else INTRA
             arrived.append(before + _coded(frame - before, step, offset))
@@ -254,15 +254,16 @@ def _coded(plane: Tensor, steps: Tensor, offset: float = 0.5) -> Tensor:
     high, wide = plane.shape[1:]
     edge = (0, -wide % 8, 0, -high % 8)
     padded = functional.pad(plane[:, None], edge, mode="replicate")[:, 0]
-    blocks = padded.unflatten(1, (-1, 8)).unflatten(3, (-1, 8)).transpose(2, 3)
+    rows, columns = padded.shape[1] // 8, padded.shape[2] // 8
+    blocks = padded.reshape(-1, rows, 8, columns, 8).transpose(2, 3)
     waves = _cosines().to(plane)
     terms = waves @ blocks @ waves.T / steps
     size = terms.detach().abs()
     whole = (size + offset).floor() * terms.detach().sign()
     slope = (terms - whole) ** 3
     rounded = whole + slope - slope.detach()
-    back = waves.T @ (rounded * steps) @ waves
-    return back.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :high, :wide]
+    back: Tensor = waves.T @ (rounded * steps) @ waves
+    return back.transpose(2, 3).reshape(-1, 8 * rows, 8 * columns)[:, :high, :wide]
 
 
 def _scaled(table: Sequence[int], scale: float, like: Tensor) -> Tensor:
@@ -286,7 +287,8 @@ def _jpeg(frame: Any, quality: int) -> Any:
     ok, data = cv2.imencode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
     if not ok:
         raise VmoeError(f"OpenCV cannot code a JPEG of {frame.shape[1]}x{frame.shape[0]}.")
-    return cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1]
+    decoded: Any = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    return decoded[..., ::-1]
 
 
 def _h264(clips: Clips, crf: int, spacing_s: float) -> Clips:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -340,7 +340,8 @@ def fitting(experts: int, frames: int, rows: Sequence[Row]) -> list[Row]:
     return list(rows) if experts > 1 else [row.once() for row in rows]
 
 
-class _Some(NamedTuple):
+@dataclass(frozen=True)
+class _Some:
     """Clips of one batch that are attacked: uint8, labels, numbers; where to begin, if given."""
 
     clean: Clips
@@ -358,7 +359,7 @@ def _make(
     clip that is wrong as it is costs nothing. What it begins from is kept where nothing is worse.
     """
     method = load(row.attack)
-    clean, label, index, begin = some
+    clean, label, index, begin = some.clean, some.label, some.index, some.begin
     start = time.perf_counter()
     clip, target = to_tensor(clean, device), torch.as_tensor(label, device=device)
     number = torch.as_tensor(index)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -76,7 +77,9 @@ class Straight(nn.Module):
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         if node.op_type == "DequantizeLinear":
             if given[0] in constants:
-                constants[output] = _dequantised(*(constants[n] for n in given), **attributes)
+                q, scale, *zero = (constants[n] for n in given)
+                axis = int(attributes.get("axis", 1))
+                constants[output] = _dequantised(q, scale, *zero[:1], axis=axis)
             else:  # of a Q, which gives what its DQ would
                 self._steps.append(Step(_identity, {}, given[:1], output))
                 grids[output] = grids[given[0]]
@@ -84,7 +87,8 @@ class Straight(nn.Module):
         if node.op_type == "QuantizeLinear":
             scale, zero = given[1:]
             if given[0] in constants:  # weights whose pair is written out
-                constants[output] = _levels(*(constants[n] for n in given), **attributes)
+                weight, by, at = (constants[n] for n in given)
+                constants[output] = _levels(weight, by, at, int(attributes.get("axis", 1)))
                 return
             grids[output] = scale, zero
             if grids.get(given[0]) == (scale, zero):
@@ -161,14 +165,14 @@ def _constants(graph: Any) -> dict[str, Tensor]:
     return {i.name: torch.from_numpy(numpy_helper.to_array(i).copy()) for i in graph.initializer}
 
 
-def _dequantised(value: Tensor, scale: Tensor, zero: Value = None, axis: int = 1) -> Tensor:
+def _dequantised(value: Tensor, scale: Tensor, zero: Value = None, *, axis: int) -> Tensor:
     """Return weights as floats: scale (q - zero), by channel where the scale has several."""
     shape = _broad(value, scale, axis)
     levels = value.float() - (0 if zero is None else zero.float().reshape(shape))
     return levels * scale.reshape(shape)
 
 
-def _levels(value: Tensor, scale: Tensor, zero: Tensor, axis: int = 1) -> Tensor:
+def _levels(value: Tensor, scale: Tensor, zero: Tensor, axis: int) -> Tensor:
     """Return weights as levels, q = round(w / scale) + zero, saturated."""
     shape = _broad(value, scale, axis)
     levels = (value / scale.reshape(shape)).round() + zero.float().reshape(shape)
@@ -301,7 +305,7 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "Concat": lambda *parts, axis: torch.cat(parts, axis),
     "Conv": _convolve,
     "Div": lambda a, b: a / b,
-    "Expand": lambda x, shape: x.expand(torch.broadcast_shapes(x.shape, tuple(shape.tolist()))),
+    "Expand": lambda x, shape: x.expand(np.broadcast_shapes(x.shape, shape.tolist())),
     "Flatten": _flatten,
     "Gather": _gather,
     "Gemm": _gemm,

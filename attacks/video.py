@@ -169,7 +169,7 @@ def perturb(
     began = time.perf_counter()
     spec = model.spec
     windows, times = cut(len(frames), fps, spec, name)
-    fit = Fitting(*frames.shape[1:3], spec)
+    fit = Fitting(frames.shape[1], frames.shape[2], spec)
     before = _answers(judge, fit(frames), windows, settings.batch)
     label = torch.from_numpy(before.logits.argmax(axis=1))
     goal = Goal(label, target)
