@@ -45,7 +45,7 @@ def require() -> None:
 
 
 def write(report: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw a report's pictures as PNG and SVG, each written whole; return the paths of the PNGs.
+    """Draw a report's pictures as PNG and SVG, each written whole; return the paths.
 
     Raises:
         OutputError: the disk is full, or the folder cannot be written.
@@ -61,7 +61,7 @@ def write(report: Mapping[str, Any], folder: Path) -> list[Path]:
                 no_date = {"Date": None} if kind == "svg" else {}
                 with output.whole_file(folder / f"{name}.{kind}") as temporary:
                     figure.savefig(temporary, format=kind, dpi=160, metadata=no_date)
-    return [folder / f"{name}.png" for name in made]
+    return [folder / f"{name}.{kind}" for name in made for kind in KINDS]
 
 
 def draw_engines(report: Mapping[str, Any]) -> Figure:

@@ -261,7 +261,8 @@ def _check(
 
 
 def _write(asked: Asked, report: dict[str, Any], header: str, folder: Path) -> None:
-    pictures = [path.name for path in plot.write(report, folder)] if asked.curve else []
+    drawn = plot.write(report, folder) if asked.curve else []
+    pictures = [path.name for path in drawn if path.suffix == ".png"]
     text = tables.markdown(report, header, pictures)
     record.write(report, text, folder, asked.md)
     parts.remove(folder)
