@@ -81,13 +81,19 @@ def _gap(first: Bools | None, second: Bools | None) -> dict[str, float] | None:
 
 
 def says(row: Mapping[str, Any]) -> str:
-    """Return what a row comes to: weaker, no weaker, or only looking stronger."""
+    """Return what a row comes to: weaker, no weaker, or only looking stronger.
+
+    Where no clip of n differs, fewer than 3 / n do, with 95 % confidence (the rule of three).
+    """
     against = row["against"] or "the twin"
     held = row["apart"] if row["against"] else row["gap"]
     if held is None:
         return "nothing to compare with"
     interval = f"{held['points']:+.1f} points ({held['low']:+.1f} to {held['high']:+.1f})"
-    if held["low"] > 0:
+    if not any(held.values()):  # of no clip that differs, a bootstrap's interval has no width
+        n = row["clean"]["n"]
+        said = f"no different from {against} on any of {n} clips: by less than {300 / n:.1f} points"
+    elif held["low"] > 0:
         said = f"weaker than {against}: {interval}"
     elif held["high"] < 0:
         said = f"stronger than {against}: {interval}"

@@ -191,6 +191,9 @@ def test_an_engine_that_hides_gradients_looks_stronger_by_transfer_alone() -> No
     said = deployment.says({**row, "against": "fp32", "apart": stronger})
     assert said == "stronger than fp32: -5.0 points (-8.0 to -2.0)"
     assert deployment.says({**row, "gap": None}) == "nothing to compare with"
+    none = {"points": 0.0, "low": 0.0, "high": 0.0}
+    said = deployment.says({**row, "gap": none, "gap_transfer": none, "clean": {"n": 60}})
+    assert said == "no different from the twin on any of 60 clips: by less than 5.0 points"
 
 
 def test_a_gap_is_paired() -> None:
