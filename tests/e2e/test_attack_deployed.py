@@ -99,7 +99,7 @@ def test_bundles_side_by_side_in_every_mode_then_replayed(tiny_bundle: Path) -> 
 def test_a_bundle_that_loses_more_than_its_gate_allows_ends_with_3(tiny_bundle: Path) -> None:
     other = other_export(tiny_bundle, Path("swapped"))
     swap_experts(other)
-    flags = ["--n", "10", "--attack", "fgsm", "--eps", "1", "--route-grad", "frozen"]
+    flags = ["--n", "20", "--attack", "fgsm", "--eps", "1", "--route-grad", "frozen"]
     flags += ["--mode", "transfer", "--no-sanity", "--gate-robust", "0"]
     result = run(other, *flags, code=3)
     assert "refused: adversarial clips broken on engine alone are " in result.stderr
@@ -128,7 +128,7 @@ def test_what_cannot_be_compared(tiny_bundle: Path) -> None:
     assert "--mode has no effect: a checkpoint has no engine" in refused(twin, "--mode", "query")
     assert "--compare goes with a bundle" in refused(twin, "--compare", tiny_bundle, *QUICK)
     assert "'adaptiv'" in refused(tiny_bundle, "--mode", "adaptiv")
-    said = refused(tiny_bundle, *QUICK, "--mode", "adaptive", "--attack", "noise")
+    said = refused(tiny_bundle, "--n", "2", "--mode", "adaptive", "--attack", "noise")
     assert "--mode adaptive follows gradients, and noise has none" in said
 
 
