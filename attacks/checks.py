@@ -270,9 +270,9 @@ def clean(case: Case) -> Seen:
         for outcome in case.found.outcomes:
             if outcome.row.part != "model":
                 continue
-            for model, seen in outcome.seen.items():
-                wrong = case.found.clean[model].said != case.found.label
-                odd += int((wrong & ~seen.success).sum())
+            model = outcome.row.against or next(iter(case.found.clean))
+            wrong = case.found.clean[model].said != case.found.label
+            odd += int((wrong & ~outcome.seen[model].success).sum())
         line += f"; {odd} clips count as robust that are wrong when clean"
     counts = {"clean": float(case.n), "of": float(n), "wrong yet robust": float(odd)}
     ok = True if case.n > chance else False if n >= ENOUGH else None

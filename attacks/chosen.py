@@ -123,7 +123,10 @@ def rows_of(saved: AdversarialClips) -> list[tuple[Row, Clips]]:
     for attacked in saved.attacked:
         method = load_method(attacked.attack)
         how = [from_mapping(method.Settings, each, "saved clips") for each in attacked.settings]
-        row = Row(attacked.attack, method.PART, attacked.eps, tuple(how))
+        row = Row(
+            attacked.attack, method.PART, attacked.eps, tuple(how), attacked.mode,
+            origin=attacked.against,
+        )  # fmt: skip
         rows.append((row, attacked.clips))
     return rows
 
@@ -138,7 +141,7 @@ def save(path: Path, opened: Target, chosen: Chosen, found: Evaluation, seed: in
     attacked = tuple(
         Attacked(
             outcome.row.attack, outcome.row.eps, [to_mapping(s) for s in outcome.row.settings],
-            outcome.clips, outcome.row.norm,
+            outcome.clips, outcome.row.norm, outcome.row.mode, outcome.row.against,
         )
         for outcome in found.outcomes
     )  # fmt: skip

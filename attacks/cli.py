@@ -3,84 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
-from vmoe import adversarial, cli, latest, output
-from vmoe.adversarial import AdversarialClips
-from vmoe.attacks import chosen as clips_of
+from vmoe import cli
 from vmoe.attacks import flags as given_by
-from vmoe.attacks import parts, plot, presets, ranks, record, sanity, tables
-from vmoe.attacks.chosen import Chosen
-from vmoe.attacks.deployed import Target, open_target
-from vmoe.attacks.evaluate import Evaluation, Row, fitting, job, replay
-from vmoe.attacks.figures import everything, telling
+from vmoe.attacks import presets, ranks, run
+from vmoe.attacks.asked import Asked, as_before, compared
 from vmoe.attacks.flags import RunSettings
-from vmoe.attacks.ranks import Ranks
-from vmoe.attacks.session import Session
-from vmoe.errors import SettingError
-from vmoe.report import plain
-
-log = cli.log
-RUNS = Path("runs/attack")
-FILES = ("report.json", "report.md", "report.csv", *(f"{plot.NAME}.{k}" for k in plot.KINDS))
-SANITY_CLIPS = 32  # that are right: enough for the rule by which its checks fail
-KEPT = ("twin", "save_adv", "md", "preset", "curve", "sanity", "seed", "device")  # for --resume
-PATHS = ("twin", "save_adv", "md")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A command line of vmoe-attack; `flags` are those of settings, None where not given."""
-
-    target: Path | None
-    twin: Path | None
-    save_adv: Path | None
-    load_adv: Path | None
-    out: Path | None
-    md: Path | None
-    preset: str | None
-    curve: bool
-    sanity: bool
-    resume: bool
-    overwrite: bool
-    dry_run: bool
-    seed: int
-    device: str
-    config: Path | None
-    as_json: bool
-    flags: dict[str, Any]
-
-    def refuse_contradictions(self) -> None:
-        """Refuse options that exclude each other, before any work."""
-        if self.save_adv is not None and self.load_adv is not None:
-            raise SettingError(
-                "--save-adv and --load-adv exclude each other: make clips, or replay."
-            )
-        if self.resume and self.overwrite:
-            raise SettingError("--resume and --overwrite exclude each other: go on, or begin anew.")
-        if self.load_adv is not None:
-            given = {name for name, value in self.flags.items() if value is not None} - {"batch"}
-            also = {name for name in ("preset", "curve", "resume") if getattr(self, name)}
-            given_by.refuse(given | also, f"--load-adv {self.load_adv} replays clips as they are")
 
 
 @cli.command(
     "vmoe-attack",
     "vmoe-attack runs/train/mine/best.safetensors --attack pgd,apgd-ce,j-tlga --curve",
-    "vmoe-attack runs/export/mine --attack tlga-r --gamma1 2 --save-adv clips",
-    "vmoe-attack runs/export/mine --load-adv clips --md robust.md",
+    "vmoe-attack runs/export/fp32 --compare runs/export/int8 --n 100 --save-adv clips",
+    "vmoe-attack runs/export/mine --video in.mp4 --save-adv out.mkv",
 )
-@click.argument("target", type=click.Path(path_type=Path), required=False)
+@click.argument("target", type=click.Path(path_type=Path), nargs=-1)
 @cli.options(RunSettings)
 @given_by.every_method_option
 @click.option("--preset", type=cli.NameType(presets.PRESETS), help="Named values, under flags.")
 @click.option("--twin", type=click.Path(path_type=Path), help="Checkpoint to make the clips on.")
+@click.option(
+    "--compare", multiple=True, type=click.Path(path_type=Path),
+    help="Another bundle of the same twin, attacked beside TARGET; give several, or --compare A B.",
+)  # fmt: skip
 @click.option("--save-adv", type=click.Path(path_type=Path), help="Folder for the clips made.")
 @click.option("--load-adv", type=click.Path(path_type=Path), help="Replay the clips of a folder.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder. [default: runs/attack/NAME]")
@@ -89,6 +38,23 @@ class Asked:
 @click.option(
     "--sanity/--no-sanity", default=True, help="Check the attacks themselves. [default: on]"
 )
+@click.option(
+    "--gate-robust", type=click.FloatRange(0, 100),
+    help="Exit 3 where more clips, in per cent, are broken on an engine, on the twin by nothing.",
+)  # fmt: skip
+@click.option(
+    "--codec", metavar="NAME:QUALITY",
+    help="What clips go through before any model: h264:CRF (0-51), mjpeg:QUALITY (1-100), none.",
+)  # fmt: skip
+@click.option("--camera-size", metavar="WxH", help="Clips are coded at this camera's size.")
+@click.option(
+    "--eot", type=click.IntRange(1, 9), help="Of --codec: qualities that a gradient is the mean of."
+)
+@click.option(
+    "--video", type=click.Path(path_type=Path),
+    help="Perturb a whole video, every window that vmoe-run would cut; --save-adv OUT.mkv.",
+)  # fmt: skip
+@click.option("--to-label", help="Of --video: the label that its windows are to get.")
 @click.option("--resume", is_flag=True, help="Go on where --out was interrupted.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier report.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done; attack nothing.")
@@ -97,258 +63,17 @@ class Asked:
 @cli.config_option
 @cli.json_option
 def main(**given: Any) -> None:
-    """Attack TARGET: a checkpoint, or a bundle (its twin is attacked, its engine replays).
+    """Attack TARGET: a checkpoint, or a bundle, through its twin and through its engine.
 
     Without TARGET: the newest of runs/, else the model that ships. A run that was interrupted goes
     on with --resume and its --out. Several processes share one, float32 results bit for bit:
     torchrun --nproc-per-node 4 --no-python -- vmoe-attack ... (the -- keeps --n from torchrun).
     """
+    given["target"], given["compare"] = compared(given["target"], given["compare"])
     own = [field.name for field in dataclasses.fields(Asked) if field.name != "flags"]
     asked = Asked(**{name: given.pop(name) for name in own}, flags=given)
     asked.refuse_contradictions()
-    _attack(_as_before(asked) if asked.resume else asked, ranks.here())
-
-
-def _as_before(asked: Asked) -> Asked:
-    """Return the command line of a run that goes on; what is given now stands over it.
-
-    Where it contradicts the run, `parts.go_on` refuses and says which.
-    """
-    if asked.out is None:
-        raise SettingError("--resume goes on with the run in a folder; name it with --out.")
-    held = parts.command_of(asked.out)
-    before = {k: tuple(v) if isinstance(v, list) else v for k, v in held["flags"].items()}
-    given = {name: value for name, value in asked.flags.items() if value is not None}
-    source = click.get_current_context().get_parameter_source
-    left_out = [name for name in KEPT if source(name) is ParameterSource.DEFAULT]
-    values: dict[str, Any] = {
-        n: Path(v) if n in PATHS and v else v for n, v in held.items() if n in left_out
-    }
-    target = asked.target or Path(held["target"])
-    return dataclasses.replace(
-        asked, target=target, flags={**asked.flags, **before, **given}, **values
-    )
-
-
-@dataclass(frozen=True)
-class What:
-    """What is done to a target that is open.
-
-    Attributes:
-        settings: of the run.
-        rows: the attacks.
-        saved: clips that are replayed; None where they are made.
-        early: what is to be said of early stop; empty for nothing.
-    """
-
-    settings: RunSettings
-    rows: list[Row]
-    saved: AdversarialClips | None
-    early: str
-
-
-def _attack(asked: Asked, here: Ranks) -> None:
-    """Do what is asked, as one process of perhaps several."""
-    say: Callable[[str], Any] = log.info if asked.as_json else click.echo
-    if not here.first:
-        log.setLevel("WARNING")
-        say = log.debug
-    if asked.curve:
-        plot.require()
-    settings, rows = _plan(asked)
-    path, which = latest.target(asked.target)
-    folder = _place(asked, path) if here.first else None
-    say(which)
-    device = here.device(asked.device)
-    with open_target(path, asked.twin, device, replay=asked.load_adv is not None) as opened:
-        what = _what(asked, opened, settings, rows)
-        header = record.header(opened, what.settings, what.rows, what.saved, what.early)
-        say(header)
-        if asked.dry_run:
-            return
-        chosen = _chosen(opened, what)
-        found = _found(asked, here, folder, opened, what, chosen, path)
-        if found is None or folder is None:  # not rank 0
-            return
-        checked = _check(asked, opened, what, chosen, found)
-        if asked.save_adv is not None:
-            clips_of.save(asked.save_adv, opened, chosen, found, asked.seed)
-    figures = everything(found, chosen.index.tolist())
-    report = record.report(
-        opened, chosen, what.rows, asked.seed, figures, checked, what.early, asked.preset
-    )
-    _write(asked, report, f"{which}\n{header}", folder)
-    if asked.as_json:
-        cli.print_json(report)
-    else:
-        _show(report)
-    _say_next(say, path, opened, folder, asked)
-
-
-def _plan(asked: Asked) -> tuple[RunSettings, list[Row]]:
-    """Read the flags of settings; a replay has its rows from the clips."""
-    if asked.load_adv is not None:
-        return cli.resolve(RunSettings, asked.flags, asked.config), []
-    return given_by.read(
-        asked.flags, asked.seed, asked.config, asked.preset, curve=asked.curve
-    )  # fmt: skip
-
-
-def _place(asked: Asked, path: Path) -> Path:
-    """Refuse, before any work is done, outputs that exist or cannot be written.
-
-    Returns:
-        The folder of the report.
-    """
-    if asked.save_adv is not None:
-        adversarial.refuse_existing(asked.save_adv)
-        output.probe(asked.save_adv)
-    name = path.parent.name if path.name == "best.safetensors" else path.stem
-    folder = asked.out or _free(RUNS / name)
-    if folder.is_file():
-        raise SettingError(f"{folder} is a file; --out is a folder.")
-    own = [folder / file for file in FILES]
-    if asked.resume and asked.md and parts.command_of(folder).get("md") == str(asked.md):
-        own.append(asked.md)  # the last run may have written it, and no report.json after it
-    for file in [*own, *([asked.md] if asked.md else [])]:
-        wanted = asked.overwrite or (asked.resume and file in own)
-        if file.exists() and not wanted:
-            raise SettingError(f"{file} exists. Choose another --out or --md, or say --overwrite.")
-        if file.is_dir():
-            raise SettingError(f"{file} is a folder; choose another --out or --md.")
-    if parts.begun(folder) and not asked.overwrite and not asked.resume:
-        raise SettingError(
-            f"{folder} holds a run that was not finished: go on with --resume, or begin anew with "
-            "--overwrite."
-        )
-    for place in (folder, *([asked.md] if asked.md else [])):
-        output.probe(place)
-    return folder
-
-
-def _free(folder: Path) -> Path:
-    """Return the folder, or the first of NAME-2, NAME-3 ... that does not exist."""
-    at, number = folder, 2
-    while at.exists():
-        at, number = folder.with_name(f"{folder.name}-{number}"), number + 1
-    return at
-
-
-def _what(asked: Asked, opened: Target, settings: RunSettings, rows: list[Row]) -> What:
-    """Settle what depends on the target: groups, fold, saved clips, early stop."""
-    if settings.group is None:
-        settings = dataclasses.replace(settings, group=opened.group)
-    if settings.fold is None:
-        settings = dataclasses.replace(settings, fold=opened.fold)
-    if asked.load_adv is not None:
-        saved = clips_of.load(asked.load_adv, opened)
-        return What(settings, [row for row, _ in clips_of.rows_of(saved)], saved, "")
-    assert opened.twin is not None  # open_target refuses a bundle without one
-    twin = opened.twin.twin
-    if twin.router is None and asked.flags.get("attack") is None:
-        settings, rows = given_by.usual(settings, rows)
-    rows = fitting(twin, rows)
-    given_by.refuse_budgets(rows, opened.spec)
-    early = ""
-    if asked.flags.get("early_stop") is None and (opened.engine is not None or asked.save_adv):
-        rows = given_by.stopping(rows, early=False)
-        who = "an engine judges, too" if opened.engine is not None else "the clips are saved"
-        early = (
-            f"early stop: off, as {who}: a first success lies on the twin's boundary, and "
-            "transfers worse (--early-stop turns it on)"
-        )
-    return What(settings, rows, None, early)
-
-
-def _chosen(opened: Target, what: What) -> Chosen:
-    if what.saved is not None:
-        return clips_of.as_chosen(what.saved)
-    return clips_of.choose(what.settings, opened.spec, opened.labels)
-
-
-def _found(
-    asked: Asked, here: Ranks, folder: Path | None, opened: Target, what: What, chosen: Chosen,
-    path: Path,
-) -> Evaluation | None:  # fmt: skip
-    """Attack and judge, or replay; return None on every rank but 0."""
-    judges, batch = opened.judges, what.settings.batch
-    if what.saved is not None:
-        if not here.first:
-            return None  # judging alone is not worth sharing
-        pairs = clips_of.rows_of(what.saved)
-        return replay(
-            chosen.clean, chosen.label, pairs, judges, index=chosen.index, batch=batch
-        )  # fmt: skip
-    assert opened.twin is not None  # open_target refuses a bundle without one
-    keep = asked.save_adv is not None
-    work = job(
-        opened.twin.twin, chosen.clean, chosen.label, what.rows, judges, index=chosen.index,
-        batch=batch, device=opened.device, keep_clips=keep,
-    )  # fmt: skip
-    run = record.run_of(opened, what.settings, what.rows, chosen, keep)
-    session = Session(work, run, _command(asked, path), asked.resume)
-    if asked.overwrite and folder is not None:
-        for file in FILES:  # a report of another run must not stand beside parts of this one
-            (folder / file).unlink(missing_ok=True)
-    if here.world > 1:
-        return session.together(folder, here)
-    assert folder is not None  # rank 0 has one
-    return session.alone(folder)
-
-
-def _command(asked: Asked, path: Path) -> dict[str, Any]:
-    """Return what `_as_before` needs to do the same again."""
-    flags = {name: value for name, value in asked.flags.items() if value is not None}
-    kept = {name: getattr(asked, name) for name in KEPT}
-    command: dict[str, Any] = plain({"target": path, "flags": flags, **kept})
-    return command
-
-
-def _check(
-    asked: Asked, opened: Target, what: What, chosen: Chosen, found: Evaluation
-) -> dict[str, Any] | None:
-    """Check the attacks themselves, on some of the clips, where the budget tells most."""
-    if not asked.sanity or what.saved is not None or opened.twin is None:
-        return None
-    right = next(iter(found.clean.values())).said == found.label
-    some, eps = slice(0, int((right.cumsum() <= SANITY_CLIPS).sum())), telling(found)
-    made = sanity.check(
-        opened.twin.twin, chosen.clean[some], chosen.label[some], chosen.index[some], eps=eps,
-        norm=what.settings.norm, seed=asked.seed, batch=what.settings.batch, device=opened.device,
-        found=found, judges=opened.judges,
-    )  # fmt: skip
-    count = len(chosen.label[some])
-    checks = plain(made.checks)
-    return {"n": count, "eps": eps, "verdict": made.verdict(), "checks": checks}
-
-
-def _write(asked: Asked, report: dict[str, Any], header: str, folder: Path) -> None:
-    curve = plot.write(report, folder)[0].name if asked.curve else None
-    text = tables.markdown(report, header, curve)
-    record.write(report, text, folder, asked.md)
-    parts.remove(folder)
-
-
-def _show(report: dict[str, Any]) -> None:
-    click.echo("\n" + tables.attacks(report) + "\n")
-    click.echo(tables.agreement(report) or "no engine: TARGET is a checkpoint")
-    if report["sanity"]:
-        click.echo("\n" + tables.sanity(report))
-
-
-def _say_next(
-    say: Callable[[str], Any], path: Path, opened: Target, folder: Path, asked: Asked
-) -> None:
-    say(f"report: {folder / 'report.md'}   {folder / 'report.json'}")
-    if asked.curve:
-        say(f"curve: {folder / f'{plot.NAME}.png'}")
-    if asked.save_adv is not None:
-        say(f"clips: {asked.save_adv}")
-        say(f"next: vmoe-attack {path} --load-adv {asked.save_adv}")
-    elif opened.engine is None:
-        say(f"next: vmoe-export {path}")
-    else:
-        say(f"next: vmoe-run {path} --camera 0")
+    run.attack(as_before(asked) if asked.resume else asked, ranks.here())
 
 
 if __name__ == "__main__":

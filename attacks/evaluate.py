@@ -4,19 +4,19 @@
     rows = plan(["pgd", "j-tlga"], [8 / 255])
     found = evaluate(twin, clips, label, rows, {"twin": of_twin(twin)})
 
-Clips are made on the twin, rounded to the grid of a deployed clip (`grid`), and only then judged,
-by every model given: what a figure of this file says holds for a clip that can be deployed. An
-attack on the whole model is run once for each route_grad, and counts with the worst per sample.
-A clip that is wrong without a perturbation counts as broken by every attack: the clean clip lies
-in the ball, too.
+Clips are made on the twin, or on an engine in its place (modes.py), rounded to the grid of a
+deployed clip (`grid`), and only then judged, by every model given: what a figure of this file says
+holds for a clip that can be deployed. An attack on the whole model is run once for each route_grad,
+and counts with the worst per sample. A clip that is wrong without a perturbation counts as broken
+by every attack: the clean clip lies in the ball, too.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,11 +30,11 @@ from vmoe.attacks.judge import (
     Verdict,
     l_lip_of,
     look,
-    of_twin,
     rule,
 )
 from vmoe.attacks.loop import improves
 from vmoe.attacks.methods import load, settings_of
+from vmoe.attacks.modes import TRANSFER, Deployed
 from vmoe.attacks.outcomes import (
     CLEAN,
     Arrays,
@@ -58,6 +58,8 @@ from vmoe.runtime.engine import Prediction
 __all__ = [
     "Evaluation", "Job", "Outcome", "Row", "evaluate", "fitting", "plan", "replay",
 ]  # fmt: skip
+
+NONE: Mapping[str, Deployed] = MappingProxyType({})
 
 
 def plan(
@@ -168,7 +170,7 @@ class Job:
         """Attack one batch under one row, and judge it by every model."""
         made, clean, label = self.make(row, at), self.clips[at], self.label[at]
         seen = {}
-        for name, judge in judges.items():
+        for name, judge in ((n, j) for n, j in judges.items() if row.judged_by(n)):
             before = answers[name]
             verdict, after = rule(row.part, row.expert, judge, made.clips, label, before.route)
             kept = judge(made.clips, before.route.tolist()).logits.argmax(axis=1)
@@ -198,12 +200,13 @@ class Job:
 
 
 def job(
-    twin: VideoMoE,
+    twin: VideoMoE | None,
     clips: Clips,
     label: Ints,
     rows: Sequence[Row],
     judges: Mapping[str, Judge],
     *,
+    engines: Mapping[str, Deployed] = NONE,
     index: Ints | None = None,
     batch: int = 16,
     device: torch.device | str = "cpu",
@@ -214,35 +217,52 @@ def job(
     Raises:
         SettingError: an attack on a router or an expert that the twin does not have.
     """
-    rows = fitting(twin, rows)
+    any_of = next(model for model in (twin, *engines.values()) if model is not None)
+    rows = fitting(len(any_of.experts), any_of.spec.frames, rows)
     numbers = np.arange(len(clips)) if index is None else index
+    newest: dict[tuple[Any, ...], Made] = {}  # adaptive rows begin from it
+
+    def transferred(row: Row, at: slice) -> Made:
+        key = row.attack, row.eps, at.start
+        if key not in newest:
+            assert twin is not None  # no other row asks for it
+            some = _Some(clips[at], label[at], numbers[at])
+            newest.clear()
+            newest[key] = _make(twin, judges["twin"], row, some, device)
+        return newest[key]
 
     def make(row: Row, at: slice) -> Made:
-        return _make(twin, row, clips[at], label[at], numbers[at], device)
+        if row.mode == TRANSFER:
+            return transferred(row, at)
+        begin = transferred(row.begun, at).clips if row.begun is not None else None
+        some = _Some(clips[at], label[at], numbers[at], begin)
+        return _make(engines[row.against], judges[row.against], row, some, device)
 
     return Job(clips, label, numbers, rows, judges, make, batch, keep_clips)
 
 
 def evaluate(
-    twin: VideoMoE,
+    twin: VideoMoE | None,
     clips: Clips,
     label: Ints,
     rows: Sequence[Row],
     judges: Mapping[str, Judge],
     *,
+    engines: Mapping[str, Deployed] = NONE,
     index: Ints | None = None,
     batch: int = 16,
     device: torch.device | str = "cpu",
     keep_clips: bool = False,
 ) -> Evaluation:
-    """Attack the twin, round, and judge.
+    """Attack the twin, or engines, round, and judge.
 
     Args:
-        twin: what the gradients are of, on `device`.
+        twin: what the gradients are of, on `device`; None where only queries are made.
         clips: clean, uint8 [N, T, H, W, 3].
         label: [N].
         rows: the attacks, as of `plan`.
         judges: the models that judge, by name; of the twin itself `of_twin`.
+        engines: by their names among the judges, what rows `against` them attack.
         index: number of each clip in its data set, [N]; starts are drawn from it.
         batch: clips attacked at once.
         device: where the twin is.
@@ -253,7 +273,7 @@ def evaluate(
         VmoeError: a model answers NaN; names model and clip.
     """
     work = job(
-        twin, clips, label, rows, judges,
+        twin, clips, label, rows, judges, engines=engines,
         index=index, batch=batch, device=device, keep_clips=keep_clips,
     )  # fmt: skip
     return _whole(work)
@@ -298,38 +318,48 @@ def _whole(work: Job) -> Evaluation:
     return work.gather(parts)
 
 
-def fitting(twin: VideoMoE, rows: Sequence[Row]) -> list[Row]:
-    """Return rows as they attack this twin: a dense one, by one route_grad, as all are the same.
+def fitting(experts: int, frames: int, rows: Sequence[Row]) -> list[Row]:
+    """Return rows as they attack a model: a dense one, by one route_grad, as all are the same.
 
     Raises:
-        SettingError: a row attacks a router, an expert or frames that the twin does not have.
+        SettingError: a row attacks a router, an expert or frames that the model does not have.
     """
-    last, frames = len(twin.experts) - 1, twin.spec.frames
     for row in rows:
-        if row.part == "router" and twin.router is None:
+        if row.part == "router" and experts == 1:
             raise SettingError(
                 f"{row.attack} attacks a router, and this model is dense (1 expert): leave it out."
             )
-        if row.expert is not None and row.expert > last:
+        if row.expert is not None and row.expert >= experts:
             flag = "--expert" if row.part == "expert" else "--to-expert"
-            raise SettingError(f"{flag} is {row.expert}; this model has experts 0 to {last}.")
+            raise SettingError(
+                f"{flag} is {row.expert}; this model has experts 0 to {experts - 1}."
+            )
         touched = getattr(row.settings[0], "touched_frames", 0)
         if touched > frames:
             raise SettingError(f"--touched-frames is {touched}; a clip of this model has {frames}.")
-    if twin.router is not None:
-        return list(rows)
-    return [dataclasses.replace(row, settings=row.settings[:1]) for row in rows]
+    return list(rows) if experts > 1 else [row.once() for row in rows]
+
+
+@dataclass(frozen=True)
+class _Some:
+    """Clips of one batch that are attacked: uint8, labels, numbers; where to begin, if given."""
+
+    clean: Clips
+    label: Ints
+    index: Ints
+    begin: Clips | None = None
 
 
 def _make(
-    twin: VideoMoE, row: Row, clean: Clips, label: Ints, index: Ints, device: torch.device | str
+    model: VideoMoE, own: Judge, row: Row, some: _Some, device: torch.device | str
 ) -> Made:  # fmt: skip
     """Attack one batch with every route_grad; per sample, the worst after rounding.
 
     With early stop, the next route_grad sees only the clips that still stand after rounding; a
-    clip that is wrong as it is costs nothing.
+    clip that is wrong as it is costs nothing. What it begins from is kept where nothing is worse.
     """
-    method, own = load(row.attack), of_twin(twin, device)
+    method = load(row.attack)
+    clean, label, index, begin = some.clean, some.label, some.index, some.begin
     start = time.perf_counter()
     clip, target = to_tensor(clean, device), torch.as_tensor(label, device=device)
     number = torch.as_tensor(index)
@@ -341,12 +371,19 @@ def _make(
     route = own(clean).route
     best, success = clean.copy(), judged(clean, every).success
     loss = np.full(len(clean), -np.inf)
+    if isinstance(model, Deployed):
+        model.begin = None
+    if begin is not None and isinstance(model, Deployed):
+        place, given = {int(i): k for k, i in enumerate(index)}, to_tensor(begin, device)
+        model.begin = lambda numbers: given[[place[int(i)] for i in numbers]]
+        verdict = judged(begin, every)
+        best, loss, success = begin.copy(), verdict.loss, success | verdict.success
     cost = np.zeros((3, len(clean)), np.int64)
     for settings in row.settings:
         at = np.flatnonzero(~success) if getattr(settings, "early_stop", False) else every
         if not len(at):
             break
-        found = method.attack(twin, clip[at], target[at], settings, number[at])
+        found = method.attack(model, clip[at], target[at], settings, number[at])
         rounded = grid.to_grid(found.adversarial, clean[at], row.eps, row.norm)
         verdict = judged(rounded, at)
         better = improves(verdict.success, verdict.loss, success[at], loss[at])

@@ -7,7 +7,7 @@ stands beside it everywhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from vmoe.attacks.evaluate import Evaluation, Outcome
 from vmoe.attacks.grid import radius
 from vmoe.attacks.judge import Bools, Floats, Ints
 from vmoe.report import plain, wilson
+
+DRAWS = 10_000  # of a bootstrap
 
 
 def share(hits: Bools, among: Bools | None = None) -> dict[str, Any]:
@@ -37,6 +39,14 @@ def broken(found: Evaluation, outcome: Outcome, model: str) -> Bools:
     return either
 
 
+def of_model(found: Evaluation, model: str) -> list[Outcome]:
+    """Return what counts for a model: clips of the twin, and those made against the model itself.
+
+    So its figures do not hang on which other engines are attacked beside it.
+    """
+    return [o for o in found.outcomes if model in o.seen and o.row.against in ("", model)]
+
+
 def figures(found: Evaluation, outcome: Outcome, model: str) -> dict[str, Any]:
     """Return the figures of one attack on one model.
 
@@ -52,6 +62,8 @@ def figures(found: Evaluation, outcome: Outcome, model: str) -> dict[str, Any]:
     return {
         "attack": outcome.row.attack,
         "part": outcome.row.part,
+        "mode": outcome.row.mode,
+        "made_on": outcome.row.made_on,
         "norm": outcome.row.norm,
         "eps": outcome.row.eps,
         "model": model,
@@ -73,8 +85,8 @@ def figures(found: Evaluation, outcome: Outcome, model: str) -> dict[str, Any]:
 
 
 def worst_of(found: Evaluation, eps: float, model: str) -> dict[str, Any]:
-    """Return the figures of all attacks at one budget together: broken by at least one."""
-    at = [outcome for outcome in found.outcomes if outcome.row.eps == eps]
+    """Return the figures of all that counts for a model at one budget: broken by at least one."""
+    at = [outcome for outcome in of_model(found, model) if outcome.row.eps == eps]
     any_broken = np.any([broken(found, outcome, model) for outcome in at], axis=0)
     clean = found.clean[model]
     any_flip = np.any([o.seen[model].seen.route != clean.route for o in at], axis=0)
@@ -103,18 +115,51 @@ def _cost(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     return {
         **{name: _mean(each) for name, each in passes.items()},
         **{f"{name}_total": int(each.sum()) for name, each in passes.items()},
+        "queries": _mean(np.sum([queries(o) for o in outcomes], axis=0)),
         "seconds": sum(outcome.seconds for outcome in outcomes),
     }
 
 
+class Gap(NamedTuple):
+    """By how much fewer clips withstand on one model than on another, in points, and its interval.
+
+    Above 0, the second is weaker.
+    """
+
+    points: float
+    low: float
+    high: float
+
+
+def gap(first: Bools, second: Bools, seed: int = 0) -> Gap:
+    """Return robust accuracy on a first model less that on a second, by the same clips.
+
+    Args:
+        first: which clips are broken on the first, [N].
+        second: on the second, [N].
+        seed: of the bootstrap.
+    """
+    n = len(first)
+    worse, better = int((second & ~first).sum()), int((first & ~second).sum())
+    shares = np.array([worse, better, n - worse - better]) / n
+    drawn = np.random.default_rng(seed).multinomial(n, shares, DRAWS)
+    low, high = np.percentile((drawn[:, 0] - drawn[:, 1]) / n, [2.5, 97.5])
+    return Gap(100 * (worse - better) / n, 100 * float(low), 100 * float(high))
+
+
+def queries(outcome: Outcome) -> Ints:
+    """Return how often the engine that clips are made against was asked about each, [N]."""
+    return outcome.forwards if outcome.row.against else outcome.forwards * 0
+
+
 def agreement(found: Evaluation, outcome: Outcome | None, a: str, b: str) -> dict[str, Any]:
-    """Return how far two models agree, clip by clip.
+    """Return how far twin and engine agree, clip by clip.
 
     Args:
         found: the evaluation.
         outcome: one of its attacks; None is the clean clips.
-        a: a model's name, such as "twin".
-        b: another's, such as "engine".
+        a: the twin's name.
+        b: an engine's.
 
     Returns:
         Shares of the same `route` and the same label (`said`); of an attack also which clips are
@@ -129,16 +174,19 @@ def agreement(found: Evaluation, outcome: Outcome | None, a: str, b: str) -> dic
         "said": share(seen_a.said == seen_b.said),
     }
     if outcome is None:
-        return {"attack": "clean", "norm": "linf", "eps": 0.0, **same}
+        return {"attack": "clean", "engine": b, "norm": "linf", "eps": 0.0, **same}
     broken_a, broken_b = broken(found, outcome, a), broken(found, outcome, b)
     return {
         "attack": outcome.row.attack,
+        "engine": b,
+        "mode": outcome.row.mode,
         "norm": outcome.row.norm,
         "eps": outcome.row.eps,
         **same,
+        "gap": gap(broken_a, broken_b)._asdict(),
         "both_broken": int((broken_a & broken_b).sum()),
-        f"only_{a}": int((broken_a & ~broken_b).sum()),
-        f"only_{b}": int((~broken_a & broken_b).sum()),
+        "only_twin": int((broken_a & ~broken_b).sum()),
+        "only_engine": int((~broken_a & broken_b).sum()),
         "neither": int((~broken_a & ~broken_b).sum()),
     }
 
@@ -153,7 +201,7 @@ def telling(found: Evaluation) -> float:
 
     Where nearly all or nearly no clips are broken, checks of the attacks have little to see.
     """
-    model = next(iter(found.clean))
+    model = next(name for name in found.clean if of_model(found, name))
 
     def off(eps: float) -> float:
         row = worst_of(found, eps, model)
@@ -165,14 +213,20 @@ def telling(found: Evaluation) -> float:
 def everything(found: Evaluation, index: Sequence[int]) -> dict[str, Any]:
     """Return all figures and the values of each clip, as JSON holds them."""
     models = list(found.clean)
-    pairs = [("twin", "engine")] if {"twin", "engine"} <= set(models) else []
+    engines = [model for model in models if model != "twin"] if "twin" in models else []
     report = {
-        "rows": [figures(found, o, model) for o in found.outcomes for model in models],
-        "worst_of": [worst_of(found, eps, model) for eps in budgets(found) for model in models],
+        "rows": [figures(found, o, model) for o in found.outcomes for model in o.seen],
+        "worst_of": [
+            worst_of(found, eps, model)
+            for eps in budgets(found)
+            for model in models
+            if any(o.row.eps == eps for o in of_model(found, model))
+        ],
         "agreement": [
-            agreement(found, outcome, *pair)
-            for pair in pairs
+            agreement(found, outcome, "twin", engine)
+            for engine in engines
             for outcome in (None, *found.outcomes)
+            if outcome is None or engine in outcome.seen
         ],
         "clips": {
             "index": index,
@@ -189,6 +243,8 @@ def _each(outcome: Outcome) -> dict[str, Any]:
     """Return the values of each clip under one attack."""
     return {
         "attack": outcome.row.attack,
+        "mode": outcome.row.mode,
+        "made_on": outcome.row.made_on,
         "eps": outcome.row.eps,
         **{
             model: {**attacked.seen._asdict(), "success": attacked.success, "kept": attacked.kept}

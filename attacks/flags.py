@@ -11,8 +11,10 @@ from typing import Any
 
 from vmoe import cli, registry
 from vmoe.attacks import ball, presets
+from vmoe.attacks.deployed import ALL, AUTO
 from vmoe.attacks.evaluate import Row, plan
 from vmoe.attacks.methods import METHODS, load
+from vmoe.attacks.modes import ADAPTIVE, MODES, QUERY, TRANSFER
 from vmoe.clips import ClipSpec
 from vmoe.errors import SettingError
 from vmoe.models import ROUTE_GRADS
@@ -20,6 +22,8 @@ from vmoe.settings import Settings, format_eps, opt
 
 EPS = {"linf": (8 / 255,), "l2": (2.0,)}
 LADDER = {"linf": tuple(e / 255 for e in (1, 2, 4, 8, 16)), "l2": (0.5, 1.0, 2.0, 4.0, 8.0)}
+ASKING = ("square", "nes")  # what asks an engine where no attack without gradients is named
+QUERIES = 500  # of each, where none are given: an engine is asked one by one
 OURS = {"eps", "norm", "seed", "grid"}  # of a method's settings, what the run decides for all
 
 
@@ -50,6 +54,20 @@ class RunSettings(Settings):
         choices=ROUTE_GRADS,
     )  # fmt: skip
     batch: int = opt(16, "clips attacked at once", at_least=1)
+    mode: tuple[str, ...] = opt(
+        (ALL,), "how a bundle is attacked, with commas: transfer (clips of the twin, replayed), "
+        "adaptive (engine in the loop, the twin's gradients), query (no gradients: of the attacks "
+        "named those that ask for none, else square and nes, of 500 --queries)",
+        choices=(*MODES, ALL),
+    )  # fmt: skip
+    backend: tuple[str, ...] = opt(
+        (AUTO,), "what runs the bundles, with commas; all is every one that runs them here"
+    )
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The modes asked for, in their order."""
+        return MODES if ALL in self.mode else tuple(m for m in MODES if m in self.mode)
 
 
 def fields_of(cls: type[Settings]) -> set[str]:
@@ -99,9 +117,23 @@ def _others(
     return found
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What a command line attacks with.
+
+    Attributes:
+        named: the attacks that were named.
+        asking: those without gradients, of mode query; empty where there is none.
+    """
+
+    named: list[Row]
+    asking: list[Row]
+
+
 def read(
-    flags: dict[str, Any], seed: int, config: Path | None, preset: str | None, *, curve: bool
-) -> tuple[RunSettings, list[Row]]:
+    flags: dict[str, Any], seed: int, config: Path | None, preset: str | None, *,
+    curve: bool, bundle: bool,
+) -> tuple[RunSettings, Rows]:  # fmt: skip
     """Return settings and rows of a command line; refuse flags that would have no effect.
 
     Args:
@@ -110,14 +142,22 @@ def read(
         config: the `--config` file, whose values stand in the flags, for errors.
         preset: values that stand under the flags.
         curve: whether a curve over a ladder of budgets is wanted.
+        bundle: whether a bundle is attacked, which has modes.
 
     Raises:
         SettingError: a value that cannot be used, or has no effect.
     """
     given = {name for name, value in flags.items() if value is not None}
+    if not bundle:
+        refuse(given & {"mode", "backend"}, "a checkpoint has no engine")
     settings = cli.resolve(RunSettings, flags, config)
-    methods = [load(name).Settings for name in settings.attack]
-    names = ", ".join(settings.attack)
+    attacks = tuple(dict.fromkeys(name.replace("_", "-") for name in settings.attack))
+    asking: tuple[str, ...] = ()
+    if bundle and QUERY in settings.modes:
+        asking = tuple(name for name in attacks if asks(name)) or ASKING
+    every = dict.fromkeys((*attacks, *asking))
+    methods = [load(name).Settings for name in every]
+    names = ", ".join(every)
     known = fields_of(RunSettings).union(*map(fields_of, methods))
     refuse(given - known, f"none of {names} takes it")
     if "route_grad" in given and not any("route_grad" in fields_of(cls) for cls in methods):
@@ -127,15 +167,59 @@ def read(
         refuse({"preset"}, f"none of {names} takes a value of {preset}")
     values = {k: v for k, v in held.items() if v is not None and k not in fields_of(RunSettings)}
     eps = settings.eps or (LADDER if curve else EPS)[settings.norm]
-    attacks = tuple(dict.fromkeys(name.replace("_", "-") for name in settings.attack))
     settings = dataclasses.replace(
         settings, attack=attacks, eps=tuple(dict.fromkeys(eps)),
         route_grad=tuple(dict.fromkeys(settings.route_grad)),
     )  # fmt: skip
-    rows = plan(
-        attacks, settings.eps, settings.route_grad, norm=settings.norm, seed=seed, **values
-    )  # fmt: skip
-    return settings, rows
+    values |= {"norm": settings.norm, "seed": seed}
+    return settings, Rows(
+        plan(attacks, settings.eps, settings.route_grad, **values),
+        plan(asking, settings.eps, **{"queries": QUERIES, **values}),
+    )
+
+
+def asks(attack: str) -> bool:
+    """Return whether an attack asks for no gradient, but for answers alone."""
+    cls = load(attack).Settings
+    return load(attack).PART == "model" and not fields_of(cls) & {"route_grad", "steps"}
+
+
+def in_modes(
+    rows: Rows, modes: Sequence[str], engines: Sequence[str], *, as_given: bool
+) -> list[Row]:
+    """Return the rows of every mode: an attack's transfer, then what begins from it.
+
+    Where engines judge a transfer, it does not stop at a first success, which lies on the twin's
+    boundary; what an engine says in the loop is what was asked.
+
+    Args:
+        rows: of the command line.
+        modes: what is wanted of them.
+        engines: names.
+        as_given: leave early stop as it is.
+
+    Raises:
+        SettingError: nothing is left to do.
+    """
+    made: list[Row] = []
+    for row in rows.named if {TRANSFER, ADAPTIVE} & set(modes) else ():
+        first = row if as_given else stopping([row], early=False)[0]
+        made += [first] if TRANSFER in modes else []
+        if ADAPTIVE in modes and not asks(row.attack):
+            made += [
+                dataclasses.replace(row, mode=ADAPTIVE, against=name, begun=first)
+                for name in engines
+            ]
+    if QUERY in modes:
+        made += [
+            dataclasses.replace(row, mode=QUERY, against=name)
+            for row in rows.asking
+            for name in engines
+        ]
+    if not made:
+        names = ", ".join(dict.fromkeys(row.attack for row in rows.named))
+        raise SettingError(f"--mode adaptive follows gradients, and {names} has none: add query.")
+    return made
 
 
 def refuse(strange: set[str], why: str) -> None:
@@ -162,10 +246,11 @@ def values_of(spec: ClipSpec) -> int:
     return t * h * w * c
 
 
-def usual(settings: RunSettings, rows: Sequence[Row]) -> tuple[RunSettings, list[Row]]:
+def usual(settings: RunSettings, rows: Rows) -> tuple[RunSettings, Rows]:
     """Return the attacks of a dense model where none were named: those on a router have none."""
-    left = [row for row in rows if row.part != "router"]
-    return dataclasses.replace(settings, attack=tuple({row.attack: 0 for row in left})), left
+    left = [row for row in rows.named if row.part != "router"]
+    names = tuple({row.attack: 0 for row in left})
+    return dataclasses.replace(settings, attack=names), Rows(left, rows.asking)
 
 
 def stopping(rows: Sequence[Row], *, early: bool) -> list[Row]:

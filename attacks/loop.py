@@ -153,9 +153,15 @@ class Search:
         standing: which clips are still attacked, bool [B].
     """
 
-    def __init__(self, clip: Tensor, settings: BallSettings, aim: Aim, indices: Tensor) -> None:
-        """Begin; a clip that succeeds as it is stands no more, by early stop."""
-        self.clip, self.settings, self.indices = clip, settings, indices
+    def __init__(
+        self, clip: Tensor, settings: BallSettings, aim: Aim, indices: Tensor,
+        given: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Begin; a clip that succeeds as it is stands no more, by early stop.
+
+        `given`, [B, C, T, H, W], is where the first start begins, within the ball.
+        """
+        self.clip, self.settings, self.indices, self._given = clip, settings, indices, given
         self._ends = ball.bounds(clip, settings.eps)
         self._levels = grid.bounds(clip, settings.eps) if settings.grid else None
         self.number = 0
@@ -178,9 +184,11 @@ class Search:
     def start(self, *, random: bool) -> Tensor:
         """Return where this start begins: a random point of the ball, or the clean clip.
 
-        Of clips that stand no more, the clean one.
+        Of clips that stand no more, the clean one. The first begins where it is given, if it is.
         """
         how, begun = self.settings, self.clip.clone()
+        if self._given is not None and self.number == 0:
+            return self.project(self._given)
         if random:
             rows = self._rows()
             numbers = self.indices[rows.cpu()]
@@ -361,7 +369,7 @@ def ascend(
     """Maximise objectives in the ball around each clip, from each start.
 
     Args:
-        twin: put in eval mode for the attack, and back.
+        twin: put in eval mode for the attack, and back; it may know where to `begin`.
         clip: x, [B, C, T, H, W], pixels in [0, 1].
         settings: at least BallSettings; restarts and random_start where it has them.
         prepare: called once with the clean clip (the twin being in eval mode), for one forward
@@ -384,7 +392,8 @@ def ascend(
     random = getattr(settings, "random_start", False)
     with as_found(twin):
         aim = prepare(clip)
-        search = Search(clip, settings, aim, order)
+        begin = getattr(twin, "begin", None)  # of modes.Deployed
+        search = Search(clip, settings, aim, order, begin and begin(order))
         number = 0
         for restart in range(getattr(settings, "restarts", 1)):
             for objective in aim.objectives:

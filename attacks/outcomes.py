@@ -7,13 +7,14 @@ A part is one batch under one row, as plain arrays; parts in memory (a dict) or 
 from __future__ import annotations
 
 from collections.abc import Iterable, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vmoe.attacks.judge import Ints, Seen, SeenAttacked
+from vmoe.attacks.modes import TRANSFER
 from vmoe.clips import Clips
 from vmoe.settings import Settings
 
@@ -25,19 +26,42 @@ BESIDE = SeenAttacked._fields[1:]  # what is seen of adversarial clips alone
 
 @dataclass(frozen=True)
 class Row:
-    """One attack at one budget.
+    """One attack at one budget, in one mode.
 
     Attributes:
         attack: its name.
         part: what it attacks: `model`, `router` or `expert`.
         eps: budget, on pixels in [0, 1].
         settings: one for each route_grad that is tried; of one that has none, one.
+        mode: how it gets values and gradients (modes.py).
+        against: the engine that it is made against, and that judges it beside the twin; empty
+            where every model judges.
+        begun: the transfer from whose clips it begins; None where the attack itself says.
+        origin: of saved clips, the engine that they were made against; empty for the twin.
     """
 
     attack: str
     part: str
     eps: float
     settings: tuple[Settings, ...]
+    mode: str = TRANSFER
+    against: str = ""
+    begun: Row | None = None
+    origin: str = ""
+
+    def once(self) -> Row:
+        """Return the row of a dense model: by one route_grad, as all are the same."""
+        begun = None if self.begun is None else self.begun.once()
+        return replace(self, settings=self.settings[:1], begun=begun)
+
+    @property
+    def made_on(self) -> str:
+        """The model that its clips are made on: the twin, or an engine's name."""
+        return self.against or self.origin or "twin"
+
+    def judged_by(self, model: str) -> bool:
+        """Return whether a model (or `twin`) judges its clips."""
+        return not self.against or model in ("twin", self.against)
 
     @property
     def expert(self) -> int | None:
@@ -151,6 +175,7 @@ def gather(
         seen = {
             name: SeenAttacked(_seen(at, name), *(at[f"{name}.{f}"] for f in BESIDE))
             for name in names
+            if row.judged_by(name)
         }
         outcomes.append(
             Outcome(

@@ -1,5 +1,7 @@
 """The robustness curve: robust accuracy against eps, an attack a line, worst-of above all.
 
+Where engines were attacked, a second picture shows each of them mode by mode.
+
 Readable in black and white: lines differ by dash and marker. Both axes begin at 0, where the clean
 clips are. A bar, and of worst-of the band, is the 95 % interval (Wilson).
 """
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NAME = "curve"
+NAME, ENGINES = "curve", "engines"  # of the files
+SHADES = {"twin": "0.2", "transfer": "0.55", "adaptive": "0.75", "query": "0.92", "worst_of": "1.0"}
 KINDS = ("png", "svg")
 MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "*", "h")
 DASHES = ((0, (5, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1)), (0, (8, 2, 1, 2, 1, 2)))
@@ -42,21 +45,66 @@ def require() -> None:
 
 
 def write(report: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw a report's curve as PNG and SVG, each written whole; return their paths.
+    """Draw a report's pictures as PNG and SVG, each written whole; return the paths.
 
     Raises:
         OutputError: the disk is full, or the folder cannot be written.
     """
     import matplotlib as mpl
 
-    paths = [folder / f"{NAME}.{kind}" for kind in KINDS]
     with mpl.rc_context(STYLE):
-        figure = draw(report)
-        for path, kind in zip(paths, KINDS, strict=True):
-            no_date = {"Date": None} if kind == "svg" else {}
-            with output.whole_file(path) as temporary:
-                figure.savefig(temporary, format=kind, dpi=160, metadata=no_date)
-    return paths
+        made = {NAME: draw(report)}
+        if report.get("deployed"):
+            made[ENGINES] = draw_engines(report)
+        for name, figure in made.items():
+            for kind in KINDS:
+                no_date = {"Date": None} if kind == "svg" else {}
+                with output.whole_file(folder / f"{name}.{kind}") as temporary:
+                    figure.savefig(temporary, format=kind, dpi=160, metadata=no_date)
+    return [folder / f"{name}.{kind}" for name in made for kind in KINDS]
+
+
+def draw_engines(report: Mapping[str, Any]) -> Figure:
+    """Return what each engine withstands, mode by mode; a panel for each budget."""
+    from matplotlib.figure import Figure
+
+    rows = report["deployed"]["rows"]
+    budgets = list(dict.fromkeys(row["eps"] for row in rows))
+    names = list(dict.fromkeys(row["engine"] for row in rows))
+    wide = 1.2 + max(3.4, 1.4 * len(names))
+    figure = Figure(figsize=(wide * len(budgets), 4.0), layout="constrained")
+    panels: Sequence[Axes] = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
+    modes = [mode for mode in SHADES if any(row[mode] for row in rows)]
+    for panel, eps in zip(panels, budgets, strict=True):
+        for number, mode in enumerate(modes):
+            _bars(panel, [row for row in rows if row["eps"] == eps], mode, number, len(modes))
+        panel.set_xticks(range(len(names)), [name.replace(" on ", "\n") for name in names])
+        panel.set_title(f"eps {format_eps(eps, rows[0]['norm'])}", fontsize=9)
+        panel.set_ylim(0, 100)
+        panel.grid(axis="y", color="0.9", linewidth=0.6)
+        panel.set_axisbelow(True)
+    panels[0].set_ylabel("robust accuracy, %")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(modes), frameon=False)
+    figure.suptitle(f"{report['data']}, {report['n']} clips; 95 % intervals", fontsize=9)
+    return figure
+
+
+def _bars(panel: Axes, rows: Sequence[Mapping[str, Any]], mode: str, number: int, of: int) -> None:
+    """Draw one mode's bars, one for each engine."""
+    width = 0.8 / of
+    for at, row in enumerate(rows):
+        found = row[mode]
+        if found is None:
+            continue
+        high = 100 * found["share"]
+        spread = [[max(0.0, high - 100 * found["low"])], [max(0.0, 100 * found["high"] - high)]]
+        panel.bar(
+            at + (number - (of - 1) / 2) * width, high, width, yerr=spread, color=SHADES[mode],
+            edgecolor="black", linewidth=0.7, error_kw={"linewidth": 0.8},
+            label=mode.replace("_", "-") if at == 0 else None,
+            hatch="///" if mode == "worst_of" else None,
+        )  # fmt: skip
 
 
 def draw(report: Mapping[str, Any]) -> Figure:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from vmoe import output
 from vmoe.adversarial import AdversarialClips
 from vmoe.attacks import tables
 from vmoe.attacks.chosen import Chosen
-from vmoe.attacks.deployed import Target
+from vmoe.attacks.deployed import Attackable, Target
 from vmoe.attacks.evaluate import Row
 from vmoe.attacks.flags import RunSettings, values_of
 from vmoe.attacks.grid import radius
-from vmoe.bundle import sha256
+from vmoe.bundle import Bundle, sha256
 from vmoe.clips import ClipSpec
 from vmoe.report import to_csv
 from vmoe.settings import format_eps, to_mapping
@@ -29,7 +29,7 @@ from vmoe.settings import format_eps, to_mapping
 
 def header(
     opened: Target, settings: RunSettings, rows: Sequence[Row], saved: AdversarialClips | None,
-    early: str,
+    early: str, engines: Mapping[str, Attackable],
 ) -> str:  # fmt: skip
     """Return what is attacked, on what, within what.
 
@@ -39,6 +39,7 @@ def header(
         rows: the attacks.
         saved: clips that are replayed; None where they are made.
         early: what is to be said of early stop; empty for nothing.
+        engines: what is attacked in the place of the twin.
     """
     spec, lines = opened.spec, []
     if opened.twin is not None:
@@ -50,12 +51,15 @@ def header(
         )
         foreign = ", FOREIGN: the engine was exported from another twin" if opened.foreign else ""
         lines.append(f"twin: {opened.twin_path} (sha256 {opened.twin_sha256[:12]}{foreign})")
-    if opened.engine is not None:
-        bundle = opened.engine.bundle
+    for name, engine in opened.engines.items():
+        bundle = engine.bundle
+        how = engines[name].said if name in engines else "sees the clips made on the twin"
         lines.append(
-            f"engine: {bundle.path}, {bundle.lowering}, on {opened.engine.backend_name}: "
-            "sees the clips made on the twin"
+            f"{'engine' if name == 'engine' else f'engine {name}'}: {bundle.path}, "
+            f"{bundle.lowering}, {precision(bundle)}, on {engine.backend_name}: {how}"
         )
+    if opened.channel is not None:
+        lines.append(f"channel: {opened.channel}; every model judges what arrives")
     data = f"{settings.data} {settings.split}, {settings.n} clips"
     if settings.group:
         data += f", groups {settings.group!r}"
@@ -65,6 +69,11 @@ def header(
         data = f"{len(saved.label)} clips of {saved.origin.get('data')}, as saved"
     lines += [f"data: {data}", threat_model(rows, spec), *([early] if early else [])]
     return "\n".join(lines)
+
+
+def precision(bundle: Bundle) -> str:
+    """Return what a bundle's parts compute in, such as `fp32, int8`."""
+    return ", ".join(sorted({part.precision.get("found", "?") for part in bundle.parts.values()}))
 
 
 def threat_model(rows: Sequence[Row], spec: ClipSpec) -> str:
@@ -107,15 +116,18 @@ def run_of(
     opened: Target, settings: RunSettings, rows: Sequence[Row], chosen: Chosen, keep_clips: bool
 ) -> dict[str, Any]:
     """Return everything that the parts of a run depend on, by names that a user knows."""
-    engine = opened.engine
     return {
         "twin sha256": opened.twin_sha256,
-        "engine sha256": engine and sha256(engine.bundle.path / "vmoe.json"),
+        **{
+            f"{name} sha256": f"{sha256(engine.bundle.path / 'vmoe.json')} {engine.backend_name}"
+            for name, engine in opened.engines.items()
+        },
+        "channel": opened.channel and str(opened.channel),
         **{f"--{k.replace('_', '-')}": v for k, v in to_mapping(settings).items()},
         "--save-adv": keep_clips,
         "clips sha256": chosen.sha256,
         **{
-            f"{name} of {row.attack} at eps {format_eps(row.eps, row.norm)}, {i}": value
+            f"{name} of {_called(row)} at eps {format_eps(row.eps, row.norm)}, {i}": value
             for row in rows
             for i, each in enumerate(row.settings, 1)
             for name, value in to_mapping(each).items()
@@ -124,12 +136,16 @@ def run_of(
     }
 
 
+def _called(row: Row) -> str:
+    return f"{row.attack}, {row.mode} against {row.against}" if row.against else row.attack
+
+
 def report(
     opened: Target, chosen: Chosen, rows: Sequence[Row], seed: int, found: dict[str, Any],
     sanity: dict[str, Any] | None, early: str, preset: str | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the report as JSON holds it; `found` are its figures, as of `everything`."""
-    twin, engine = opened.twin, opened.engine
+    twin = opened.twin
     return {
         "vmoe": vmoe.__version__,
         "versions": context(opened.device),
@@ -139,11 +155,19 @@ def report(
             "file": str(opened.twin_path), "sha256": opened.twin_sha256,
             "foreign": opened.foreign, "model": to_mapping(twin.twin.settings),
         },
-        "engine": engine and {
-            "bundle": str(engine.bundle.path), "backend": engine.backend_name,
-            "lowering": engine.bundle.lowering, "versions": engine.bundle.versions,
-        },
+        "engines": [
+            {
+                "name": name, "bundle": str(engine.bundle.path), "backend": engine.backend_name,
+                "lowering": engine.bundle.lowering, "precision": precision(engine.bundle),
+                "versions": engine.bundle.versions,
+            }
+            for name, engine in opened.engines.items()
+        ],
         "threat_model": {"norm": rows[0].norm, "grid": "uint8"},
+        "channel": opened.channel and {
+            "codec": opened.channel.codec, "quality": opened.channel.quality,
+            "camera": opened.channel.camera, "draws": opened.channel.draws,
+        },
         "early_stop": early or None,
         "preset": preset,
         "data": chosen.name,
@@ -152,7 +176,10 @@ def report(
         "labels": list(opened.labels),
         "seed": seed,
         "settings": [
-            {"attack": row.attack, "eps": row.eps, "each": [to_mapping(s) for s in row.settings]}
+            {
+                "attack": row.attack, "mode": row.mode, "made_on": row.made_on,
+                "eps": row.eps, "each": [to_mapping(s) for s in row.settings],
+            }
             for row in rows
         ],
         "sanity": sanity,

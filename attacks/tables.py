@@ -12,6 +12,11 @@ COLUMNS = (
     "attack", "on", "clean %", "robust %", "success %", "flips %", "weakest %", "clean route %",
     "gap", "L_Lip R", "L_Lip F", "linf", "l2", "passes", "s",
 )  # fmt: skip
+DEPLOYED = ("made on", "queries")  # columns after the first, where there are engines
+ENGINES = (
+    "engine", "clean %", "twin %", "transfer %", "adaptive %", "query %", "worst-of %", "gap",
+    "to the first",
+)  # fmt: skip
 LEGEND = (
     "Accuracies with their 95 % interval (Wilson). success: by the attack's own criterion (attacks "
     "on the router: the route has changed). flips: clips whose route changed; weakest: that went "
@@ -25,6 +30,16 @@ LEGEND = (
     "looking at them included. "
     "worst-of: broken by at least one attack of the table."
 )
+LEGEND_DEPLOYED = (
+    "made on: where values come from; transfer: clips of the twin, replayed; adaptive: the engine "
+    "in the loop, from the transfer's clip on, its passes beside the transfer's; query: answers "
+    "alone. queries: how often the engine was asked about a clip, judging not counted. An engine's "
+    "worst-of counts transfers and what was made against itself; the twin's, transfers. twin: "
+    "the twin's own worst-of. gap: robust on the twin less robust on the engine, in points, with "
+    "its 95 % interval (paired bootstrap): above 0 the engine is weaker; of worst-of it holds that "
+    "adaptive has had twice the gradients. to the first: the same against the first engine, by the "
+    "same attacks."
+)
 
 
 def attacks(report: Mapping[str, Any]) -> str:
@@ -36,9 +51,54 @@ def attacks(report: Mapping[str, Any]) -> str:
         norm, levels = rows[0]["norm"], rows[0]["radius"]
         limit = f"at most {levels} of 255 grey levels" if norm == "linf" else "L2 of a whole clip"
         title = f"eps {format_eps(eps, norm)}: {limit}, on uint8 clips"
-        shown = [title, table([_row(row) for row in rows], COLUMNS), _left(rows)]
+        engines = _has_engines(report)
+        columns = (COLUMNS[0], *DEPLOYED, *COLUMNS[1:]) if engines else COLUMNS
+        lines = [_row(row, engines=engines) for row in rows]
+        shown = [title, table(lines, columns), _left(rows)]
         parts.append("\n\n".join(part for part in shown if part))
     return "\n\n".join(parts)
+
+
+def _has_engines(report: Mapping[str, Any]) -> bool:
+    return any(row["model"] != "twin" for row in report["rows"])
+
+
+def deployed(report: Mapping[str, Any]) -> str:
+    """Return what of the twin's robustness each engine has; empty where there is no engine."""
+    found = report.get("deployed")
+    if not found:
+        return ""
+    parts = []
+    for eps in dict.fromkeys(row["eps"] for row in found["rows"]):
+        rows = [row for row in found["rows"] if row["eps"] == eps]
+        title = f"what was deployed, eps {format_eps(eps, rows[0]['norm'])}: robust accuracy"
+        says = "\n".join(f"* {row['engine']}: {row['says']}" for row in rows)
+        parts += [title, table([_engine(row) for row in rows], ENGINES), says]
+    lines = [
+        [line["engine"], format_eps(line["eps"], _norm(report)).split(" ")[0], line["name"],
+         line["verdict"], line["line"]]
+        for line in found["sanity"]
+    ]  # fmt: skip
+    if lines:
+        checks = table(lines, ("engine", "eps", "check", "verdict", "measured"))
+        parts += ["sanity of what was deployed", checks]
+    return "\n\n".join(parts)
+
+
+def _engine(row: Mapping[str, Any]) -> list[object]:
+    shares = [_share(row[k]) for k in ("clean", "twin", "transfer", "adaptive", "query")]
+    worst = _share(row["worst_of"], interval=True)
+    return [row["engine"], *shares, worst, _gap(row["gap"]), _gap(row["apart"])]
+
+
+def _gap(found: Mapping[str, float] | None) -> str | None:
+    if found is None:
+        return None
+    return f"{found['points']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})"
+
+
+def _norm(report: Mapping[str, Any]) -> str:
+    return str(report["rows"][0]["norm"])
 
 
 def _left(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -49,7 +109,7 @@ def _left(rows: Sequence[Mapping[str, Any]]) -> str:
     norm, budget = rows[0]["norm"], rows[0]["eps"]
     unit, name = {"linf": (255, " grey levels"), "l2": (1, "")}[norm]
     short = {
-        row["attack"]: f"{row['attack']} ({row[norm]:.2g})"
+        (row["attack"], row.get("mode")): f"{row['attack']} ({row[norm]:.2g})"
         for row in rows
         if row["attack"] != "worst-of" and row["success"]["hits"] < row["success"]["n"]
         if row[norm] < unit * budget / 2
@@ -58,7 +118,7 @@ def _left(rows: Sequence[Mapping[str, Any]]) -> str:
         return ""
     return (
         f"More than half of a budget of {unit * budget:.3g}{name} was left unused, after rounding "
-        f"to uint8, by {', '.join(short.values())}: figures are of what was used."
+        f"to uint8, by {', '.join(dict.fromkeys(short.values()))}: figures are of what was used."
     )
 
 
@@ -67,16 +127,17 @@ def agreement(report: Mapping[str, Any]) -> str:
     if not report["agreement"]:
         return ""
     columns = (
-        "clips", "same route %", "same label %", "both broken", "only twin", "only engine",
-        "neither",
+        "engine", "clips", "same route %", "same label %", "gap", "both broken", "only twin",
+        "only engine", "neither",
     )  # fmt: skip
     rows = []
     for row in report["agreement"]:
         clean = row["attack"] == "clean"
         short = format_eps(row["eps"], row.get("norm", "linf")).split(" ")[0]
-        name = "clean" if clean else f"{row['attack']} {short}"
+        name = "clean" if clean else f"{row['attack']} {row['mode']} {short}"
         counts = [row.get(key) for key in ("both_broken", "only_twin", "only_engine", "neither")]
-        rows.append([name, _share(row["route"]), _share(row["said"]), *counts])
+        same = _share(row["route"]), _share(row["said"])
+        rows.append([row["engine"], name, *same, _gap(row.get("gap")), *counts])
     return "twin against engine, clip by clip\n\n" + table(rows, columns)
 
 
@@ -109,23 +170,33 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-def markdown(report: Mapping[str, Any], header: str, curve: str | None = None) -> str:
-    """Return the whole report; `curve` is the name of a picture beside it."""
+def markdown(report: Mapping[str, Any], header: str, pictures: Sequence[str] = ()) -> str:
+    """Return the whole report; `pictures` are the names of those beside it."""
     facts = "\n".join(f"* {line}" for line in header.splitlines())
-    picture = f"![robust accuracy against eps]({curve})" if curve else ""
-    parts = ["# vmoe-attack", facts, attacks(report), picture, agreement(report), sanity(report)]
+    says = ("robust accuracy against eps", "robust accuracy of each engine")
+    shown = [f"![{what}]({name})" for what, name in zip(says, pictures, strict=False)]
+    parts = [
+        "# vmoe-attack", facts, deployed(report), *shown, attacks(report), agreement(report),
+        sanity(report),
+    ]  # fmt: skip
     versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
     command = f"Made by `{report['command']}`; seed {report['seed']}; {versions}."
-    return "\n\n".join(part for part in [*parts, LEGEND, command] if part) + "\n"
+    more = LEGEND_DEPLOYED if report.get("deployed") else ""
+    return "\n\n".join(part for part in [*parts, LEGEND, more, command] if part) + "\n"
 
 
-def _row(row: Mapping[str, Any]) -> list[object]:
+def _row(row: Mapping[str, Any], *, engines: bool) -> list[object]:
     gap = None
     if row.get("gap_clean") is not None:
         gap = f"{row['gap_clean']:.2f} > {row['gap_adversarial']:.2f}"
     passes = f"{row['forwards']:.1f}+{row['backwards']:.1f}" if row["forwards"] else None
+    made = []
+    if engines:
+        asked = f"{row['queries']:.1f}" if row["queries"] else None
+        made = [f"{row['made_on']}, {row['mode']}" if "mode" in row else None, asked]
     return [
-        row["attack"], row["model"], _share(row["clean"]), _share(row["robust"], interval=True),
+        row["attack"], *made, row["model"], _share(row["clean"]),
+        _share(row["robust"], interval=True),
         _share(row["success"]), _share(row["flips"]), _share(row.get("weakest")),
         _share(row.get("route_kept")), gap, row.get("l_lip_router"), row.get("l_lip_model"),
         row["linf"], row["l2"], passes, f"{row['seconds']:.1f}",

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from vmoe import adversarial
 from vmoe.adversarial import AdversarialClips
+from vmoe.attacks import gate
 from vmoe.checkpoint import Checkpoint
 from vmoe.clips import Clips, ClipSpec
 from vmoe.data import DataSettings, open_data
@@ -144,10 +145,11 @@ def sample(
 
 def compare(what: str, twin: Ints, engine: Ints, label: Ints) -> Compared:
     """Compare what twin and engine say of clips with their labels."""
-    right, kept = twin == label, engine == label
+    broken, lost = twin != label, engine != label
     return Compared(
-        what, len(label), int(right.sum()), int(kept.sum()), int((right & ~kept).sum()),
-        int((~right & kept).sum()), int((twin == engine).sum()),
+        what, len(label), int((~broken).sum()), int((~lost).sum()),
+        int(gate.lost(broken, lost).sum()), int(gate.lost(lost, broken).sum()),
+        int((twin == engine).sum()),
     )  # fmt: skip
 
 
@@ -162,9 +164,9 @@ def clean(found: Findings, sample: Sample, settings: GateSettings) -> tuple[Gate
     else:
         labels, at = found.twin_said, np.arange(found.clips)
     made = compare("clean", found.twin_said[at], found.engine_said[at], labels)
-    gate = Gate("clean", "clean accuracy lost", made.drop, settings.gate_clean, " points")
+    judged = Gate("clean", "clean accuracy lost", made.drop, settings.gate_clean, " points")
     said = {"labels": "the data's" if len(known) else "the twin's own answers"}
-    return gate, {"clean": {**said, **made.to_report()}}
+    return judged, {"clean": {**said, **made.to_report()}}
 
 
 class Adversarial(NamedTuple):
@@ -196,8 +198,8 @@ def robust(
         f"adversarial clips broken on the engine alone ({worst.what}: {worst.lost} of "
         f"{worst.clips}; on the twin alone {worst.won})"
     )
-    gate = Gate("robust", what, worst.broken, settings.gate_robust, " %")
-    return gate, {"robust": {compared.what: compared.to_report() for compared in made}}
+    judged = Gate("robust", what, worst.broken, settings.gate_robust, " %")
+    return judged, {"robust": {compared.what: compared.to_report() for compared in made}}
 
 
 def attack(held: Checkpoint, sample: Sample, count: int, seed: int) -> list[Adversarial]:

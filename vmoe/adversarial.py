@@ -39,6 +39,8 @@ class Attacked:
         settings: the attack's, one mapping for each route_grad that was tried.
         clips: uint8 [N, T, H, W, 3].
         norm: of the budget: linf or l2.
+        mode: how they were made: transfer (on the twin), adaptive or query (on an engine).
+        against: the engine's name; empty where they were made on the twin.
     """
 
     attack: str
@@ -46,6 +48,8 @@ class Attacked:
     settings: list[dict[str, Any]]
     clips: Clips
     norm: str = "linf"
+    mode: str = "transfer"
+    against: str = ""
 
     def file(self, number: int) -> str:
         """Return the name of its file, as one of several."""
@@ -105,6 +109,8 @@ def save(clips: AdversarialClips, path: Path) -> None:
                 {
                     "attack": a.attack,
                     "norm": a.norm,
+                    "mode": a.mode,
+                    "against": a.against,
                     "eps": a.eps,
                     "settings": a.settings,
                     "file": file,
@@ -159,6 +165,7 @@ def _parse(path: Path, values: dict[str, Any]) -> AdversarialClips:
         Attacked(
             str(a["attack"]), float(a["eps"]), list(a["settings"]), read(a["file"]),
             _norm(a.get("norm", "linf")),  # clips of before there was another
+            str(a.get("mode", "transfer")), str(a.get("against", "")),
         )
         for a in values["attacked"]
     )  # fmt: skip

@@ -40,7 +40,7 @@ TORCH_BASE = (
 WHERE = {
     "torch": TORCH_FILES,
     "safetensors": TORCH_FILES,
-    "onnx": ("export/",),
+    "onnx": ("export/", "attacks/straight.py"),
     "onnxscript": ("export/",),
     "onnxruntime": ("runtime/engines/", "export/"),
     "openvino": ("runtime/engines/", "export/"),

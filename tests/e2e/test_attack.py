@@ -85,7 +85,8 @@ def test_checkpoint(twin: Path) -> None:
 
 
 def test_bundle_side_by_side_and_replay(tiny_bundle: Path) -> None:
-    flags = ["--attack", "pgd,tlga-r", "--eps", "2", "--save-adv", "clips", "--out", "one"]
+    flags = ["--attack", "pgd,tlga-r", "--eps", "2", "--save-adv", "clips", "--out", "one",
+             "--mode", "transfer"]  # fmt: skip
     result = run(tiny_bundle, *QUICK, *FROZEN, *flags)
     assert "engine: " in result.stdout
     assert "FOREIGN" not in result.stdout
@@ -111,7 +112,7 @@ def test_bundle_side_by_side_and_replay(tiny_bundle: Path) -> None:
 
 def test_foreign_twin_is_named(tiny_bundle: Path) -> None:
     other = write_twin(Path("other.safetensors"), seed=3)
-    flags = ["--twin", other, "--attack", "pgd", "--eps", "1"]
+    flags = ["--twin", other, "--attack", "pgd", "--eps", "1", "--queries", "60"]
     result = run(tiny_bundle, *QUICK, *FROZEN, *flags)
     assert "FOREIGN: the engine was exported from another twin" in result.stdout
     report = json.loads(next(Path("runs/attack").glob("*/report.json")).read_text())
@@ -119,7 +120,8 @@ def test_foreign_twin_is_named(tiny_bundle: Path) -> None:
 
 
 def test_bundle_without_its_twin(tiny_bundle: Path) -> None:
-    run(tiny_bundle, *QUICK, "--attack", "pgd-r", "--eps", "1", "--save-adv", "clips")
+    flags = ["--attack", "pgd-r", "--eps", "1", "--mode", "transfer", "--save-adv", "clips"]
+    run(tiny_bundle, *QUICK, *flags)
     shutil.copytree(tiny_bundle, "bare")
     manifest = json.loads(Path("bare/vmoe.json").read_text())
     del manifest["twin"]["file"]
@@ -129,6 +131,11 @@ def test_bundle_without_its_twin(tiny_bundle: Path) -> None:
     replayed = json.loads(run("bare", "--load-adv", "clips", "--json").stdout)
     assert [row["model"] for row in replayed["rows"]] == ["engine"]
     assert replayed["twin"] is None
+    flags = ["--mode", "query", "--attack", "noise", "--n", "4", "--eps", "8"]
+    asked = json.loads(run("bare", *flags, "--json", "--out", "asked").stdout)
+    (row,) = asked["rows"]
+    assert (row["mode"], row["made_on"], row["model"]) == ("query", "engine", "engine")
+    assert row["backwards_total"] == 0
 
 
 def test_newest_of_runs_is_taken_and_every_run_has_a_folder_of_its_own(twin: Path) -> None:

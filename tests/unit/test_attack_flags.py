@@ -19,7 +19,8 @@ from vmoe.errors import SettingError
 
 
 def read(preset: str | None = None, *, curve: bool = False, **given: Any) -> Any:
-    return flags.read(given, 3, None, preset, curve=curve)
+    settings, rows = flags.read(given, 3, None, preset, curve=curve, bundle=False)
+    return settings, rows.named
 
 
 def fields() -> dict[str, dict[str, dataclasses.Field[Any]]]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tests import videos
 from tests.experts import LABELS, clips_for, plain, small_twin
 from tests.twins import SPEC, random_clips
+from vmoe.attacks.straight import Straight
 from vmoe.batches import to_tensor
 from vmoe.checkpoint import Checkpoint
 from vmoe.data import DataSettings, open_data
@@ -146,6 +147,9 @@ def test_int8_is_run_as_int8_by_onnx_runtime(family: str, form: str, tmp_path: P
     ran = run_as(made, tmp_path)
     assert ran == {"int8": proof.found["int8"]}, "a layer is computed in float"
     assert off(made, answer(reference, clips), clips) < 0.15
+    onnx.save(made, tmp_path / "made.onnx")  # what attacks take their gradients from
+    straight = Straight(tmp_path / "made.onnx")(to_tensor(clips)).detach().numpy()
+    assert off(made, straight, clips) < 0.02
     again = quantise(lowered, "expert0", clips, settings)
     assert again.SerializeToString(deterministic=True) == made.SerializeToString(deterministic=True)
 

@@ -116,7 +116,9 @@ class VideoMoE(nn.Module):
         """
         return self._scores(self._restored(clip))
 
-    def forward(self, clip: Tensor, route_grad: str = "straight-through") -> MoEOutput:
+    def forward(
+        self, clip: Tensor, route_grad: str = "straight-through", route: Tensor | None = None
+    ) -> MoEOutput:
         """Answer clips; in a batch, an expert runs once, on the clips that are routed to it.
 
         `straight-through` scales the routed logits by 1 + (p - stop_gradient(p)), p the softmax
@@ -129,13 +131,14 @@ class VideoMoE(nn.Module):
                 derivative. `straight-through`: by the weight of the routed expert. `all`: every
                 expert run, straight-through over all weights. `soft`: the softmax mixture, the
                 only one that changes the value.
+            route: force the choice, int64 [B]; None chooses freely. By `soft` it only names it.
 
         Raises:
             UnknownNameError: no such route_grad.
         """
         clip = self._restored(clip)
         scores = self._scores(clip)
-        route = scores.argmax(dim=1)
+        route = scores.argmax(dim=1) if route is None else route
         if route_grad == "frozen":
             return MoEOutput(self._routed(clip, route), scores, route)
         weights = scores.softmax(dim=1)

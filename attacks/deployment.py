@@ -1,0 +1,176 @@
+"""What of the twin's robustness is left in what was deployed: one row for each engine and budget.
+
+    robust      each mode's worst-of on the engine; `twin` is the twin's own, by transfer
+    gap         robust on the twin less robust on the engine, in points; above 0: engine weaker
+    sanity      whether the figures can be believed: engine against twin, mode against mode
+
+Intervals of a gap are 95 %, by the paired bootstrap: clips are drawn again, each with what became
+of it on both models. Source: Efron and Tibshirani, "An introduction to the bootstrap", 1993.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vmoe.attacks.evaluate import Evaluation, Outcome
+from vmoe.attacks.figures import agreement, broken, budgets, gap, of_model, share
+from vmoe.attacks.judge import Bools
+from vmoe.attacks.modes import ADAPTIVE, MODES, TRANSFER
+from vmoe.attacks.trials import few
+from vmoe.report import plain
+
+OK, FAILED, UNDECIDED = "ok", "FAILED", "undecided"
+
+
+def worst(found: Evaluation, model: str, eps: float, modes: Sequence[str] = MODES) -> Bools | None:
+    """Return which clips an attack of some modes breaks on a model, [N]; None of no attack."""
+    at = [o for o in of_model(found, model) if o.row.eps == eps and o.row.mode in modes]
+    if not at:
+        return None
+    either: Bools = np.any([broken(found, outcome, model) for outcome in at], axis=0)
+    return either
+
+
+def everything(found: Evaluation) -> dict[str, Any]:
+    """Return the rows and the sanity lines of all engines, as JSON holds them."""
+    engines = [name for name in found.clean if name != "twin"]
+    rows = [_row(found, name, engines[0], eps) for eps in budgets(found) for name in engines]
+    lines = [
+        line._asdict()
+        for eps in budgets(found)
+        for name in engines
+        for line in sane(found, name, eps)
+    ]
+    for row in rows:
+        at = [
+            line for line in lines if (line["engine"], line["eps"]) == (row["engine"], row["eps"])
+        ]
+        failed = [line["name"] for line in at if line["verdict"] == FAILED]
+        if failed:
+            row["says"] += f". FAILED: {', '.join(failed)}: look there before the figures are used"
+    made: dict[str, Any] = plain({"rows": rows, "sanity": lines})
+    return made
+
+
+def _row(found: Evaluation, engine: str, first: str, eps: float) -> dict[str, Any]:
+    """Return the figures of one engine at one budget."""
+    norm = found.outcomes[0].row.norm
+    by_mode = {mode: worst(found, engine, eps, [mode]) for mode in MODES}
+    all_of_it = worst(found, engine, eps)
+    twin = worst(found, "twin", eps) if "twin" in found.clean else None
+    clean = found.clean[engine].said == found.label
+    row: dict[str, Any] = {
+        "engine": engine, "norm": norm, "eps": eps, "clean": share(clean),
+        "twin": None if twin is None else share(~twin),
+        **{mode: None if b is None else share(~b) for mode, b in by_mode.items()},
+        "worst_of": None if all_of_it is None else share(~all_of_it),
+        "gap": _gap(twin, all_of_it), "gap_transfer": _gap(twin, by_mode[TRANSFER]),
+        "against": first if engine != first else None,
+        "apart": None,
+    }  # fmt: skip
+    if engine != first:
+        row["apart"] = _gap(worst(found, first, eps), all_of_it)
+    return {**row, "says": says(row)}
+
+
+def _gap(first: Bools | None, second: Bools | None) -> dict[str, float] | None:
+    return None if first is None or second is None else gap(first, second)._asdict()
+
+
+def says(row: Mapping[str, Any]) -> str:
+    """Return what a row comes to: weaker, no weaker, or only looking stronger.
+
+    Where no clip of n differs, fewer than 3 / n do, with 95 % confidence (the rule of three).
+    """
+    against = row["against"] or "the twin"
+    held = row["apart"] if row["against"] else row["gap"]
+    if held is None:
+        return "nothing to compare with"
+    interval = f"{held['points']:+.1f} points ({held['low']:+.1f} to {held['high']:+.1f})"
+    if not any(held.values()):  # of no clip that differs, a bootstrap's interval has no width
+        n = row["clean"]["n"]
+        said = f"no different from {against} on any of {n} clips: by less than {300 / n:.1f} points"
+    elif held["low"] > 0:
+        said = f"weaker than {against}: {interval}"
+    elif held["high"] < 0:
+        said = f"stronger than {against}: {interval}"
+    else:
+        said = f"no different from {against}: {interval}"
+    shown = row["gap_transfer"]
+    if shown is not None and shown["high"] < 0 <= held["high"]:
+        said += f"; by transfer alone it looks {-shown['points']:.1f} points stronger than the twin"
+    return said
+
+
+class Line(NamedTuple):
+    """One sanity line of an engine at a budget."""
+
+    engine: str
+    eps: float
+    name: str
+    verdict: str
+    line: str
+
+
+def sane(found: Evaluation, engine: str, eps: float) -> list[Line]:
+    """Return whether the figures of an engine can be believed.
+
+    Clean clips get the twin's routes, labels and accuracy; adaptive is at least as strong as
+    transfer, clip by clip; query is no stronger than adaptive; gradients in the loop are alive.
+    """
+    right = found.clean[engine].said == found.label
+    lines = []
+
+    def add(name: str, ok: bool | None, said: str) -> None:
+        verdict = UNDECIDED if ok is None else OK if ok else FAILED
+        lines.append(Line(engine, eps, name, verdict, said))
+
+    if "twin" in found.clean:
+        same = agreement(found, None, "twin", engine)
+        for key, what in (("route", "routes"), ("said", "labels")):
+            n = same[key]["n"]
+            differ = n - same[key]["hits"]
+            add(f"the twin's {what}", few((differ, n)), f"{differ} of {n} clean clips differ")
+    if any(o.row.origin for o in found.outcomes):
+        return lines  # saved clips, made against another engine perhaps: modes say nothing
+    by = {mode: worst(found, engine, eps, [mode]) for mode in MODES}
+    n = int(right.sum())
+    transfer, adaptive, query = (by[mode] for mode in MODES)
+    if transfer is not None and adaptive is not None:
+        missed = _missed(found, engine, eps)
+        add("adaptive against transfer", not missed,
+            f"adaptive breaks {_of(adaptive, right)} of {n}, transfer {_of(transfer, right)}; "
+            f"{missed} by transfer alone")  # fmt: skip
+    if query is not None and adaptive is not None:
+        over = _of(query & ~adaptive, right)
+        add("query against adaptive", few((over, n)),
+            f"query breaks {_of(query, right)} of {n}, adaptive {_of(adaptive, right)}; "
+            f"{over} by query alone")  # fmt: skip
+    asked = [o for o in of_model(found, engine) if o.row.mode == ADAPTIVE and o.row.eps == eps]
+    if asked:
+        met = np.any([o.dead > 0 for o in asked], axis=0)
+        count = int(np.any([o.backwards > 0 for o in asked], axis=0).sum())
+        add("gradients in the loop", few((int(met.sum()), count)),
+            f"{int(met.sum())} of {count} clips met a dead gradient")  # fmt: skip
+    return lines
+
+
+def _missed(found: Evaluation, engine: str, eps: float) -> int:
+    """Count clips that an attack breaks by transfer and, of the same name, not by adaptive."""
+    held: dict[tuple[str, str], Outcome] = {
+        (o.row.attack, o.row.mode): o for o in of_model(found, engine) if o.row.eps == eps
+    }
+    missed = 0
+    for (attack, mode), outcome in held.items():
+        begun = held.get((attack, TRANSFER))
+        if mode == ADAPTIVE and begun is not None and outcome.row.part == "model":
+            lost = broken(found, begun, engine) & ~broken(found, outcome, engine)
+            missed += int(lost.sum())
+    return missed
+
+
+def _of(clips: Bools, right: Bools) -> int:
+    return int((clips & right).sum())
