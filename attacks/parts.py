@@ -122,7 +122,7 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any], who: str, advice:
         SettingError: names the first difference, then the advice.
     """
     now = report.plain(now)
-    for name in [*before, *(name for name in now if name not in before)]:
+    for name in dict.fromkeys([*now, *before]):
         one, other = before.get(name), now.get(name)
         if one != other:
             raise SettingError(

@@ -65,11 +65,11 @@ def prepare(frame: Frame, spec: ClipSpec) -> Frame:
     that differ by 0.7 of 255 in the mean.
 
     Args:
-        frame: uint8 [H, W, 3].
+        frame: uint8 [H, W, 3]; float32 is not rounded.
         spec: the size wanted.
 
     Returns:
-        uint8 [spec.height, spec.width, 3], contiguous; channels in the order given.
+        of that type, [spec.height, spec.width, 3], contiguous; channels in the order given.
     """
     import cv2
 
@@ -84,9 +84,9 @@ def prepare(frame: Frame, spec: ClipSpec) -> Frame:
     while area and height >= HALVED * spec.height and width >= HALVED * spec.width:
         height, width = height // 2, width // 2
         even = frame[: 2 * height, : 2 * width]
-        frame = np.asarray(cv2.resize(even, (width, height), interpolation=how), np.uint8)
+        frame = np.asarray(cv2.resize(even, (width, height), interpolation=how), frame.dtype)
     fitted = cv2.resize(frame, (spec.width, spec.height), interpolation=how)
-    return np.asarray(fitted, np.uint8)
+    return np.asarray(fitted, frame.dtype)
 
 
 def _centre(frame: Frame, spec: ClipSpec) -> Frame:

@@ -470,7 +470,7 @@ def test_sanity_stands_in_every_report(twin: Path) -> None:
 def test_sanity_takes_clips_until_enough_are_right(
     twin: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vmoe.attacks.cli.SANITY_CLIPS", 1)
+    monkeypatch.setattr("vmoe.attacks.run.SANITY_CLIPS", 1)
     flags = ["--attack", "fgsm", "--n", "40", "--eps", "1", "--device", "cpu", "--json"]
     report = json.loads(run(twin, *flags).stdout)
     clips = report["clips"]
