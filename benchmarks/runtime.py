@@ -12,7 +12,7 @@
     frozen_s                 an RTSP server that freezes: time until that is known, over the read
                              timeout
     mixed_windows            windows with frames of two connections, read from their pixels
-    lost_windows             of 16 file streams at once, nothing may be lost under `block`
+    lost_windows             of 16 file streams of 640x480 at once: nothing may be lost (`block`)
     memory_growth            of the process over those, after the first fifth
 
 Forms that are compared take turns in one run; values are ratios of medians, and `minima` the same

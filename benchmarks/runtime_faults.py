@@ -113,8 +113,8 @@ def _frozen(video: Path, times: int) -> Figure:
 
 
 def _many(engine: Engine, folder: Path, seconds: float) -> list[Figure]:
-    """Serve 16 files in loops at once; count what is lost, and look at the memory."""
-    video = videos.write(folder / "numbers.avi", FRAMES, servers.FPS)
+    """Serve 16 files of 640x480 in loops at once; count what is lost, and look at the memory."""
+    video = videos.write(folder / "numbers.avi", FRAMES, servers.FPS, times=480 // videos.SIZE[0])
     how = SourceSettings(loop=True)
     sources = [file.open(str(video), how) for _ in range(STREAMS)]
     stop = Stop()

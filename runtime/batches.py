@@ -134,7 +134,7 @@ class Batches:
                 )
             if self._filter != "off":
                 again = terms.filtered(clips, self._filter)
-                logits = self._engine.infer(again, force_route=found.route.tolist()).logits
+                logits = self._engine.expert_logits(again, found.route.tolist())
                 filtered = {id(w): logits[i : i + 1] for i, w in enumerate(whole)}
         ended = time.monotonic()
         alive = {id(window) for window in fresh}

@@ -68,7 +68,7 @@ class RunSettings(StreamSettings):
     webhook: str | None = opt(None, "POST every start and end of an event to an address")
     guard_calibrate: Path | None = opt(None, "write a guard's profile of clean sources")
     guard_filter: str = opt("off", "of --guard-calibrate: a second look at a filtered clip, for "
-                            "one more run of the expert",
+                            "the filter and one more run of the expert",
                             choices=("off", "median", "jpeg", "bilateral"))  # fmt: skip
     false_alarms: float = opt(0.01, "of --guard-calibrate: share of clean windows that may raise "
                               "an alarm", above=0, at_most=0.5)  # fmt: skip
@@ -377,6 +377,7 @@ def _ends_on_signals(stop: Stop) -> Iterator[None]:
 
 FILES = ("jsonl", "events", "csv", "guard_calibrate")
 OUTPUTS = {*FILES, "save", "mqtt", "webhook", "page", "metrics", "show", "overwrite"}
+CALIBRATION = {"guard_filter", "false_alarms"}
 SHARED = {"backend", "device", "threads", "server"}  # flags of vmoe-bench too
 NEXT_S = 20.0  # how long the next command watches what has no end
 
@@ -386,8 +387,10 @@ def _next_command(bundle: Path, settings: RunSettings, *, live: bool) -> str:
     names = {field.name for field in dataclasses.fields(settings)}
     if settings.save is not None:
         return shlex.join(["vmoe-bench", str(bundle), *_given(settings, SHARED)])
-    skipped = {*OUTPUTS, *({"source", "buffer"} if settings.replay else ())}
+    skipped = {*OUTPUTS, *CALIBRATION, *({"source", "buffer"} if settings.replay else ())}
     words = ["vmoe-run", str(bundle), *_given(settings, names - skipped)]
+    if settings.guard_calibrate is not None:
+        words += ["--guard", "monitor", "--guard-profile", str(settings.guard_calibrate)]
     if not settings.source and settings.list is None and settings.camera is None:
         words += ["--camera", "0"]
     if settings.duration is None and (live or settings.loop):

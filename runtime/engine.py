@@ -142,6 +142,17 @@ class Engine:
             return self._split(clips, forced)
         return self._one_file(clips, forced)
 
+    def expert_logits(self, clips: Clips, route: Sequence[int]) -> NDArray[np.float32]:
+        """Return the logits of clips by an expert given for each, [N, K].
+
+        A router with a part of its own is not run; where one graph holds all, it is.
+        """
+        self._check(clips)
+        forced = self._forced(route, len(clips))
+        if forced is None or self.bundle.lowering != "split":
+            return self.infer(clips, force_route=route).logits
+        return self._by_expert(clips, forced, None)
+
     def run_part(self, name: str, clips: Clips) -> Outputs:
         """Run one part alone; return its outputs by name, each [N, ...].
 
@@ -258,10 +269,14 @@ class Engine:
 
     def _split(self, clips: Clips, forced: NDArray[np.int64] | None) -> Prediction:
         """Route on the host; one upload serves the router and, where all agree, the expert."""
-        n = len(clips)
         put = self._backend.put(clips)
         scores = self._scores(clips, put)
         route = forced if forced is not None else scores.argmax(axis=1).astype(np.int64)
+        return Prediction(self._by_expert(clips, route, put), scores, route)
+
+    def _by_expert(self, clips: Clips, route: NDArray[np.int64], put: Any) -> NDArray[np.float32]:
+        """Run each expert once on the clips of its route; return the logits, [N, K]."""
+        n = len(clips)
         logits = np.empty((n, len(self.bundle.labels)), np.float32)
         for expert in np.unique(route):
             rows = np.flatnonzero(route == expert)
@@ -269,7 +284,7 @@ class Engine:
             some = clips if every else clips[rows]
             out = self._run(f"expert{expert}", some, put if every else None)
             logits[rows] = self._output(out, "logits", (len(rows), logits.shape[1]))
-        return Prediction(logits, scores, route)
+        return logits
 
     def _scores(self, clips: Clips, put: Any) -> NDArray[np.float32]:
         if self.bundle.experts == 1:

@@ -129,6 +129,7 @@ class Lane:
 
     def _windows_ended(self, error: BaseException | None) -> None:
         self._frames.abandon()
+        self.windows.release()
         self.work.end(error)
 
     def abandon(self) -> None:

@@ -136,7 +136,7 @@ class OnlineWindows(Windows):
         """
         if not self._account(frame):
             return None
-        early_s = statistics.median(self._apart) / 2 if self._apart else 0.0
+        early_s = statistics.median(self._came_apart_s) / 2 if self._came_apart_s else 0.0
         if frame.t_s < self._wanted_s - early_s - EARLY_S:
             return None
         place = self._take(Kept(frame))

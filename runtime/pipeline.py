@@ -118,7 +118,8 @@ class Pipeline:
                 filter: off, median, jpeg or bilateral.
 
         Raises:
-            SettingError: settings that do not fit, or no profile for the guard.
+            SettingError: settings that do not fit, no profile for the guard, or one with a filter
+                for a bundle in the online form.
         """
         if not sources:
             raise SettingError("no source is given; name at least one.")
@@ -146,6 +147,11 @@ class Pipeline:
         if profile is not None:
             profile.check(engine.bundle, self.hop_s)
         filter = profile.filter if profile is not None else calibrate or "off"
+        if filter != "off" and self.online:
+            raise SettingError(
+                f"the guard's filter is {filter}; a bundle in the online form runs no clip whole, "
+                "so there is no second look. Calibrate with --guard-filter off."
+            )
         self._batches = Batches(engine, self.lanes, settings, self.stop, self._changed, filter)
         self.sinks: list[Kept] = []
 

@@ -41,9 +41,9 @@ class Result:
         weights: softmax of the router's scores, one for each expert.
         route_margin: weight of the best expert less that of the second, in [0, 1].
         route_entropy: of the weights, in nats; 0 is sure, log M is no idea.
-        stage_ms: `decode_ms` (of its last frame), `prepare_ms` (of the frames that it was the
-            first to take), `wait_ms` (until the engine was free), `infer_ms` (of the batch that it
-            was in).
+        stage_ms: `decode_ms` (of its last frame), `prepare_ms` (of all frames since the
+            window before; some perhaps while it was not yet due), `wait_ms` (until the engine was
+            free), `infer_ms` (of the batch that it was in).
         smooth_label: the label with the highest share, averaged over time.
         smooth_score: that share.
         event: the id of the event that goes on (runtime/smoothing.py); None where none does.
@@ -137,8 +137,8 @@ def make(
     ordered = np.sort(weights)[::-1]
     to_wall_s = time.time() - time.monotonic()
     to_wall_s = window.t_s - window.arrived_s if virtual else to_wall_s
-    waited_ms = (began_s - window.arrived_s) * 1000 - window.stage_ms["prepare_ms"]
-    stages = {"wait_ms": max(0.0, waited_ms), "infer_ms": (ended_s - began_s) * 1000}
+    waited_s = max(0.0, began_s - window.arrived_s - window.took_s)
+    stages = {"wait_ms": waited_s * 1000, "infer_ms": (ended_s - began_s) * 1000}
     return Result(
         window=window.number,
         stream=stream,

@@ -2,8 +2,9 @@
 
 A window ends at a frame; its other frames are chosen backwards from there by the clip spec's
 spacing and the true timestamps. Windows are due every hop, counted from the first that could be
-filled. A frame is prepared when a window first takes it: of a camera at 30 frames a second two of
-three never are. Until then it is kept as it came, in bounded memory.
+filled. A frame is prepared when a window first takes it: of a camera at 30 frames a second whose
+frames fit into RAW_BYTES (1280x720 for 8 frames 100 ms apart) two of three never are. Until then it
+is kept as it came; beyond that memory the oldest are prepared, most of them for no window.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ EARLY_S = 1e-6  # timestamps are floats: a frame this much before its time is on
 BREAK_SPACINGS = 2
 BREAK_USUAL = 3
 PROMPT_S = 30.0  # the promptest frame of one to two such times is what others are late against
-RAW_BYTES = 32 << 20  # of frames that no window has taken yet; beyond, the oldest are prepared
+RAW_BYTES = 64 << 20  # of frames that no window has taken yet; beyond, the oldest are prepared
 TELL_S = 60.0  # between two lines that say that a source has become slow
 REMEMBERED = 16  # newest distances between frames, whose median is the usual one
 
@@ -53,9 +54,12 @@ class Window:
         arrived_s: when its last frame was there, on `time.monotonic`'s clock.
         gap: whether the stream was broken between the window before and this one.
         dropped: frames of the source that were lost since the window before.
-        stage_ms: `decode_ms` of its last frame; `prepare_ms` of all that it was the first to take.
+        stage_ms: `decode_ms` of its last frame; `prepare_ms` of all frames that were prepared since
+            the window before: those that it was the first to take, and those for which there was no
+            more room as they came.
         slot: its last frame's number among the frames that were taken, where windows share them
             (runtime/online.py); else None.
+        took_s: what making it took when its last frame was there, in seconds.
     """
 
     number: int
@@ -70,6 +74,7 @@ class Window:
     dropped: int
     stage_ms: dict[str, float]
     slot: int | None = None
+    took_s: float = 0.0
 
 
 class Kept:
@@ -138,12 +143,14 @@ class Windows:
         self.frame_s = 0.0
         self._spec, self._source, self._nearest = spec, source, sampling == NEAREST
         self._ring: deque[Kept] = deque()
-        self._distances: list[float] = []
         self.epoch = 0
         self._breaks = 0
         self._last: Frame | None = None
-        self._apart: deque[float] = deque(maxlen=REMEMBERED)
-        self._own: deque[float] = deque(maxlen=REMEMBERED)  # the source's, whatever was lost
+        # Seconds between two frames that came, and between two that the source made, where some
+        # between them were lost; a break is in the first alone.
+        self._came_apart_s: deque[float] = deque(maxlen=REMEMBERED)
+        self._made_apart_s: deque[float] = deque(maxlen=REMEMBERED)
+        self._prepare_s = 0.0  # what preparing took since the window before
         self._told_s = -math.inf  # when it was last said that it has become slow
         self._due_s = 0.0
         self._next = 0  # the sequence that comes next where nothing is lost
@@ -175,7 +182,13 @@ class Windows:
         Raises:
             SourceError: the source's frames were too far apart for the spec.
         """
+        self.release()
         self._refuse_slow()
+
+    def release(self) -> None:
+        """Let go of all frames; counts stay."""
+        self._ring.clear()
+        self._last = None
 
     def _account(self, frame: Frame) -> bool:
         """Count the frame and what was lost before it; begin anew after a break.
@@ -199,10 +212,10 @@ class Windows:
             self._begin(frame.t_s)
             self._prompt_s = self._prompt_before_s = frame.arrived_s - frame.t_s
             self._half_s = frame.arrived_s
-        elif self.frame_s == 0.0:  # of two neighbours, however many were lost between them
-            steps = frame.sequence - last.sequence
-            self._distances.append((frame.t_s - last.t_s) / max(1, steps))
-            if len(self._distances) >= LOOKED_AT:
+        else:
+            steps = max(1, frame.sequence - last.sequence)
+            self._made_apart_s.append((frame.t_s - last.t_s) / steps)
+            if len(self._made_apart_s) >= LOOKED_AT:
                 self._refuse_slow()
         self._count_late(frame)
         return True
@@ -224,19 +237,18 @@ class Windows:
     def _is_break(self, last: Frame, frame: Frame) -> bool:
         """Return whether two frames of an epoch are too far apart for this source; count it."""
         apart_s = frame.t_s - last.t_s
-        self._own.append(apart_s / max(1, frame.sequence - last.sequence))
         broken = apart_s > BREAK_SPACINGS * self._spec.spacing_s + EARLY_S
         if broken:
-            usual_s = statistics.median(self._apart) if self._apart else apart_s
+            usual_s = statistics.median(self._came_apart_s) if self._came_apart_s else apart_s
             broken = apart_s > BREAK_USUAL * usual_s + EARLY_S
-        self._apart.append(apart_s)
+        self._came_apart_s.append(apart_s)
         self._breaks += broken
         return broken
 
     def _refuse_slow(self) -> None:
-        if self.frame_s or not self._distances:
+        if self.frame_s or not self._made_apart_s:
             return
-        self.frame_s = statistics.median(self._distances)
+        self.frame_s = statistics.median(self._made_apart_s)
         if clips.too_slow(self.frame_s, self._spec) and not self._nearest:
             raise SourceError(
                 f"{self._source} has a frame every {self.frame_s * 1000:.0f} ms; this model wants "
@@ -252,7 +264,14 @@ class Windows:
             if raw_bytes <= RAW_BYTES:
                 return
             raw_bytes -= one.raw_bytes
-            one.prepared(self._spec)
+            self._prepared(one)
+
+    def _prepared(self, one: Kept) -> clips.Frame:
+        """Return a frame as the spec has it; note how long that took."""
+        began = time.monotonic()
+        pixels = one.prepared(self._spec)
+        self._prepare_s += time.monotonic() - began
+        return pixels
 
     def _forget(self, end_s: float) -> None:
         """Drop frames that no window which ends then or later can want.
@@ -274,20 +293,22 @@ class Windows:
     def _miss_window(self, frame: Frame) -> None:
         """Count a window that was due; where the source has become slow, say so once in a while."""
         self.incomplete += 1
-        own_s = statistics.median(self._own) if len(self._own) == REMEMBERED else 0.0
-        if not clips.too_slow(own_s, self._spec) or frame.arrived_s < self._told_s + TELL_S:
+        known = len(self._made_apart_s) == REMEMBERED
+        apart_s = statistics.median(self._made_apart_s) if known else 0.0
+        if not clips.too_slow(apart_s, self._spec) or frame.arrived_s < self._told_s + TELL_S:
             return
         self._told_s = frame.arrived_s
         log.warning(
             "%s has become slow: a frame every %.0f ms, where this model wants one every %.0f ms. "
             "Its windows are not labelled until it is faster; --sampling nearest repeats frames.",
-            self._source, own_s * 1000, self._spec.spacing_s * 1000,
+            self._source, apart_s * 1000, self._spec.spacing_s * 1000,
         )  # fmt: skip
 
     def _made(self, kept: list[Kept], frame: Frame, slot: int | None = None) -> Window:
         began = time.monotonic()
-        clip = np.stack([one.prepared(self._spec) for one in kept])
-        prepare_ms = (time.monotonic() - began) * 1000
+        clip = np.stack([self._prepared(one) for one in kept])
+        took_s = time.monotonic() - began
+        prepare_ms, self._prepare_s = self._prepare_s * 1000, 0.0
         window = Window(
             number=self.made,
             clip=clip,
@@ -301,6 +322,7 @@ class Windows:
             dropped=self._lost,
             stage_ms={"decode_ms": frame.decode_ms, "prepare_ms": prepare_ms},
             slot=slot,
+            took_s=took_s,
         )
         self.made, self._lost, self._broken = self.made + 1, 0, False
         return window

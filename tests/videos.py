@@ -28,14 +28,22 @@ def number_of(frame: Frame) -> int:
     return sum(1 << bit for bit in range(8) if bars[bit] > 128)
 
 
-def write(path: Path, frames: int = 60, fps: float = 20.0, *, first: int = 0) -> Path:
-    """Write a video of numbered frames, from `first` on; the codec follows from the name."""
+def write(
+    path: Path, frames: int = 60, fps: float = 20.0, *, first: int = 0, times: int = 1
+) -> Path:
+    """Write a video of numbered frames, from `first` on; the codec follows from the name.
+
+    They are `times` as high and as wide as SIZE.
+    """
     cv2 = opencv.quiet()
     fourcc = cv2.VideoWriter_fourcc(*CODECS[path.suffix])
-    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, fourcc, fps, SIZE[::-1])
+    writer = cv2.VideoWriter(
+        str(path), cv2.CAP_FFMPEG, fourcc, fps, (times * SIZE[1], times * SIZE[0])
+    )
     assert writer.isOpened()
     for number in range(first, first + frames):
-        writer.write(cv2.cvtColor(picture(number), cv2.COLOR_RGB2BGR))
+        large = picture(number).repeat(times, axis=0).repeat(times, axis=1)
+        writer.write(cv2.cvtColor(large, cv2.COLOR_RGB2BGR))
     writer.release()
     return path
 

@@ -1,9 +1,9 @@
 """The guard: does a window lead to what windows of clean video lead to?
 
-Its terms (terms.py) cost nothing, or one more run of the routed expert on a filtered clip. A
-profile (profile.py) knows how they are distributed on clean video, and the threshold that a
-stated share of clean windows exceeds. `monitor` reports; `enforce` acts: it abstains, or lets all
-experts vote.
+Its terms (terms.py) cost nothing; with a filter the filter, and one more run of the routed expert
+(of router and expert, where one graph holds them). A profile (profile.py) knows how they are
+distributed on clean video, and the threshold that a stated share of clean windows exceeds.
+`monitor` reports; `enforce` acts: it abstains, or lets all experts vote.
 
 What it promises is the false-alarm rate, on video like that of the calibration. Whoever knows the
 guard can attack it together with the model; it is a tripwire, no proof.

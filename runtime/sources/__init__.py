@@ -73,6 +73,9 @@ class Source(Protocol):
     def frames(self, stop: Stop) -> Generator[Frame, None, None]:
         """Open, yield frames until the end or until `stop`, release.
 
+        Each frame's pixels are an array of its own, which nobody writes to any more: they are read
+        later, in other threads.
+
         Raises:
             SourceError: it cannot be opened, breaks in the middle, or was lost for good.
         """

@@ -27,6 +27,7 @@ SCHEMES = ("http://", "https://")
 PORTS = {"http": 80, "https": 443}
 HLS = ".m3u8"
 BEHIND_S = 1.0  # a stream that is so late goes on at its pace from there
+JUMP_S = 1.0  # so far apart two frames' times are no pace: a discontinuity, an encoder begun anew
 MISSING_SHARE = 0.02  # of a file's frames: their number is often an estimate
 
 
@@ -78,9 +79,15 @@ class HttpSource(NetworkSource):
 def _paced(shots: Iterator[Shot], stop: Stop) -> Iterator[Shot]:
     """Yield frames no earlier than their timestamps say, and as having come then."""
     start_s = -math.inf  # when a frame of time zero was, or would have been, given
+    last_s, apart_s = math.inf, 0.0  # time of the frame before, and its distance from its own
     for shot in shots:
-        now = time.monotonic()
+        now, step_s = time.monotonic(), shot.at_s - last_s
+        if step_s > JUMP_S:
+            start_s -= step_s - apart_s  # the pace goes on as if there had been no jump
+        else:
+            apart_s = max(0.0, step_s)
         if now - (start_s + shot.at_s) > BEHIND_S:
             start_s = now - shot.at_s
+        last_s = shot.at_s
         sleep(start_s + shot.at_s - now, stop)
         yield shot._replace(arrived_s=max(now, start_s + shot.at_s))

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,9 +30,11 @@ from vmoe.runtime.sources import (
     STALLED,
     SourceSettings,
     _live,
+    http,
     udp,
 )
 from vmoe.runtime.sources._iterator import IteratorSource
+from vmoe.runtime.sources._live import Shot
 from vmoe.runtime.sources.stdin import StdinSource
 
 FRAMES = 60
@@ -254,6 +257,27 @@ def test_live_hls_is_given_at_its_own_pace(tmp_path: Path) -> None:
     arrived = np.array([frame.arrived_s for frame in got])
     assert np.median(np.diff(arrived)) == pytest.approx(0.05, abs=0.01)
     assert arrived[-1] - arrived[0] > 0.9 * 79 / 20
+
+
+@pytest.mark.parametrize("jump_s", [3.0, 5000.0, -5000.0])
+def test_the_pace_goes_on_where_the_times_of_hls_jump(
+    monkeypatch: pytest.MonkeyPatch, jump_s: float
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(http, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def sleep(seconds: float, stop: Stop) -> None:
+        now[0] += max(0.0, seconds)
+
+    monkeypatch.setattr(http, "sleep", sleep)
+    pixels = np.zeros((1, 1, 3), np.uint8)
+    times = [i / 20 + (jump_s if i >= 20 else 0.0) for i in range(40)]
+    shots = (Shot(pixels, at_s, 100.0, 0.0) for at_s in times)  # all are there at once
+    given = [shot.arrived_s for shot in http._paced(shots, Stop())]
+    apart = np.diff(given)
+    assert np.delete(apart, 19) == pytest.approx(1 / 20)
+    assert apart[19] == pytest.approx(1 / 20 if jump_s > 0 else 0)
+    assert now[0] - 100 < 2
 
 
 def test_mjpeg_is_stamped_as_it_arrives() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from tests import bundles
 from vmoe.clips import ClipSpec
 from vmoe.errors import SettingError
-from vmoe.runtime import Engine, Pipeline, StreamSettings, load
+from vmoe.runtime import Engine, Pipeline, StreamSettings, cli, load
+from vmoe.runtime.frames import Stop
 from vmoe.runtime.guard import ABSTAIN, ENFORCE, MONITOR, VOTE, Guard, calibration, profile, terms
 from vmoe.runtime.results import ABSTAINED, Result
 from vmoe.runtime.sinks import Sink
@@ -200,6 +203,43 @@ def test_a_stream_is_calibrated_watched_and_acted_on(
     assert len(by_all) == sum(alarms)
     assert {r.label for r in by_all} == {"waving"}  # what all experts of this model say
     assert min(min(r.age_ms, r.stage_ms["infer_ms"]) for r in by_all) > 20  # the vote counts
+
+
+def test_after_a_calibration_the_next_command_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = cli.RunSettings(
+        source=("a.mp4",), hop=0.2, guard_calibrate=Path("g.json"), guard_filter="bilateral",
+        false_alarms=0.05,
+    )  # fmt: skip
+    said = shlex.split(cli._next_command(Path("b"), settings, live=False))
+    given: list[cli.RunSettings] = []
+    monkeypatch.setattr(cli, "_run", lambda bundle, settings, **more: given.append(settings))
+    done = CliRunner().invoke(cli.command, said[1:], obj=Stop())
+    assert done.exit_code == 0, done.output
+    assert (given[0].guard, given[0].guard_profile) == (MONITOR, Path("g.json"))
+    assert (given[0].source, given[0].hop, given[0].guard_calibrate) == (("a.mp4",), 0.2, None)
+
+
+def test_a_second_look_runs_the_routed_experts_alone(engine: Engine) -> None:
+    clips = np.zeros((3, *engine.bundle.spec.shape), np.uint8)
+    clips[1, ..., 0] = 255
+    ran: list[str] = []
+    route = [0, 2, 0]
+    wanted = engine.infer(clips, force_route=route).logits
+    with pytest.MonkeyPatch.context() as patched:
+        run_part = engine._run
+        patched.setattr(engine, "_run", lambda name, *a: (ran.append(name), run_part(name, *a))[1])
+        assert (engine.expert_logits(clips, route) == wanted).all()
+    assert ran == ["expert0", "expert2"]
+
+
+def test_a_filter_is_refused_where_no_clip_is_run_whole(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(engine.bundle.extra, "form", "online")
+    why = "the guard's filter is jpeg; a bundle in the online form runs no clip whole"
+    with pytest.raises(SettingError, match=why):
+        Pipeline(engine, [source([0])], calibrate="jpeg")
+    Pipeline(engine, [source([0])], calibrate="off")
 
 
 def _slow(run_all: Any) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -183,6 +185,58 @@ def test_a_frame_is_prepared_when_a_window_takes_it_and_only_once(
     prepared.clear()
     made = run(Windows(SPEC, "x", hop_s=1.0), frames(i * 0.1 for i in range(34)))
     assert prepared == [n for window in made for n in seen(window)]  # none between windows
+
+
+@pytest.mark.parametrize(
+    ("size", "share"), [((480, 640), 1 / 3), ((720, 1280), 1 / 3), ((1080, 1920), 1)]
+)
+def test_which_sizes_are_prepared_for_windows_alone(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], share: float
+) -> None:
+    prepared: list[int] = []
+
+    def counted(frame: clips.Frame, spec: ClipSpec) -> clips.Frame:
+        prepared.append(1)
+        return np.zeros(spec.shape[1:], np.uint8)
+
+    monkeypatch.setattr(clips, "prepare", counted)
+    pixels = np.broadcast_to(np.uint8(0), (*size, 3))  # as large as it says, in one byte
+    spec = ClipSpec(frames=8, spacing_s=0.1, height=8, width=8)
+    run(Windows(spec, "x"), [Frame(pixels, i / 30, i, 0, i / 30, 0.0) for i in range(300)])
+    assert len(prepared) / 300 == pytest.approx(share, abs=0.05)
+
+
+@pytest.mark.parametrize("room", [0, 5, 100])
+def test_all_that_preparing_took_is_in_the_windows_times(
+    monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    now = [0.0]
+    prepare = clips.prepare
+
+    def slow(frame: clips.Frame, spec: ClipSpec) -> clips.Frame:
+        now[0] += 1
+        return prepare(frame, spec)
+
+    given = frames(i * 0.02 for i in range(86))  # the last of which ends a window
+    monkeypatch.setattr(clips, "prepare", slow)
+    monkeypatch.setattr(windows_of, "RAW_BYTES", room * given[0].pixels.nbytes)
+    monkeypatch.setattr(windows_of, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    made = run(Windows(SPEC, "x"), given)
+    assert made[-1].frame_last == len(given) - 1
+    assert sum(window.stage_ms["prepare_ms"] for window in made) == 1000 * now[0]
+    assert now[0] >= (len(given) - room if room < 100 else 1)
+
+
+def test_no_frame_is_kept_when_a_source_has_ended() -> None:
+    windows, kept = Windows(SPEC, "x"), []
+    for frame in frames(i * 0.05 for i in range(20)):
+        windows.push(frame)
+        kept = [weakref.ref(frame.pixels)]
+    del frame
+    assert kept[0]() is not None
+    windows.end()
+    assert kept[0]() is None
+    assert windows.frames == 20
 
 
 def test_frames_as_they_came_are_bounded_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
