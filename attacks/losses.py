@@ -147,8 +147,9 @@ def expert(twin: VideoMoE, clip: Tensor, label: Tensor, index: int, settings: Ba
     """
     require_expert(twin, index, "--expert")
     with torch.no_grad():
-        clean, scores = twin.run_expert(index, clip), twin.scores(clip)
-    term = _lipschitz(clip, clean, settings)
+        scores = twin.scores(clip)
+        clean = twin.run_expert(index, clip) if settings.early_stop or _lam(settings) else None
+    term = _lipschitz(clip, scores if clean is None else clean, settings)
 
     def objective(adversarial: Tensor, rows: Tensor) -> Judged:
         logits = twin.run_expert(index, adversarial)
@@ -159,8 +160,10 @@ def expert(twin: VideoMoE, clip: Tensor, label: Tensor, index: int, settings: Ba
         loss = loss.masked_fill(silent(moved), torch.nan)
         return Judged(loss, logits.argmax(dim=1) != y, moved.argmax(dim=1))
 
-    wrong = clean.argmax(dim=1) != label
-    return Aim((objective,), scores.argmax(dim=1), wrong, silent(clean, scores))
+    route = scores.argmax(dim=1)
+    if clean is None:  # nobody needs E_i(x)
+        return Aim((objective,), route, None, silent(scores))
+    return Aim((objective,), route, clean.argmax(dim=1) != label, silent(clean, scores))
 
 
 def whole(
