@@ -26,6 +26,7 @@ TYPES = {
 }  # fmt: skip
 HEADER = "Inference-Header-Content-Length"  # of a body: so many bytes JSON, then the tensors
 OK, BUSY = 200, 503  # busy: the server is there, but not ready
+SILENT = "StatusCode.DEADLINE_EXCEEDED"
 HUNG_UP = (ConnectionResetError, BrokenPipeError)
 
 
@@ -232,18 +233,8 @@ class _Grpc:
     def __init__(self, place: Address, timeout_s: float) -> None:
         import tritonclient.grpc as grpc
 
-        self._grpc, self._timeout_s = grpc, timeout_s
-        host = f"[{place.host}]" if ":" in place.host else place.host
-        self._client = grpc.InferenceServerClient(
-            f"{host}:{place.port}",
-            ssl=place.scheme == "grpcs",
-            # gRPC's own pause between two tries of a connection grows to two minutes
-            channel_args=[
-                ("grpc.max_send_message_length", -1),
-                ("grpc.max_receive_message_length", -1),
-                ("grpc.max_reconnect_backoff_ms", 1000),
-            ],
-        )
+        self._grpc, self._place, self._timeout_s = grpc, place, timeout_s
+        self._client = self._dialled()
 
     def config(self, model: str, version: int) -> dict[str, Any]:
         config = self._asked(self._client.get_model_config, model, str(version), as_json=True)
@@ -261,6 +252,21 @@ class _Grpc:
     def close(self) -> None:
         self._client.close()
 
+    def _dialled(self) -> Any:
+        host = f"[{self._place.host}]" if ":" in self._place.host else self._place.host
+        return self._grpc.InferenceServerClient(
+            f"{host}:{self._place.port}",
+            ssl=self._place.scheme == "grpcs",
+            channel_args=[
+                ("grpc.max_send_message_length", -1),
+                ("grpc.max_receive_message_length", -1),
+                # gRPC's own pause between two tries of a connection grows to two minutes
+                ("grpc.max_reconnect_backoff_ms", 1000),
+                # else a new channel takes over the connection of the one before
+                ("grpc.use_local_subchannel_pool", 1),
+            ],
+        )
+
     def _asked(self, call: Any, *args: Any, **kwargs: Any) -> Any:
         from tritonclient.utils import InferenceServerException
 
@@ -268,6 +274,9 @@ class _Grpc:
             return call(*args, client_timeout=self._timeout_s, **kwargs)
         except InferenceServerException as e:
             said = _line(e.message() or "")
-            if e.status() in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"):
+            if e.status() == SILENT:  # gRPC keeps a connection whose other end is gone
+                self._client.close()
+                self._client = self._dialled()
+            if e.status() in (SILENT, "StatusCode.UNAVAILABLE"):
                 raise AwayError(said.lower()) from e
             raise RefusedError(said) from e
