@@ -25,7 +25,8 @@ TYPES = {
     "bool": "BOOL",
 }  # fmt: skip
 HEADER = "Inference-Header-Content-Length"  # of a body: so many bytes JSON, then the tensors
-OK, BUSY = 200, 503  # busy: the server is there, but not ready
+OK = 200
+AWAY = (429, 502, 503, 504)  # a server that is not ready, or a proxy that reaches none
 SILENT = "StatusCode.DEADLINE_EXCEEDED"
 HUNG_UP = (ConnectionResetError, BrokenPipeError)
 
@@ -169,10 +170,10 @@ class _Http:
         except (OSError, HTTPException) as e:
             self._line.close()
             raise AwayError(_why(e)) from e
-        if response.status == BUSY:
-            raise AwayError(_error(answer))
+        if response.status in AWAY:
+            raise AwayError(_error(response.status, answer))
         if response.status != OK:
-            raise RefusedError(_error(answer))
+            raise RefusedError(_error(response.status, answer))
         size = response.getheader(HEADER)
         return (int(size) if size and size.isdigit() else None), answer
 
@@ -210,11 +211,12 @@ def _object(body: bytes) -> dict[str, Any]:
     return value
 
 
-def _error(body: bytes) -> str:
+def _error(status: int, body: bytes) -> str:
+    """Return what Triton says of an error; of a proxy, which says a page, the code alone."""
     try:
         return _line(str(json.loads(body)["error"]))
     except (ValueError, KeyError, TypeError):
-        return _line(body.decode(errors="replace")) or "it says no more"
+        return f"HTTP {status}"
 
 
 def _line(text: str) -> str:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -42,3 +46,49 @@ def test_grpc_dials_again_when_the_other_end_has_gone_silent() -> None:
             client.close()
             server.stop(None).wait()
             silent.close()
+
+
+@contextlib.contextmanager
+def proxy(status: int, body: bytes) -> Iterator[str]:
+    """Answer one request so, whatever it is; yield the address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        thread.join()
+
+
+PAGE = b"<html><h1>Bad Gateway</h1></html>"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "error", "said"),
+    [
+        (429, b"", _kserve.AwayError, "HTTP 429"),
+        (502, PAGE, _kserve.AwayError, "HTTP 502"),
+        (503, b'{"error": "not ready"}', _kserve.AwayError, "not ready"),
+        (504, PAGE, _kserve.AwayError, "HTTP 504"),
+        (404, PAGE, _kserve.RefusedError, "HTTP 404"),
+        (400, b'{"error": "unknown model"}', _kserve.RefusedError, "unknown model"),
+    ],
+)
+def test_a_proxy_that_reaches_no_server_is_away_and_its_page_is_not_printed(
+    status: int, body: bytes, error: type[Exception], said: str
+) -> None:
+    with proxy(status, body) as at:
+        client = _kserve.connect(_kserve.address(at), 10)
+        with pytest.raises(error) as e:
+            client.config("tiny", 1)
+        client.close()
+    assert str(e.value) == said
