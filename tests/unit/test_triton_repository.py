@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
+import sys
+import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,7 +20,7 @@ from vmoe.bundle import Bundle, Port
 from vmoe.clips import ClipSpec
 from vmoe.errors import CorruptBundleError, MissingDependencyError, SettingError
 from vmoe.export.cli import main
-from vmoe.export.triton import PYTHON, Repository, configs, is_ours, pbtxt, write
+from vmoe.export.triton import IDLE_S, MODELS, PYTHON, Repository, configs, is_ours, pbtxt, write
 from vmoe.runtime.engines import _kserve
 from vmoe.runtime.served import model, version, whole
 
@@ -184,3 +188,20 @@ def test_the_command_serves_a_bundle_as_it_is(bundle: Bundle, tmp_path: Path) ->
     assert (code, "lowering if is one file" in said) == (2, True)
     code, said = run(path, "--triton-repo", str(tmp_path / "r"), "--trt", "--from-onnx")
     assert (code, "--from-onnx makes a bundle: serve that" in said) == (2, True)
+
+
+def test_the_server_keeps_a_stream_longer_than_its_batcher_does(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", ModuleType("utils"))
+    stream = runpy.run_path(str(MODELS / "stream.py"))
+    config = configs(bundle, Repository(tmp_path / "r"))["stream"]
+    said = {one["key"]: one["value"] for one in config["parameters"]}
+    made = stream["TritonPythonModel"]()
+    made.initialize({"model_config": json.dumps({**config, "parameters": said})})
+    now_s = time.monotonic()
+    for age_s in (0, 1.5 * IDLE_S, 2.5 * IDLE_S):
+        made._streams[age_s] = stream["Stream"](4)
+        made._streams[age_s].used_s = now_s - age_s
+    made._forget()
+    assert list(made._streams) == [0, 1.5 * IDLE_S]
