@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmoe.errors import MissingDependencyError, SettingError
+from vmoe.runtime import addresses
 
 Arrays = Mapping[str, NDArray[Any]]
 PORTS = {"http": 8000, "https": 443, "grpc": 8001, "grpcs": 443}  # Triton's own, or a proxy's
@@ -41,7 +42,7 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server is: scheme, host, port, and a path that a proxy may want before all else."""
+    """Where a server is: scheme, host, port, and a path that an HTTP proxy may want before all."""
 
     scheme: str
     host: str
@@ -66,10 +67,21 @@ def address(text: str) -> Address:
         port, parts = None, urlsplit("")
     if parts.scheme not in PORTS or not parts.hostname or parts.query or "@" in parts.netloc:
         raise SettingError(
-            f"--server is {text!r}; it is HOST:PORT, http://HOST:PORT or grpc://HOST:PORT."
+            f"--server is {_shown(text)!r}; it is HOST:PORT, http://HOST:PORT or grpc://HOST:PORT."
         )
     path = parts.path.rstrip("/")
+    if path and parts.scheme.startswith("grpc"):
+        raise SettingError(
+            f"--server is {_shown(text)!r}; a path is for HTTP: leave it out, or write "
+            "http://HOST:PORT/PATH."
+        )
     return Address(parts.scheme, parts.hostname, port or PORTS[parts.scheme], path)
+
+
+def _shown(text: str) -> str:
+    """Return a refused address as it may be printed: it may hold a password."""
+    mark = "" if "://" in text else "http://"
+    return addresses.shown(mark + text).removeprefix(mark)
 
 
 class Client(Protocol):

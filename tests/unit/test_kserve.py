@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from vmoe.errors import SettingError
 from vmoe.runtime.engines import _kserve
 
 SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # HTTP/2: the server's greeting
@@ -92,3 +93,20 @@ def test_a_proxy_that_reaches_no_server_is_away_and_its_page_is_not_printed(
             client.config("tiny", 1)
         client.close()
     assert str(e.value) == said
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["me:sesame@gpu7", "http://me:sesame@gpu7:8000", "gpu7?token=sesame", "ftp://:sesame@gpu7"],
+)
+def test_of_an_address_that_is_refused_no_secret_is_printed(text: str) -> None:
+    with pytest.raises(SettingError, match=r"^--server is '.*\*\*\*") as e:
+        _kserve.address(text)
+    assert "sesame" not in str(e.value)
+
+
+@pytest.mark.parametrize("scheme", ["grpc", "grpcs"])
+def test_grpc_takes_no_path(scheme: str) -> None:
+    with pytest.raises(SettingError, match=r"is 'grpcs?://gpu7/triton'; a path is for HTTP: leave"):
+        _kserve.address(f"{scheme}://gpu7/triton")
+    assert str(_kserve.address(f"{scheme}://gpu7/")).startswith(f"{scheme}://gpu7:")
