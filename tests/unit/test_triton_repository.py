@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import runpy
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -205,3 +207,30 @@ def test_the_server_keeps_a_stream_longer_than_its_batcher_does(
         made._streams[age_s].used_s = now_s - age_s
     made._forget()
     assert list(made._streams) == [0, 1.5 * IDLE_S]
+
+
+WITHOUT_TORCH = """
+import importlib.util, sys
+for name in ("torch", "onnx", "onnxscript", "safetensors", "onnxruntime"):
+    sys.modules[name] = None
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "torch" else find(name, *a)
+import vmoe.__main__
+vmoe.__main__.export()
+"""
+
+
+def test_a_bundle_is_served_as_it_is_without_torch(bundle: Bundle, tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    command = [sys.executable, "-c", WITHOUT_TORCH]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    for named, code in ((bundle.path, 0), (tmp_path / "best.safetensors", 5)):
+        done = subprocess.run(
+            [*command, str(named), f"--triton-repo={folder}"],
+            capture_output=True, text=True, check=False, env=env,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+    assert "is no bundle; exporting a checkpoint needs torch, which is not" in done.stderr
+    assert is_ours(folder)
+    at = folder / "tiny_expert2" / str(version(bundle)) / "model.onnx" / "model.onnx"
+    assert bundles.sha256(at) == bundle.parts["expert2"].hashes["expert2.onnx"]
