@@ -250,22 +250,20 @@ def test_requests_of_many_clients_become_batches_and_each_gets_its_own(
     server: Server, path: Path, here: Engine, spec: ClipSpec
 ) -> None:
     clips = clips_of(spec, 120, seed=1)
-    wanted, before = here.infer(clips), counts(server, "tiny")
+    wanted, before = here.infer(clips), batches(server, "tiny")
     with load(path, server=server.address("http")) as engine, ThreadPoolExecutor(12) as pool:
         got = list(pool.map(lambda i: engine.infer(clips[i : i + 1]), range(len(clips))))
     assert [int(one.route[0]) for one in got] == wanted.route.tolist()
     np.testing.assert_allclose(
         np.concatenate([one.logits for one in got]), wanted.logits, atol=ONCE
     )
-    executions, inferences = counts(server, "tiny") - before
-    assert inferences == len(clips)
-    assert executions < inferences
+    assert batches(server, "tiny") > before
 
 
-def counts(server: Server, model: str) -> NDArray[np.int64]:
-    """Return how often a model ran so far, and on how many clips or frames in all."""
-    stats = json.loads(server.ask(f"models/{model}/stats"))["model_stats"][0]
-    return np.array([int(stats["execution_count"]), int(stats["inference_count"])])
+def batches(server: Server, model: str) -> int:
+    """Return how often a model ran so far on more than one clip or frame at once."""
+    stats = json.loads(server.ask(f"models/{model}/stats"))["model_stats"][0]["batch_stats"]
+    return sum(int(of["compute_infer"]["count"]) for of in stats if int(of["batch_size"]) > 1)
 
 
 # Streams whose frames go to the server one by one
@@ -286,16 +284,14 @@ def test_the_server_holds_what_a_stream_has_of_its_window(
     bundle = bundles.read({"tiny": path, "steady": online}[name])
     streams = {key: frames_of(spec, 14, key) for key in range(1, 7)}
     answers: dict[int, list[dict[str, NDArray[Any]]]] = {key: [] for key in streams}
-    client, before = _Sequences(server, bundle), counts(server, f"{name}_stream")
+    client, before = _Sequences(server, bundle), batches(server, f"{name}_stream")
     with ThreadPoolExecutor(len(streams)) as pool:
         for at in range(14):  # at once, so that the server takes some as one batch
             how = {"begins": at == 0, "ends": at == 13}
             sent = {k: pool.submit(client.send, k, f[at], **how) for k, f in streams.items()}
             for key, answer in sent.items():
                 answers[key].append(answer.result())
-    executions, inferences = counts(server, f"{name}_stream") - before
-    assert inferences == 14 * len(streams)
-    assert executions < inferences
+    assert batches(server, f"{name}_stream") > before
     with load(bundle, backend="onnxruntime", device="cpu", threads=1) as engine:
         for key, frames in streams.items():
             clips = np.stack([frames[at - 3 : at + 1] for at in range(3, 14)])
