@@ -22,7 +22,7 @@ def test_grpc_dials_again_when_the_other_end_has_gone_silent() -> None:
     service = pytest.importorskip("tritonclient.grpc.service_pb2_grpc")
     messages = pytest.importorskip("tritonclient.grpc.service_pb2")
 
-    class Servicer(service.GRPCInferenceServiceServicer):  # type: ignore[misc, name-defined]
+    class Servicer(service.GRPCInferenceServiceServicer):
         def ModelConfig(self, request: object, context: object) -> object:  # noqa: N802
             answer = messages.ModelConfigResponse()
             answer.config.max_batch_size = 4
