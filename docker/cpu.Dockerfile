@@ -5,7 +5,8 @@ FROM python:3.12.12-slim-bookworm AS build
 WORKDIR /src
 COPY . .
 # A folder of its own, for any Python 3.12: the image itself needs no pip.
-RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . \
+RUN pip install --no-cache-dir --no-deps -r docker/requirements-build.txt \
+    && pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels . \
     && pip install --no-cache-dir --no-deps --target /opt/vmoe -r docker/requirements.txt \
         /wheels/*.whl \
     && sed -i '1s|.*|#!/usr/bin/env python3|' /opt/vmoe/bin/vmoe*

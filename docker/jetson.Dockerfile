@@ -18,7 +18,8 @@ ARG CUDA=12.9.4
 WORKDIR /src
 COPY . .
 # A folder of its own, for the base image's Python: it needs no pip.
-RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . \
+RUN pip install --no-cache-dir --no-deps -r docker/requirements-build.txt \
+    && pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels . \
     && pip install --no-cache-dir --no-deps --target /opt/vmoe -r docker/requirements.txt \
         -r docker/requirements-tensorrt.txt "cuda-bindings==${CUDA}" /wheels/*.whl \
     && sed -i '1s|.*|#!/usr/bin/env python3|' /opt/vmoe/bin/vmoe*

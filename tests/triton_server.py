@@ -43,9 +43,9 @@ def installed() -> Path:
         try:
             _make(making)
             making.rename(place)
-        except FileExistsError:  # another run was as fast
-            pass
         except (OSError, subprocess.SubprocessError) as e:
+            if (place / "ready").exists():  # another run was as fast
+                return installed()
             said = getattr(e, "stderr", b"") or str(e).encode()
             last = said.decode(errors="replace").strip().splitlines()[-1:]
             raise CannotRunError(f"no Triton server can be installed here: {''.join(last)}") from e

@@ -380,14 +380,17 @@ def attack() -> None:
 
 
 def export() -> None:
-    """Run vmoe-export; what it does without torch has a file of its own."""
-    if "--from-onnx" in sys.argv and _missing("vmoe-export"):
+    """Run vmoe-export; what it does without torch has files of its own."""
+    given = {word.partition("=")[0] for word in sys.argv} if _missing("vmoe-export") else set()
+    if "--from-onnx" in given:
         if importlib.util.find_spec("onnx") is None:
             click.echo("vmoe-export: onnx not installed: pip install onnx.", err=True)
             sys.exit(MissingDependencyError.exit_code)
         importlib.import_module("vmoe.export.tensorrt.from_onnx").main()
-        return
-    _enter("vmoe-export", "vmoe.export.cli")
+    elif "--triton-repo" in given:
+        importlib.import_module("vmoe.export.triton.as_it_is").main()
+    else:
+        _enter("vmoe-export", "vmoe.export.cli")
 
 
 def run() -> None:

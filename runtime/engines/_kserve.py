@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmoe.errors import MissingDependencyError, SettingError
+from vmoe.runtime import addresses
 
 Arrays = Mapping[str, NDArray[Any]]
 PORTS = {"http": 8000, "https": 443, "grpc": 8001, "grpcs": 443}  # Triton's own, or a proxy's
@@ -25,7 +26,9 @@ TYPES = {
     "bool": "BOOL",
 }  # fmt: skip
 HEADER = "Inference-Header-Content-Length"  # of a body: so many bytes JSON, then the tensors
-OK, BUSY = 200, 503  # busy: the server is there, but not ready
+OK = 200
+AWAY = (429, 502, 503, 504)  # a server that is not ready, or a proxy that reaches none
+SILENT = "StatusCode.DEADLINE_EXCEEDED"
 HUNG_UP = (ConnectionResetError, BrokenPipeError)
 
 
@@ -39,7 +42,7 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server is: scheme, host, port, and a path that a proxy may want before all else."""
+    """Where a server is: scheme, host, port, and a path that an HTTP proxy may want before all."""
 
     scheme: str
     host: str
@@ -64,10 +67,21 @@ def address(text: str) -> Address:
         port, parts = None, urlsplit("")
     if parts.scheme not in PORTS or not parts.hostname or parts.query or "@" in parts.netloc:
         raise SettingError(
-            f"--server is {text!r}; it is HOST:PORT, http://HOST:PORT or grpc://HOST:PORT."
+            f"--server is {_shown(text)!r}; it is HOST:PORT, http://HOST:PORT or grpc://HOST:PORT."
         )
     path = parts.path.rstrip("/")
+    if path and parts.scheme.startswith("grpc"):
+        raise SettingError(
+            f"--server is {_shown(text)!r}; a path is for HTTP: leave it out, or write "
+            "http://HOST:PORT/PATH."
+        )
     return Address(parts.scheme, parts.hostname, port or PORTS[parts.scheme], path)
+
+
+def _shown(text: str) -> str:
+    """Return a refused address as it may be printed: it may hold a password."""
+    mark = "" if "://" in text else "http://"
+    return addresses.shown(mark + text).removeprefix(mark)
 
 
 class Client(Protocol):
@@ -168,10 +182,10 @@ class _Http:
         except (OSError, HTTPException) as e:
             self._line.close()
             raise AwayError(_why(e)) from e
-        if response.status == BUSY:
-            raise AwayError(_error(answer))
+        if response.status in AWAY:
+            raise AwayError(_error(response.status, answer))
         if response.status != OK:
-            raise RefusedError(_error(answer))
+            raise RefusedError(_error(response.status, answer))
         size = response.getheader(HEADER)
         return (int(size) if size and size.isdigit() else None), answer
 
@@ -209,11 +223,12 @@ def _object(body: bytes) -> dict[str, Any]:
     return value
 
 
-def _error(body: bytes) -> str:
+def _error(status: int, body: bytes) -> str:
+    """Return what Triton says of an error; of a proxy, which says a page, the code alone."""
     try:
         return _line(str(json.loads(body)["error"]))
     except (ValueError, KeyError, TypeError):
-        return _line(body.decode(errors="replace")) or "it says no more"
+        return f"HTTP {status}"
 
 
 def _line(text: str) -> str:
@@ -232,18 +247,8 @@ class _Grpc:
     def __init__(self, place: Address, timeout_s: float) -> None:
         import tritonclient.grpc as grpc
 
-        self._grpc, self._timeout_s = grpc, timeout_s
-        host = f"[{place.host}]" if ":" in place.host else place.host
-        self._client = grpc.InferenceServerClient(
-            f"{host}:{place.port}",
-            ssl=place.scheme == "grpcs",
-            # gRPC's own pause between two tries of a connection grows to two minutes
-            channel_args=[
-                ("grpc.max_send_message_length", -1),
-                ("grpc.max_receive_message_length", -1),
-                ("grpc.max_reconnect_backoff_ms", 1000),
-            ],
-        )
+        self._grpc, self._place, self._timeout_s = grpc, place, timeout_s
+        self._client = self._dialled()
 
     def config(self, model: str, version: int) -> dict[str, Any]:
         config = self._asked(self._client.get_model_config, model, str(version), as_json=True)
@@ -261,6 +266,21 @@ class _Grpc:
     def close(self) -> None:
         self._client.close()
 
+    def _dialled(self) -> Any:
+        host = f"[{self._place.host}]" if ":" in self._place.host else self._place.host
+        return self._grpc.InferenceServerClient(
+            f"{host}:{self._place.port}",
+            ssl=self._place.scheme == "grpcs",
+            channel_args=[
+                ("grpc.max_send_message_length", -1),
+                ("grpc.max_receive_message_length", -1),
+                # gRPC's own pause between two tries of a connection grows to two minutes
+                ("grpc.max_reconnect_backoff_ms", 1000),
+                # else a new channel takes over the connection of the one before
+                ("grpc.use_local_subchannel_pool", 1),
+            ],
+        )
+
     def _asked(self, call: Any, *args: Any, **kwargs: Any) -> Any:
         from tritonclient.utils import InferenceServerException
 
@@ -268,6 +288,9 @@ class _Grpc:
             return call(*args, client_timeout=self._timeout_s, **kwargs)
         except InferenceServerException as e:
             said = _line(e.message() or "")
-            if e.status() in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"):
+            if e.status() == SILENT:  # gRPC keeps a connection whose other end is gone
+                self._client.close()
+                self._client = self._dialled()
+            if e.status() in (SILENT, "StatusCode.UNAVAILABLE"):
                 raise AwayError(said.lower()) from e
             raise RefusedError(said) from e

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +18,46 @@ else:
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docker"
 RECIPES = sorted(FOLDER.glob("*.Dockerfile"))
-PINNED = re.compile(r"[\w.-]+==[\w.+]+")
+PINNED = re.compile(r"[\w.-]+==(\d[\w.+]*|\$\{CUDA\})")
+TAKES_A_VALUE = ("-r", "--target", "--wheel-dir")
 
 
 def lines(text: str) -> list[str]:
     """Return a recipe's instructions, each with what it is continued by."""
     joined = re.sub(r"\\\n", " ", "\n".join(re.sub(r"^#.*", "", line) for line in text.split("\n")))
     return [line for line in joined.split("\n") if line.strip()]
+
+
+def loose(line: str) -> list[str]:
+    """Return what an instruction makes pip fetch in whatever version is newest."""
+    found = []
+    for said in re.findall(r"pip3? (?:install|wheel) ([^&|;]*)", line):
+        words = shlex.split(said)
+        for before, word in zip(["", *words], words, strict=False):
+            is_option = word.startswith("-") or before in TAKES_A_VALUE
+            is_path = word == "." or word.startswith("/")
+            if not (is_option or is_path or PINNED.fullmatch(word)):
+                found.append(word)
+        if "--no-deps" not in words:
+            found.append("dependencies")
+        if "." in words and "--no-build-isolation" not in words:
+            found.append("build backend")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("RUN pip install --no-deps numpy", ["numpy"]),
+        ("RUN pip install --no-deps 'numpy>=2' \"cv==${CUDA}\" && x", ["numpy>=2"]),
+        ("RUN pip install --no-deps numpy==2.2.6 -r a.txt /w/*.whl --target /opt x==", ["x=="]),
+        ("RUN pip install numpy==2.2.6", ["dependencies"]),
+        ("RUN x && pip wheel --no-deps --wheel-dir /wheels .", ["build backend"]),
+        ("RUN pip wheel --no-deps --no-build-isolation . && pip install --no-deps a", ["a"]),
+    ],
+)
+def test_what_is_not_pinned_is_found(line: str, found: list[str]) -> None:
+    assert loose(line) == found
 
 
 @pytest.fixture(params=RECIPES, ids=lambda path: str(path.stem))
@@ -52,11 +86,7 @@ def test_bases_and_packages_are_pinned_and_the_user_is_not_root(recipe: Path) ->
         for name, value in given.items():
             base = base.replace(f"${{{name}}}", value)
         assert base in named or re.search(r":\w*\d+\.\d+[\w.-]*$", base), base
-    for line in (line for line in said if "pip install" in line):
-        words = line.split("pip install", 1)[1].split("&&")[0].split()
-        loose = [word for word in words if "==" in word and not PINNED.match(word.strip('"'))]
-        assert [word for word in loose if "${CUDA}" not in word] == []
-        assert "--no-deps" in words
+    assert [word for line in said for word in loose(line)] == []
     assert [line for line in said if line.startswith("USER")] == ["USER 10001"]
     assert any(line.startswith("HEALTHCHECK --interval") for line in said)
     assert all("latest" not in line for line in said)
@@ -72,6 +102,7 @@ def test_an_image_has_what_the_package_needs_in_versions_that_it_takes() -> None
     texts = [path.read_text() for path in sorted(FOLDER.glob("requirements*.txt"))]
     for line in "".join(texts).splitlines():
         if not line.startswith("#"):
+            assert PINNED.fullmatch(line)
             name, at = line.split("==")
             has[name.lower().replace("_", "-")] = at
     for requirement in wanted:

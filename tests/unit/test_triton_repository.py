@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import runpy
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,7 +22,7 @@ from vmoe.bundle import Bundle, Port
 from vmoe.clips import ClipSpec
 from vmoe.errors import CorruptBundleError, MissingDependencyError, SettingError
 from vmoe.export.cli import main
-from vmoe.export.triton import PYTHON, Repository, configs, is_ours, pbtxt, write
+from vmoe.export.triton import IDLE_S, MODELS, PYTHON, Repository, configs, is_ours, pbtxt, write
 from vmoe.runtime.engines import _kserve
 from vmoe.runtime.served import model, version, whole
 
@@ -184,3 +190,47 @@ def test_the_command_serves_a_bundle_as_it_is(bundle: Bundle, tmp_path: Path) ->
     assert (code, "lowering if is one file" in said) == (2, True)
     code, said = run(path, "--triton-repo", str(tmp_path / "r"), "--trt", "--from-onnx")
     assert (code, "--from-onnx makes a bundle: serve that" in said) == (2, True)
+
+
+def test_the_server_keeps_a_stream_longer_than_its_batcher_does(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", ModuleType("utils"))
+    stream = runpy.run_path(str(MODELS / "stream.py"))
+    config = configs(bundle, Repository(tmp_path / "r"))["stream"]
+    said = {one["key"]: one["value"] for one in config["parameters"]}
+    made = stream["TritonPythonModel"]()
+    made.initialize({"model_config": json.dumps({**config, "parameters": said})})
+    now_s = time.monotonic()
+    for age_s in (0, 1.5 * IDLE_S, 2.5 * IDLE_S):
+        made._streams[age_s] = stream["Stream"](4)
+        made._streams[age_s].used_s = now_s - age_s
+    made._forget()
+    assert list(made._streams) == [0, 1.5 * IDLE_S]
+
+
+WITHOUT_TORCH = """
+import importlib.util, sys
+for name in ("torch", "onnx", "onnxscript", "safetensors", "onnxruntime"):
+    sys.modules[name] = None
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "torch" else find(name, *a)
+import vmoe.__main__
+vmoe.__main__.export()
+"""
+
+
+def test_a_bundle_is_served_as_it_is_without_torch(bundle: Bundle, tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    command = [sys.executable, "-c", WITHOUT_TORCH]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    for named, code in ((bundle.path, 0), (tmp_path / "best.safetensors", 5)):
+        done = subprocess.run(
+            [*command, str(named), f"--triton-repo={folder}"],
+            capture_output=True, text=True, check=False, env=env,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+    assert "is no bundle; exporting a checkpoint needs torch, which is not" in done.stderr
+    assert is_ours(folder)
+    at = folder / "tiny_expert2" / str(version(bundle)) / "model.onnx" / "model.onnx"
+    assert bundles.sha256(at) == bundle.parts["expert2"].hashes["expert2.onnx"]

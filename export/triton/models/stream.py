@@ -5,8 +5,9 @@ its requests come to this instance, and a batch holds at most one request of eac
 
     the last T frames; of an online bundle, for each expert its states, and the frame they stand at
 
-It is this process's memory: a server that restarts has lost it, and refuses the next request of a
-sequence unless that begins a new one.
+It is this process's memory: a server that restarts has lost it, and a request that fails may have
+moved it, so that it is let go. The next request of such a sequence is refused, unless that begins a
+new one: no window ever misses a frame, or holds one twice.
 
     frame uint8 [1, H, W, 3], answer bool [1, 1] (may be left out; false takes the frame alone)
     -> logits float32 [1, K], scores float32 [1, M], route int64 [1, 1]
@@ -57,7 +58,8 @@ class TritonPythonModel:
         self._router, self._experts = said["router"], said["experts"]
         self._version, self._frames = said["version"], said["frames"]
         self._classes, self._states = said["classes"], said["states"]
-        self._idle_s = int(config["sequence_batching"]["max_sequence_idle_microseconds"]) / 1e6
+        # the batcher ends what is silent, by its own clock: never before it
+        self._keep_s = 2 * int(config["sequence_batching"]["max_sequence_idle_microseconds"]) / 1e6
         self._streams = {}
 
     async def execute(self, requests):
@@ -67,28 +69,33 @@ class TritonPythonModel:
         due = [
             stream
             for stream, request in zip(streams, requests, strict=True)
-            if len(stream.ring) == self._frames and _flag(request, "answer")
+            if stream and len(stream.ring) == self._frames and _flag(request, "answer")
         ]
         answers = await self._answers(due) if due else {}
-        for request in requests:
-            if request.flags() & pb.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END:
-                self._streams.pop(request.correlation_id(), None)
-        return [answers[id(s)] if id(s) in answers else self._none() for s in streams]
+        responses = []
+        for stream, request in zip(streams, requests, strict=True):
+            key = request.correlation_id()
+            response = answers.get(id(stream)) or (self._none() if stream else _unknown(key))
+            responses.append(response)
+            ends = request.flags() & pb.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END
+            if ends or response.has_error():
+                self._streams.pop(key, None)
+        return responses
 
     def _stream(self, request):
-        """Return the stream of a request, with its frame."""
+        """Return the stream of a request, with its frame; None where it is not known."""
         key = request.correlation_id()
-        begins = request.flags() & pb.TRITONSERVER_REQUEST_FLAG_SEQUENCE_START
-        if begins or key not in self._streams:
+        if request.flags() & pb.TRITONSERVER_REQUEST_FLAG_SEQUENCE_START:
             self._streams[key] = Stream(self._frames)
-        stream = self._streams[key]
-        frame = pb.get_input_tensor_by_name(request, "frame").as_numpy()
-        stream.push(frame[0].copy())  # the request's memory is the server's
+        stream = self._streams.get(key)
+        if stream is not None:
+            frame = pb.get_input_tensor_by_name(request, "frame").as_numpy()
+            stream.push(frame[0].copy())  # the request's memory is the server's
         return stream
 
     def _forget(self):
         """Let go of streams that the batcher has given up: they end without a word."""
-        oldest_s = time.monotonic() - self._idle_s
+        oldest_s = time.monotonic() - self._keep_s
         for key in [key for key, stream in self._streams.items() if stream.used_s < oldest_s]:
             del self._streams[key]
 
@@ -158,6 +165,11 @@ def _clips(streams, newest=None):
 def _flag(request, name):
     given = pb.get_input_tensor_by_name(request, name)
     return given is None or bool(given.as_numpy().all())
+
+
+def _unknown(key):
+    said = f"sequence {key} is not known here; begin it with sequence_start"
+    return pb.InferenceResponse(error=pb.TritonError(said, pb.TritonError.INVALID_ARG))
 
 
 def _response(logits, scores, route):
