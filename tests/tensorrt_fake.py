@@ -168,6 +168,7 @@ class Fake(ModuleType):
         self._logger = me
 
     def _Builder___init__(self, me: Any, logger: Any) -> None:
+        assert self._driver.current, "a builder without a GPU takes the first that there is"
         self._logger = logger
 
     def _Builder_create_network(self, me: Any, flags: int = 0) -> Any:
@@ -256,6 +257,7 @@ class Fake(ModuleType):
         return self._made["IHostMemory"]((me._held or b"timed ") + b"+")
 
     def _Runtime___init__(self, me: Any, logger: Any) -> None:
+        assert self._driver.current, "a runtime without a GPU takes the first that there is"
         self._logger = logger
 
     def _Runtime_deserialize_cuda_engine(self, me: Any, plan: bytes) -> Any:
@@ -302,6 +304,7 @@ class Fake(ModuleType):
 
     def _ICudaEngine_create_execution_context(self, me: Any, strategy: Any) -> Any:
         assert strategy.name == "USER_MANAGED"
+        assert me._full, "a context of a stripped plan before it got its weights"
         return self.new("IExecutionContext", engine=me, arena=None, at={}, batch=None)
 
     def _IExecutionContext_set_device_memory(self, me: Any, memory: int, size: int) -> None:
@@ -331,7 +334,6 @@ class Fake(ModuleType):
         assert stream in self._driver.live["stream"]
         address, size = me._arena
         self._driver.check(address, max(size, self.arena))
-        assert me._engine._full, "a stripped plan was run before it got its weights"
         batch, mine = me._batch, weakref.ref(me)
         self._driver.run(lambda: self._compute(mine(), batch))
         return True
@@ -381,7 +383,10 @@ class Fake(ModuleType):
         me.__dict__["_refitter"] = refitter
 
     def _OnnxParserRefitter_refit_from_file(self, me: Any, model: str) -> bool:
-        given = onnx.load(model).SerializeToString(deterministic=True)
+        return self._OnnxParserRefitter_refit_from_bytes(me, onnx.load(model).SerializeToString())
+
+    def _OnnxParserRefitter_refit_from_bytes(self, me: Any, model: bytes) -> bool:
+        given = onnx.load_model_from_string(model).SerializeToString(deterministic=True)
         mine = me._refitter._engine._model.SerializeToString(deterministic=True)
         me._refitter.__dict__["_ready"] = given == mine
         return given == mine

@@ -102,7 +102,6 @@ def test_a_dry_run_needs_no_tensorrt_and_prints_the_whole_build(
         (("--trt", "--lowering", "if"), "--trt builds the lowering split, where the host routes"),
         (("--trt", "--optimize", "winograd"), "--optimize winograd is for CPUs"),
         (("--trt", "--min-batch", "4", "--max-batch", "2"), "are not in order"),
-        (("--trt", "--strip", "--refit"), "--strip and --refit exclude each other"),
         (("--trt", "--form", "online"), "--trt is not for --form online"),
         (("--torch-trt", "--int8"), "--torch-trt is not for --int8"),
         (("--torch-trt", "--onnx"), "--onnx and --trt exclude each other"),
