@@ -172,11 +172,16 @@ def test_plans_of_onnx_are_compared_with_onnx_runtime(
     tmp_path: Path, spec: ClipSpec, trt: Fake, gpu: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts, out = bundles.write(tmp_path / "onnx", spec), tmp_path / "plans"
+    (parts / reader.REPORT).write_text(json.dumps({"model": {}, "clean": {"twin": 99}}))
     result = run(parts, "--trt", "--from-onnx", "--out", out, "--json")
     assert result.exit_code == 0, result.stderr
     assert [g["gate"] for g in json.loads(result.stdout)["gates"]][-3:] == [
         "parity", "parity", "route",
     ]  # fmt: skip
+    said = reader.read(out).report()
+    assert said["of_onnx"] == {"clean": {"twin": 99}}
+    assert "clean" not in said
+    assert said["backends"]["tensorrt"]["ok"]
     with load(out) as engine:
         assert engine.backend_name == "tensorrt"
     assert gpu.left() == {}
@@ -191,3 +196,4 @@ def test_plans_of_onnx_are_compared_with_onnx_runtime(
     result = run(parts, "--trt", "--from-onnx", "--out", tmp_path / "alone")
     assert "are not compared with their ONNX: onnxruntime is not installed." in result.stderr
     assert result.exit_code == 0
+    assert "backends" not in reader.read(tmp_path / "alone").report(), "nobody looked"
