@@ -16,7 +16,7 @@ import onnx
 import pytest
 
 from tests import bundles
-from tests.cuda_fake import Driver
+from tests.cuda_fake import CUresult, Driver
 from tests.plans import built
 from tests.tensorrt_fake import MAGIC, WHY, Fake
 from vmoe import bundle as reader
@@ -182,6 +182,24 @@ def test_what_a_version_does_not_have_is_said_before_the_build(trt: Fake) -> Non
         return
     with pytest.raises(EngineMismatchError, match=r"is of TensorRT 10\.9 and newer; here is 10\.3"):
         plans.here("auto", settings)
+
+
+@pytest.mark.parametrize("bindings", ["10.3"], indirect=True)
+def test_plans_are_built_on_the_gpu_that_was_named(
+    trt: Fake, gpu: Driver, source: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "cuDeviceGetCount", lambda: (CUresult.CUDA_SUCCESS, 2))
+    settings, seen = BuildSettings(), []
+    build = builder.build
+
+    def looked(*given: Any) -> builder.Made:
+        seen.append(list(gpu.live["context"].values()))
+        return build(*given)
+
+    monkeypatch.setattr(builder, "build", looked)
+    plans.write(source, tmp_path, settings, plans.here("cuda:1", settings))
+    assert seen == [[1]] * 4
+    assert gpu.left() == {}
 
 
 def test_only_onnx_that_the_host_routes_is_built(trt: Fake, source: Bundle) -> None:
