@@ -42,6 +42,9 @@ def write(plan: Plan, parts: Parts, folder: Path, plain: Parts | None = None) ->
     lowering = registry.load(LOWERINGS, plan.settings.lowering, "lowering (--lowering)")
     given = parts if plain is None or plan.settings.int8 else plain
     others = lowering.others(*given) if hasattr(lowering, "others") else {}
+    for apply in optimize.TENSORRT:  # the one engine that has files of its own
+        for model in others.values():
+            apply(model.graph)
     bundle = _manifest(
         plan,
         folder,

@@ -135,6 +135,7 @@ class Driver(ModuleType):
 
     def cuDevicePrimaryCtxRelease(self, device: int) -> Answer:
         self.live["context"].popitem()
+        self.current = bool(self.live["context"])
         return (OK,)
 
     def cuCtxSetCurrent(self, context: int) -> Answer:

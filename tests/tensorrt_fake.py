@@ -18,6 +18,7 @@ import json
 import re
 import sys
 import weakref
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -29,6 +30,8 @@ import pytest
 from onnx import TensorProto
 
 from tests.cuda_fake import Driver
+from vmoe.export.lowerings import plugin
+from vmoe.export.tensorrt import acceptance
 
 MAGIC = b"FAKE PLAN "
 SPLIT = re.compile(r",\s*(?![^\[(<]*[\])>])")  # between parameters, not inside of a type
@@ -76,6 +79,7 @@ class Fake(ModuleType):
         calls: (Class.method, arguments) of every call.
         answers: what methods answer instead of doing their work.
         arena: bytes that plans say they need.
+        skew: what plans answer instead, by an output's name and the true answer.
         memory: of the fake driver that "runs" plans.
     """
 
@@ -86,6 +90,7 @@ class Fake(ModuleType):
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.answers: dict[str, Any] = {}
         self.arena = ARENA
+        self.skew: Callable[[str, Any], Any] = lambda name, answer: answer
         self.layers: str | None = None  # what the inspector says instead
         self._made: dict[str, Any] = {}
         for path in surface["classes"]:
@@ -168,6 +173,7 @@ class Fake(ModuleType):
         self._logger = me
 
     def _Builder___init__(self, me: Any, logger: Any) -> None:
+        assert self._driver.current, "a builder without a GPU takes the first that there is"
         self._logger = logger
 
     def _Builder_create_network(self, me: Any, flags: int = 0) -> Any:
@@ -199,6 +205,14 @@ class Fake(ModuleType):
             if uint8 and any(n.op_type != "Cast" for n in readers):
                 me._errors.append(self.new("ParserError", node=readers[0]))
                 return False
+        for node in read.graph.node:  # what is no operator of ONNX is a plugin, or nothing
+            named = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            space, version = (
+                named.get(f"plugin_{k}", b"").decode() for k in ("namespace", "version")
+            )
+            if node.domain and (node.op_type, version, space) not in self.creators:
+                me._errors.append(self.new("ParserError", node=node))
+                return False
         me._network.__dict__["_model"] = read
         return True
 
@@ -209,7 +223,7 @@ class Fake(ModuleType):
         return len(me._errors)
 
     def _ParserError_desc(self, me: Any) -> str:
-        return "UINT8 is\nnot supported here."
+        return "no plugin\nof that name." if me._node.domain else "UINT8 is\nnot supported here."
 
     def _ParserError_node_name(self, me: Any) -> str:
         return str(me._node.name)
@@ -218,10 +232,10 @@ class Fake(ModuleType):
         return str(me._node.op_type)
 
     def _get_INetworkDefinition_num_inputs(self, me: Any) -> int:
-        return len(me._model.graph.input)
+        return len(_inputs(me._model))
 
     def _INetworkDefinition_get_input(self, me: Any, index: int) -> Any:
-        return self.new("ITensor", value=me._model.graph.input[index])
+        return self.new("ITensor", value=_inputs(me._model)[index])
 
     def _get_ITensor_name(self, me: Any) -> str:
         return str(me._value.name)
@@ -256,6 +270,7 @@ class Fake(ModuleType):
         return self._made["IHostMemory"]((me._held or b"timed ") + b"+")
 
     def _Runtime___init__(self, me: Any, logger: Any) -> None:
+        assert self._driver.current, "a runtime without a GPU takes the first that there is"
         self._logger = logger
 
     def _Runtime_deserialize_cuda_engine(self, me: Any, plan: bytes) -> Any:
@@ -274,7 +289,7 @@ class Fake(ModuleType):
         return self.new("ICudaEngine", model=model, head=head, full=full)
 
     def _values(self, engine: Any) -> list[Any]:
-        return [*engine._model.graph.input, *engine._model.graph.output]
+        return [*_inputs(engine._model), *engine._model.graph.output]
 
     def _value(self, engine: Any, name: str) -> Any:
         return next(value for value in self._values(engine) if value.name == name)
@@ -302,7 +317,8 @@ class Fake(ModuleType):
 
     def _ICudaEngine_create_execution_context(self, me: Any, strategy: Any) -> Any:
         assert strategy.name == "USER_MANAGED"
-        return self.new("IExecutionContext", engine=me, arena=None, at={}, batch=None)
+        assert me._full, "a context of a stripped plan before it got its weights"
+        return self.new("IExecutionContext", engine=me, arena=None, at={}, shapes={})
 
     def _IExecutionContext_set_device_memory(self, me: Any, memory: int, size: int) -> None:
         me.__dict__["_arena"] = memory, size
@@ -316,11 +332,15 @@ class Fake(ModuleType):
         self, me: Any, name: str, shape: tuple[int, ...]
     ) -> bool:
         least, _, most = me._engine._head["profile"][name]
-        me.__dict__["_batch"] = shape
+        me._shapes[name] = shape
         return all(a <= n <= b for a, n, b in zip(least, shape, most, strict=True))
 
     def _IExecutionContext_infer_shapes(self, me: Any) -> list[str]:
-        return [] if me._batch is not None else ["clip"]
+        return [v.name for v in _inputs(me._engine._model) if v.name not in me._shapes]
+
+    def _IExecutionContext_get_tensor_shape(self, me: Any, name: str) -> tuple[int, ...]:
+        rows = next(iter(me._shapes.values()))[0]
+        return tuple(rows if n < 0 else n for n in _shape(self._value(me._engine, name)))
 
     def _IExecutionContext_set_tensor_address(self, me: Any, name: str, memory: int) -> bool:
         self._value(me._engine, name)
@@ -331,24 +351,29 @@ class Fake(ModuleType):
         assert stream in self._driver.live["stream"]
         address, size = me._arena
         self._driver.check(address, max(size, self.arena))
-        assert me._engine._full, "a stripped plan was run before it got its weights"
-        batch, mine = me._batch, weakref.ref(me)
-        self._driver.run(lambda: self._compute(mine(), batch))
+        shapes, mine = dict(me._shapes), weakref.ref(me)
+        self._driver.run(lambda: self._compute(mine(), shapes))
         return True
 
-    def _compute(self, context: Any, shape: tuple[int, ...]) -> None:
+    def _compute(self, context: Any, shapes: dict[str, tuple[int, ...]]) -> None:
         assert context is not None, "a graph was launched whose context is gone, with its memory"
         engine, at = context._engine, context._at
         session = engine.__dict__.get("_session")
         if session is None:
-            session = onnxruntime.InferenceSession(engine._model.SerializeToString())
+            model = engine._model
+            if any(node.domain for node in model.graph.node):
+                model = plugin.with_functions(model, acceptance.M)
+            session = onnxruntime.InferenceSession(model.SerializeToString())
             engine.__dict__["_session"] = session
-        size = int(np.prod(shape))
-        clips = np.frombuffer(_memory(self._driver.check(at["clip"], size), size), np.uint8)
+        given = {}
+        for value in _inputs(engine._model):
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+            size = int(np.prod(shapes[value.name])) * dtype.itemsize
+            held = _memory(self._driver.check(at[value.name], size), size)
+            given[value.name] = np.frombuffer(held, dtype).reshape(shapes[value.name])
         names = [value.name for value in engine._model.graph.output]
-        for name, answer in zip(names, session.run(names, {"clip": clips.reshape(shape)}),
-                                strict=True):  # fmt: skip
-            answer = np.ascontiguousarray(answer)
+        for name, true in zip(names, session.run(names, given), strict=True):
+            answer = np.ascontiguousarray(self.skew(name, true))
             ctypes.memmove(self._driver.check(at[name], answer.nbytes), answer.ctypes.data,
                            answer.nbytes)  # fmt: skip
 
@@ -381,7 +406,10 @@ class Fake(ModuleType):
         me.__dict__["_refitter"] = refitter
 
     def _OnnxParserRefitter_refit_from_file(self, me: Any, model: str) -> bool:
-        given = onnx.load(model).SerializeToString(deterministic=True)
+        return self._OnnxParserRefitter_refit_from_bytes(me, onnx.load(model).SerializeToString())
+
+    def _OnnxParserRefitter_refit_from_bytes(self, me: Any, model: bytes) -> bool:
+        given = onnx.load_model_from_string(model).SerializeToString(deterministic=True)
         mine = me._refitter._engine._model.SerializeToString(deterministic=True)
         me._refitter.__dict__["_ready"] = given == mine
         return given == mine
@@ -443,6 +471,12 @@ def _property(fake: Fake, path: str, name: str, member: dict[str, Any]) -> prope
         me.__dict__.setdefault("_set", {})[name] = value
 
     return property(get, put if member["writable"] else None)
+
+
+def _inputs(model: Any) -> list[Any]:
+    """Return a graph's inputs; those with a default are constants to TensorRT's parser."""
+    held = {tensor.name for tensor in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in held]
 
 
 def _shape(value: Any) -> tuple[int, ...]:

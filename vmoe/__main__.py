@@ -260,10 +260,10 @@ VERIFIED = [
 ]  # fmt: skip
 UNVERIFIED = [  # on any machine of ours; --self-test is for those marked with *
     "ONNX Runtime CUDA",
-    "* TensorRT reading the ONNX, its plans and what they answer, fp32, fp16, int8",
+    "* TensorRT reading the ONNX, its plans and what they answer, fp32, fp16",
     "* CUDA graphs of plans, the arena that parts share, latency by route",
     "* the layers that TensorRT's inspector names, and their types",
-    "plans that are stripped, refittable, version-compatible or for other GPUs; --torch-trt",
+    "plans that are int8, stripped, version-compatible or for other GPUs; --torch-trt",
     "* the plugins of --lowering plugin in TensorRT",
     "Triton's onnxruntime and tensorrt backends; the images of docker/",
     "Jetson (JetPack 6 and 7), ARM servers",

@@ -46,8 +46,6 @@ def flags(settings: BuildSettings) -> tuple[str, ...]:
     found = [] if settings.tf32 else ["no-TF32"]
     if settings.version_compatible:
         found.append("VERSION_COMPATIBLE")
-    if settings.refit:
-        found.append("REFIT")
     if settings.strip:
         found += ["STRIP_PLAN", "REFIT_IDENTICAL"]
     return tuple(found)
@@ -96,7 +94,7 @@ def build(trt: Any, onnx: bytes, name: str, settings: BuildSettings, cache: byte
         raise VmoeError(f"{name}: TensorRT finds no plan: {log_.said()}.")
     made = bytes(memoryview(plan))
     measured = bytes(memoryview(held.serialize())) if held is not None else b""
-    return Made(made, inspected(trt, made, name, settings), measured)
+    return Made(made, inspected(trt, made, name, settings, onnx), measured)
 
 
 def _errors(parser: Any, log_: Any) -> str:
@@ -164,8 +162,17 @@ def _timing_cache(config: Any, cache: bytes, log_: Any) -> Any:
     return None
 
 
-def inspected(trt: Any, plan: bytes, name: str, settings: BuildSettings) -> dict[str, Any]:
+def inspected(
+    trt: Any, plan: bytes, name: str, settings: BuildSettings, onnx: bytes = b""
+) -> dict[str, Any]:
     """Return what a plan's layers are, for the best batch: else sizes and types are not said.
+
+    Args:
+        trt: the module tensorrt.
+        plan: its bytes.
+        name: the part's, for messages.
+        settings: how it was built.
+        onnx: where a stripped plan gets its weights from; without them it has no context.
 
     Raises:
         VmoeError: the plan cannot be loaded, or what is said of it cannot be read.
@@ -176,6 +183,11 @@ def inspected(trt: Any, plan: bytes, name: str, settings: BuildSettings) -> dict
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)
     checked(engine, f"{name}: deserialize_cuda_engine", log_)
+    if settings.strip:
+        refitter = trt.Refitter(engine, log_)
+        parser = trt.OnnxParserRefitter(refitter, log_)
+        checked(parser.refit_from_bytes(onnx), f"{name}: refit_from_bytes", log_)
+        checked(refitter.refit_cuda_engine(), f"{name}: refit_cuda_engine", log_)
     strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED  # it will not be run
     context = checked(
         engine.create_execution_context(strategy), f"{name}: create_execution_context", log_

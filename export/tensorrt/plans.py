@@ -7,16 +7,18 @@ router.onnx ...                              of --strip alone: where a plan's we
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import onnx
+from onnx import TensorProto
 
 from vmoe import output
 from vmoe.bundle import Bundle, Part, check_part, sha256, write_manifest
@@ -39,10 +41,21 @@ class Here(NamedTuple):
     Attributes:
         trt: the module tensorrt.
         machine: its version, system and GPU.
+        device: the GPU's number.
     """
 
     trt: Any
     machine: _plan.Machine
+    device: int = 0
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[_cuda.Gpu]:
+        """Make the GPU current in this thread: TensorRT builds and loads for that one."""
+        gpu = _cuda.Gpu(self.device)
+        try:
+            yield gpu
+        finally:
+            gpu.close()
 
 
 def here(device: str, settings: BuildSettings) -> Here:
@@ -54,9 +67,10 @@ def here(device: str, settings: BuildSettings) -> Here:
         SettingError: a device that is no GPU, or is not here.
     """
     trt = tensorrt.module()
-    gpu = _cuda.Gpu(_cuda.index(device))
+    number = _cuda.index(device)
+    gpu = _cuda.Gpu(number)
     try:
-        found = Here(trt, _plan.machine(trt, gpu.facts()))
+        found = Here(trt, _plan.machine(trt, gpu.facts()), number)
     finally:
         gpu.close()
     builder.check(trt, settings)
@@ -67,7 +81,8 @@ def check(bundle: Bundle) -> None:
     """Refuse a bundle that plans cannot be built of.
 
     Raises:
-        EngineMismatchError: its parts are no ONNX, or route inside of one file.
+        EngineMismatchError: its parts are no ONNX, route inside of one file, or are in int8 whose
+            zero points are not 0, which TensorRT's parser refuses.
     """
     formats = sorted({part.format for part in bundle.parts.values()})
     if formats != ["onnx"] or bundle.lowering != "split":
@@ -75,6 +90,23 @@ def check(bundle: Bundle) -> None:
             f"{bundle.path} has parts in {', '.join(formats)}, lowering {bundle.lowering}; plans "
             "are built of ONNX parts, lowering split."
         )
+    for part in bundle.parts.values():
+        if "int8" in part.precision["found"] and _unsigned(bundle.path / part.file):
+            raise EngineMismatchError(
+                f"{bundle.path / part.file} is int8 of the form u8s8, which TensorRT does not "
+                "read: export again with --int8-form s8s8."
+            )
+
+
+def _unsigned(path: Path) -> bool:
+    """Return whether a graph rounds to uint8, as the form u8s8 does."""
+    graph = onnx.load(path, load_external_data=False).graph
+    kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    return any(
+        kinds.get(node.input[2], TensorProto.UINT8) == TensorProto.UINT8
+        for node in graph.node
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2
+    )
 
 
 def write(
@@ -102,8 +134,12 @@ def write(
     for name, part in source.parts.items():
         begin = time.monotonic()
         check_part(source.path, part)
+        if not part.layers:
+            log.warning("%s: the bundle does not say what its layers compute in, so that nothing "
+                        "proves what its plan's do", part.file)  # fmt: skip
         graph = as_read(source.path / part.file)
-        made = make(name) if make else builder.build(at.trt, graph, name, settings, cache)
+        with at.current():
+            made = make(name) if make else builder.build(at.trt, graph, name, settings, cache)
         cache = made.cache or cache
         parts[name] = _part(part, name, made, graph, folder, settings, at.machine)
         gates += proof.gates(name, part.layers, parts[name].layers)

@@ -14,6 +14,7 @@ from typing import Any
 from vmoe.export.gates import Gate
 
 TOLERANCE = 0.05  # of the share: joining two layers of one kind moves it
+LEAST = 0.001  # of the layers: one of them at least, however few were asked
 KINDS = (  # in the inspector's words, the narrow ones first: `Half` is in none of them
     ("bf16", r"bf16|bfloat"),
     ("fp8", r"fp8|e4m3"),
@@ -64,7 +65,9 @@ def _precision(layer: Mapping[str, Any]) -> str:
 
 
 def gates(part: str, asked: Mapping[str, int], found: Mapping[str, int]) -> list[Gate]:
-    """Judge a plan: of each precision, at least the share of layers that the ONNX has.
+    """Judge a plan: of each precision, at least the share of layers that the ONNX has, and one.
+
+    Of float32 beside others one layer is enough: what is kept in it is little, and is joined.
 
     Args:
         part: its name.
@@ -74,7 +77,7 @@ def gates(part: str, asked: Mapping[str, int], found: Mapping[str, int]) -> list
     total, there = sum(asked.values()), sum(found.values())
     return [
         Gate("precision", f"{name} layers of {part}.plan", 100 * found.get(name, 0) / max(1, there),
-             100 * max(0.0, n / total - TOLERANCE), " %", least=True)
+             100 * (LEAST if name == "fp32" and len(asked) > 1
+                    else max(LEAST, n / total - TOLERANCE)), " %", least=True)
         for name, n in asked.items()
-        if name != "fp32" or len(asked) == 1
     ]  # fmt: skip

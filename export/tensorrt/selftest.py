@@ -1,8 +1,9 @@
 """What no machine of the project could run: TensorRT itself, on a user's machine, in one report.
 
 `vmoe doctor --self-test` does every step, keeps going where one fails, and writes a JSON file to
-send. The model that ships is built as it is (ONNX, no torch); where torch is installed, its twin
-is exported in fp16 as well, so that the precision proof has something to prove.
+send. The model that ships is built as it is (ONNX, no torch), and once more in routed layers, which
+are our plugins; where torch is installed, its twin is exported in fp16 as well, so that the
+precision proof has something to prove. A step that has nothing to look at fails.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 import vmoe
 from vmoe import bundle as bundles
 from vmoe import latest
 from vmoe.bundle import Bundle
 from vmoe.errors import GateError, MissingDependencyError, VmoeError
+from vmoe.export import optimize
+from vmoe.export.gates import PARITY
+from vmoe.export.lowerings import plugin as lowering
 from vmoe.runtime import Engine, load
 from vmoe.runtime.bench.measuring import Plan, interleave
 from vmoe.runtime.bench.subjects import random_clips
@@ -39,6 +44,7 @@ log = logging.getLogger("vmoe.export")
 CLIPS = 32
 ROUNDS = 200
 BATCHES = (1, 2, 3, 4, 8)
+WHOLE = "moe-tensorrt"  # the file that --lowering plugin writes for TensorRT
 
 
 @dataclass
@@ -65,6 +71,12 @@ class State:
             raise VmoeError(f"no plans in {precision}: see the step that builds them.")
         return self.built[precision][1]
 
+    def all_built(self) -> dict[str, tuple[Bundle, Path]]:
+        """Return what earlier steps built, by precision."""
+        if not self.built:
+            raise VmoeError("no plans: see the steps that build them.")
+        return self.built
+
 
 Step = Callable[[State], dict[str, Any]]
 
@@ -76,7 +88,7 @@ def machine(state: State) -> dict[str, Any]:
 
 
 def build(state: State) -> dict[str, Any]:
-    """Plans of the model that ships, fp32: sizes, seconds, layers, timing cache."""
+    """Plans of the model that ships, fp32: sizes, seconds, layers."""
     return _build(state, bundles.read(latest.shipped()), "fp32")
 
 
@@ -112,7 +124,7 @@ def parity(state: State) -> dict[str, Any]:
     """Answers against ONNX Runtime's on the CPU: logits of every expert, scores, routes."""
     said: dict[str, Any] = {}
     wrong = []
-    for precision, (source, path) in state.built.items():
+    for precision, (source, path) in state.all_built().items():
         found = agreement.compare(source, path, state.device, CLIPS)
         said[precision] = found.to_json()
         wrong += [f"{precision}: {g.refusal()}" for g in found.gates() if not g.ok]
@@ -130,8 +142,12 @@ def graphs(state: State) -> dict[str, Any]:
         captured = _captured(engine)
     without = [f"{name} at {size}" for name, of in captured.items() for size, ok in of.items()
                if not ok]  # fmt: skip
+    wrong = [f"{name} runs without a graph" for name in without]
+    bound = PARITY["fp32"] * max(agreement.SMALLEST, float(np.abs(every).max()))
+    if not worst <= bound:
+        wrong.append(f"max |d logits| between batches is {worst:.2g}, at most {bound:.2g}")
     said = {"captured": {k: list(v) for k, v in captured.items()}, "max_d_between_batches": worst}
-    return said | _verdict(*[f"{name} runs without a graph" for name in without])
+    return said | _verdict(*wrong)
 
 
 def _captured(engine: Engine) -> dict[str, dict[int, bool]]:
@@ -143,7 +159,7 @@ def _captured(engine: Engine) -> dict[str, dict[int, bool]]:
 def latency(state: State) -> dict[str, Any]:
     """What one clip costs by each route, and its parts alone, in ms; the worst route's ratio."""
     said: dict[str, Any] = {}
-    for precision, (_, path) in state.built.items():
+    for precision, (_, path) in state.all_built().items():
         with load(path, "tensorrt", state.device, all_parts=True) as engine:
             experts = engine.bundle.experts
             clip = random_clips(engine.bundle.spec, 1, seed=2)
@@ -172,17 +188,39 @@ def _calls(engine: Engine, clip: Any) -> Iterator[tuple[str, Callable[[int], obj
 
 
 def plugins(state: State) -> dict[str, Any]:
-    """Plugin acceptance: a plan of each routed plugin is built, and loaded again."""
+    """A plan of each routed plugin, run once against NumPy; one of the model in routed layers."""
     assert state.here is not None
-    nodes.register(state.here.trt)
-    said, wrong = {}, []
-    for name, graph in acceptance.graphs().items():
+    trt = state.here.trt
+    nodes.register(trt)
+    said: dict[str, Any] = {}
+    wrong = []
+    with state.here.current() as gpu:
+        for name, trial in acceptance.trials().items():
+            try:
+                made = builder.build(trt, trial.graph, name, state.settings)
+                d = acceptance.difference(trt, gpu, made.plan, name, trial)
+            except VmoeError as e:
+                wrong.append(str(e))
+                continue
+            said[name] = {"bytes": len(made.plan), "layers": made.layers, "max_d": d}
+            if not d <= acceptance.BOUND:
+                wrong.append(f"{name}: max |d| to NumPy is {d:.2g}, at most {acceptance.BOUND:g}")
         try:
-            made = builder.build(state.here.trt, graph, name, state.settings)
-            said[name] = {"bytes": len(made.plan), "layers": made.layers}
+            whole = builder.build(trt, _routed(), WHOLE, state.settings)
+            said[WHOLE] = {"bytes": len(whole.plan), "layers": whole.layers}
         except VmoeError as e:
             wrong.append(str(e))
     return said | _verdict(*wrong)
+
+
+def _routed() -> bytes:
+    """Return the model that ships as the lowering `plugin` writes it for TensorRT."""
+    source = bundles.read(latest.shipped())
+    router, *experts = (onnx.load(source.path / part.file) for part in source.parts.values())
+    model = lowering.routed(router, experts)
+    for apply in optimize.TENSORRT:
+        apply(model.graph)
+    return bytes(model.SerializeToString())
 
 
 STEPS: tuple[Step, ...] = (machine, build, build_fp16, parity, graphs, latency, plugins)
@@ -217,10 +255,10 @@ def _done(step: Step, state: State) -> dict[str, Any]:
     """Do one step; what fails is a line of the report, unless nothing can be done at all."""
     try:
         return {"ok": True, **step(state)}
-    except MissingDependencyError:
+    except MissingDependencyError as e:
         if state.here is None:
             raise
-        return {"ok": False, "why": "a package that it needs is missing"}
+        return {"ok": False, "why": str(e)}
     except Exception as e:  # a report of what broke is what the user is asked to send
         if state.here is None and isinstance(e, VmoeError):
             raise

@@ -38,22 +38,19 @@ class BuildSettings(Settings):
         False,
         "plans without weights: those of the ONNX beside them are put in when they are loaded",
     )
-    refit: bool = opt(False, "plans whose weights can be changed later; slower")
     torch_trt: bool = opt(
         False, "--trt by torch-tensorrt, around TensorRT's ONNX parser: a cross-check of it"
     )
     tf32: bool = opt(False, "let fp32 layers round their inputs to 10 bits, the router's too")
 
     def __post_init__(self) -> None:
-        """Check that batches are in order, and what excludes each other."""
+        """Check that batches are in order."""
         super().__post_init__()
         if not self.min_batch <= self.opt_batch <= self.max_batch:
             raise SettingError(
                 f"--min-batch {self.min_batch}, --opt-batch {self.opt_batch} and --max-batch "
                 f"{self.max_batch} are not in order: each must be at least the one before."
             )
-        if self.strip and self.refit:
-            raise SettingError("--strip and --refit exclude each other: choose one.")
 
     @property
     def batch(self) -> tuple[int, int, int]:

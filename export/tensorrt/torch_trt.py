@@ -58,7 +58,7 @@ def check(settings: ExportSettings, build: BuildSettings) -> None:
     """
     if settings.int8:
         raise SettingError("--torch-trt is not for --int8, whose ranges stand in the ONNX.")
-    for name in ("strip", "refit", "timing_cache"):
+    for name in ("strip", "timing_cache"):
         if getattr(build, name):
             flag = name.replace("_", "-")
             raise SettingError(f"--torch-trt is not for --{flag}: leave one of them out.")
@@ -135,7 +135,8 @@ def _plan_of(
     device: str,
 ) -> bytes:  # fmt: skip
     least, best, most = build.batch
-    clip = torch.zeros((2, *shape), dtype=torch.uint8, device=device)  # 1 would be taken as fixed
+    rows = min(max(2, least), most)  # of one row, N would be taken as fixed
+    clip = torch.zeros((rows, *shape), dtype=torch.uint8, device=device)
     free = None
     taken = torch_trt.Input(shape=(most, *shape), dtype=torch.uint8, name="clip")
     if least < most:
@@ -144,8 +145,6 @@ def _plan_of(
             min_shape=(least, *shape), opt_shape=(best, *shape), max_shape=(most, *shape),
             dtype=torch.uint8, name="clip",
         )  # fmt: skip
-    else:
-        clip = clip[:1].expand(most, *clip.shape[1:]).contiguous()
     program = torch.export.export(door, (clip,), dynamic_shapes=free, strict=False)
     # What a layer computes in is only said of plans that are built under its debugger.
     with tempfile.TemporaryDirectory() as logs, torch_trt.dynamo.Debugger(

@@ -113,8 +113,10 @@ def built(part: Part) -> Built:
         least, best, most = found.batch
         if not all(type(n) is int for n in found.batch) or not 1 <= least <= best <= most:
             raise ValueError(f"batch is {list(found.batch)}")
-        if found.weights and found.weights not in part.hashes:
-            raise ValueError(f"weights is {found.weights!r}, whose hash is not given")
+        if ("STRIP_PLAN" in found.flags) != bool(found.weights):
+            raise ValueError(f"flags are {list(found.flags)}, weights is {found.weights!r}")
+        if found.weights and part.hashes.get(found.weights) != found.onnx:
+            raise ValueError(f"weights is {found.weights!r}, whose hash is not that of the onnx")
         _version(found.tensorrt), _version(found.capability)
     except (KeyError, TypeError, ValueError) as e:
         raise BundleError(

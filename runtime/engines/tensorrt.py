@@ -10,6 +10,7 @@ compared with this machine and its trust is checked before it is deserialised (`
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import logging
@@ -171,12 +172,13 @@ class TensorRt:
         size = max(size, LEAST_ARENA)
         if size <= self.arena_bytes:
             return
+        grown = self.gpu.alloc(size)  # where there is no room, all stays as it is
         self.gpu.wait()
         for loaded in self._loaded:
             loaded.forget()
-        if self.arena:
-            self.gpu.free(self.arena)
-        self.arena, self.arena_bytes = self.gpu.alloc(size), size
+        old, self.arena, self.arena_bytes = self.arena, grown, size
+        if old:
+            self.gpu.free(old)
 
     def put(self, clips: Clips) -> Put:
         """Bring clips, uint8 [N, T, H, W, 3], to the device, as many as a plan takes at once."""
@@ -219,14 +221,19 @@ class TensorRt:
         return {loaded.name: dict(loaded.captured) for loaded in self._loaded}
 
     def close(self) -> None:
-        """Free plans and memory; a second call does nothing."""
+        """Free plans and memory; a second call does nothing.
+
+        What the GPU says meanwhile is not told: it is the echo of what a call said before.
+        """
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self.gpu.enter()
-                self.gpu.wait()
+                with contextlib.suppress(EngineMismatchError):
+                    self.gpu.enter()
+                    self.gpu.wait()
                 for loaded in self._loaded:
-                    loaded.forget()
+                    with contextlib.suppress(EngineMismatchError):
+                        loaded.forget()
                     loaded.engine = None
                 self._loaded.clear()
                 self._runtime = None

@@ -37,17 +37,21 @@ Dims = tuple[int, ...]
 class Node:
     """What the plugins have in common.
 
+    It stands before TensorRT's bases: an attribute named as one of their properties would hide it,
+    and what is set would never reach TensorRT.
+
     Attributes:
         trt: the TensorRT that the class was made for.
         op_type: of the ONNX node; no operator of ONNX has it, as parsers look at nothing else.
         fields: its attributes, int32, and what each is where it is left out.
+        answers: how many outputs it has.
         values: the attributes as given.
     """
 
     trt: Any
     op_type: ClassVar[str]
     fields: ClassVar[dict[str, tuple[int, ...]]]
-    num_outputs: int = 1
+    answers: ClassVar[int] = 1
 
     def setup(self, values: Mapping[str, Any]) -> None:
         """Take the attributes.
@@ -100,6 +104,9 @@ class Node:
         self._key = None
         for name in {call.kernel for call in self.planned(inputs)}:
             launch.shared().prepare(name)
+
+    def set_tactic(self, _tactic: int) -> None:
+        """Do nothing, as there is one way to run; TensorRT demands the method."""
 
     def planned(self, inputs: Sequence[Any]) -> list[Call]:
         """Return the launches of inputs, without addresses."""
@@ -154,7 +161,7 @@ class TopK(Node):
 
     op_type = "VmoeTopK"
     fields: ClassVar[dict[str, tuple[int, ...]]] = {"k": (1,)}
-    num_outputs = 2
+    answers = 2
     indices = (2,)
 
     def types(self) -> tuple[Any, ...]:
@@ -289,7 +296,7 @@ def plugin(trt: Any, node: type[Node]) -> type[Any]:
             base.__init__(self)
         if version < FREES_PLUGINS:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
-        self.num_outputs = node.num_outputs
+        self.num_outputs = node.answers
         node.setup(self, values)
 
     return type(node.op_type, (node, *bases), {"__init__": __init__, "trt": trt})

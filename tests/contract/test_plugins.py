@@ -25,6 +25,23 @@ class Expressions:
 def fields(collection):
     return {f.name: [f.type.name, np.array(f.data).tolist()] for f in collection}
 
+CORE, BUILD, RUN = trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime
+# What the bindings look for in Python, and throw without: nothing of it has a default.
+DEMANDED = ("get_capability_interface", "clone", "get_output_data_types", "get_output_shapes",
+            "supports_format_combination", "configure_plugin", "on_shape_change", "set_tactic",
+            "enqueue", "attach_to_context", "get_fields_to_serialize")
+
+# What C++ has of an object, past whatever Python put before the property.
+def theirs(made, base, *names):
+    return [getattr(base, name).fget(made) for name in names]
+
+# What Python put before a property of the bases.
+def hidden(made):
+    held = {name for base in (CORE, BUILD, RUN) for name, value in vars(base).items()
+            if isinstance(value, property)}
+    ours = [cls for cls in type(made).__mro__ if not cls.__module__.startswith("tensorrt")]
+    return sorted(held & {name for cls in ours for name in vars(cls)})
+
 def answers(node):
     creator = nodes.creator(trt, node)
     given = nodes.collection(trt, {k: np.array(v, np.int32) + 1 for k, v in node.fields.items()})
@@ -44,9 +61,14 @@ def answers(node):
                 desc.desc = inner
             pairs.append(run.supports_format_combination(position, descs, 4))
     return {
-        "creator": [creator.name, creator.plugin_version, creator.plugin_namespace,
-                    fields(creator.field_names)],
-        "plugin": [run.plugin_name, run.plugin_version, run.plugin_namespace, run.num_outputs],
+        "creator": [*theirs(creator, trt.IPluginCreatorV3One, "name", "plugin_version",
+                            "plugin_namespace"),
+                    fields(*theirs(creator, trt.IPluginCreatorV3One, "field_names"))],
+        "plugin": [*theirs(run, CORE, "plugin_name", "plugin_version", "plugin_namespace"),
+                   *theirs(run, BUILD, "num_outputs")],
+        "hidden": hidden(run) + hidden(creator),
+        "lacks": [name for name in DEMANDED
+                  if not any(name in vars(cls) for cls in (node, *node.__mro__))],
         "fields": [fields(kept), fields(run.get_fields_to_serialize())],
         "types": [t.name for t in run.get_output_data_types([trt.float16] * 4)],
         "shapes": run.get_output_shapes(inputs, [], Expressions()),
@@ -57,6 +79,8 @@ def answers(node):
                             trt.PluginCapabilityType.__members__.values()),
     }
 
+# No Python can make an IDimensionExpr, so that its real list takes none of ours.
+assert "IDimensionExpr]" in trt.DimsExprs.__init__.__doc__
 trt.DimsExprs = list
 found = {node.op_type: answers(node) for node in nodes.NODES}
 for _ in range(20):  # plugins that are freed must not take the process with them
@@ -78,8 +102,10 @@ def test_classes_and_creators_answer_alike_on_every_version(bindings: Bindings) 
         assert said["fields"][0] == said["fields"][1], "a plan would give other attributes back"
         assert said["is"] == [True] * 4
         assert said["capabilities"] is True
+        assert said["hidden"] == [], "TensorRT would never see what is set"
+        assert said["lacks"] == [], "TensorRT throws without it"
     topk, linear, conv = (found[n] for n in ("VmoeTopK", "RoutedLinear", "RoutedConv3d"))
-    assert topk["plugin"][3] == 2
+    assert [said["plugin"][3] for said in (topk, linear, conv)] == [2, 1, 1]
     assert topk["types"] == ["HALF", "INT32"]
     assert topk["shapes"] == [["x0", "2"], ["x0", "2"]]
     assert topk["fields"][0] == {"k": ["INT32", [2]]}

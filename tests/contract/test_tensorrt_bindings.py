@@ -21,9 +21,11 @@ from tests.cuda_fake import Driver
 ROOT = Path(__file__).parents[2]
 SOURCES = [
     ROOT / "runtime/engines/tensorrt.py", ROOT / "runtime/engines/_plan.py",
-    *sorted((ROOT / "export/tensorrt").glob("*.py")),
+    *sorted((ROOT / "export/tensorrt").glob("*.py")), ROOT / "runtime/plugins/nodes.py",
 ]  # fmt: skip
+VALUES = {"__version__", "float32", "float16", "int32"}  # test_plugins.py runs them
 CUDA_SOURCE = ROOT / "runtime/engines/_cuda.py"
+LAUNCH_SOURCE = ROOT / "runtime/plugins/launch.py"
 CUDA = ("cuda-bindings==12.9.4", "cuda-bindings==13.5.0")
 
 
@@ -36,19 +38,23 @@ def chains(source: Path) -> Iterator[str]:
     """Yield what a source takes from `trt`: `BuilderFlag.REFIT`, `Builder`."""
     for node in ast.walk(ast.parse(source.read_text())):
         found = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
-        if re.fullmatch(r"(self\._)?trt(\.\w+)+", found):
+        if re.fullmatch(r"(self\._?)?trt(\.\w+)+", found):
             yield found.partition("trt.")[2]
 
 
 def test_every_name_is_there(bindings: Bindings) -> None:
     surface = bindings.surface()
-    names = {name for source in SOURCES for name in chains(source)} - {"__version__"}
-    assert {"Builder", "OnnxParser", "Runtime", "LayerInformationFormat.JSON"} <= names
+    names = {name for source in SOURCES for name in chains(source)}
+    names = {name for name in names if name.partition(".")[0] not in VALUES}
+    assert {"Builder", "OnnxParser", "Runtime", "LayerInformationFormat.JSON",
+            "IPluginV3OneBuild", "DimensionOperation", "get_plugin_registry"} <= names  # fmt: skip
     for name in sorted(names):
         outer, _, last = name.rpartition(".")
         held = surface["classes"].get(outer, {"enum": {}, "members": {}})
         known = {*held["enum"], *held["members"]}
-        assert last in known or name in surface["classes"], f"{bindings.version} has no {name}"
+        known |= {*surface["classes"], *surface["functions"]} if not outer else set()
+        found = last in known or name in surface["classes"]
+        assert found, f"{bindings.version} has no {name}"
 
 
 def test_a_builder_over_stubs_answers_that_there_is_none(bindings: Bindings) -> None:
@@ -96,24 +102,32 @@ for line in sys.stdin.read().split():
 """
 
 
-def cuda_calls() -> dict[str, int]:
-    """Return the functions of the driver that our source calls, and with how many arguments."""
+STARRED = {"*call.grid": 3}  # arguments behind a star
+
+
+def cuda_calls(source: Path, by: str) -> dict[str, int]:
+    """Return the functions of the driver that a source calls, and with how many arguments."""
     found = {}
-    tree = ast.parse(CUDA_SOURCE.read_text())
-    for node in ast.walk(tree):
-        ours = isinstance(node, ast.Call) and ast.unparse(node.func) == "self.call"
+    for node in ast.walk(ast.parse(source.read_text())):
+        ours = isinstance(node, ast.Call) and ast.unparse(node.func) == by
         if ours and isinstance(node.args[0], ast.Constant):
-            found[str(node.args[0].value)] = len(node.args) - 1
-    freed = re.findall(r'_frees\.append\(\("(cu\w+)"', CUDA_SOURCE.read_text())
-    return found | dict.fromkeys(freed, 1)
+            given = sum(STARRED.get(ast.unparse(argument), 1) for argument in node.args[1:])
+            found[str(node.args[0].value)] = given
+    listed = re.findall(r'\("(cu\w+)", [\w.]+\)[,\]]', source.read_text())  # steps of `close`
+    freed = re.findall(r'_frees\.append\(\("(cu\w+)"', source.read_text())
+    bare = re.findall(r"\bdriver\.(cu\w+)\(\)", source.read_text())
+    return found | dict.fromkeys([*listed, *freed], 1) | dict.fromkeys(bare, 0)
 
 
 def test_every_function_of_the_driver_takes_what_it_is_given(cuda: Path) -> None:
-    calls = cuda_calls()
-    assert {"cuMemFree", "cuGraphLaunch", "cuMemcpyHtoDAsync"} <= set(calls)
-    kinds = re.findall(r"CU_\w+", CUDA_SOURCE.read_text())
+    ours, launched = cuda_calls(CUDA_SOURCE, "self.call"), cuda_calls(LAUNCH_SOURCE, "self._do")
+    assert {"cuMemFree", "cuGraphLaunch", "cuDevicePrimaryCtxRelease"} <= set(ours)
+    assert {"cuLaunchKernel", "cuFuncSetAttribute", "cuCtxGetCurrent"} <= set(launched)
+    calls = ours | launched
+    kinds = re.findall(r"CU_\w+", CUDA_SOURCE.read_text() + LAUNCH_SOURCE.read_text())
     enums = {"CU_STREAM_NON": "CUstream_flags", "CU_STREAM_CAP": "CUstreamCaptureMode",
-             "CU_DEVICE_ATT": "CUdevice_attribute"}  # fmt: skip
+             "CU_DEVICE_ATT": "CUdevice_attribute",
+             "CU_FUNC_ATTRI": "CUfunction_attribute"}  # fmt: skip
     names = [*calls, *(f"{enums[kind[:13]]}.{kind}" for kind in kinds)]
     command = [sys.executable, "-c", LOOK]
     done = subprocess.run(command, input="\n".join(names), env={"PYTHONPATH": str(cuda)},
@@ -124,5 +138,6 @@ def test_every_function_of_the_driver_takes_what_it_is_given(cuda: Path) -> None
     for name, given in calls.items():
         inside = said[name].partition("(")[2].rpartition(")")[0]
         assert len(inside.split(",")) * bool(inside.strip()) == given, said[name]
+    for name, given in ours.items():
         fake = getattr(type(Driver()), name)
         assert fake.__code__.co_argcount - 1 == given, f"the fake's {name}"

@@ -102,7 +102,6 @@ def test_a_dry_run_needs_no_tensorrt_and_prints_the_whole_build(
         (("--trt", "--lowering", "if"), "--trt builds the lowering split, where the host routes"),
         (("--trt", "--optimize", "winograd"), "--optimize winograd is for CPUs"),
         (("--trt", "--min-batch", "4", "--max-batch", "2"), "are not in order"),
-        (("--trt", "--strip", "--refit"), "--strip and --refit exclude each other"),
         (("--trt", "--form", "online"), "--trt is not for --form online"),
         (("--torch-trt", "--int8"), "--torch-trt is not for --int8"),
         (("--torch-trt", "--onnx"), "--onnx and --trt exclude each other"),
@@ -173,11 +172,16 @@ def test_plans_of_onnx_are_compared_with_onnx_runtime(
     tmp_path: Path, spec: ClipSpec, trt: Fake, gpu: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts, out = bundles.write(tmp_path / "onnx", spec), tmp_path / "plans"
+    (parts / reader.REPORT).write_text(json.dumps({"model": {}, "clean": {"twin": 99}}))
     result = run(parts, "--trt", "--from-onnx", "--out", out, "--json")
     assert result.exit_code == 0, result.stderr
     assert [g["gate"] for g in json.loads(result.stdout)["gates"]][-3:] == [
         "parity", "parity", "route",
     ]  # fmt: skip
+    said = reader.read(out).report()
+    assert said["of_onnx"] == {"clean": {"twin": 99}}
+    assert "clean" not in said
+    assert said["backends"]["tensorrt"]["ok"]
     with load(out) as engine:
         assert engine.backend_name == "tensorrt"
     assert gpu.left() == {}
@@ -192,3 +196,4 @@ def test_plans_of_onnx_are_compared_with_onnx_runtime(
     result = run(parts, "--trt", "--from-onnx", "--out", tmp_path / "alone")
     assert "are not compared with their ONNX: onnxruntime is not installed." in result.stderr
     assert result.exit_code == 0
+    assert "backends" not in reader.read(tmp_path / "alone").report(), "nobody looked"

@@ -17,6 +17,7 @@ from tests.tensorrt_fake import Fake
 from vmoe import bundle as reader
 from vmoe.__main__ import UNVERIFIED, main
 from vmoe.clips import ClipSpec
+from vmoe.errors import MissingDependencyError
 from vmoe.export.tensorrt import acceptance, selftest
 from vmoe.runtime.plugins import nodes
 
@@ -86,7 +87,8 @@ def test_every_step_is_done_and_what_fails_is_told(
     assert steps["parity"]["fp32"]["flips"] == 0
     assert steps["graphs"]["captured"]["expert0.plan"] == [8, 1, 2, 4]  # in the order of the runs
     assert {"free", "route3", "router alone", "all experts"} <= set(steps["latency"]["fp32"]["ms"])
-    assert set(steps["plugins"]) == {"ok", *acceptance.graphs()}
+    assert set(steps["plugins"]) == {"ok", selftest.WHOLE, *acceptance.trials()}
+    assert steps["plugins"]["RoutedConv3d"]["max_d"] < 1e-5
     assert {creator for creator, _, _ in trt.creators} == {node.op_type for node in nodes.NODES}
     assert steps["latency"]["fp32"]["worst_route_over_parts_alone"] > 0
     assert gpu.left() == {}
@@ -98,6 +100,9 @@ def test_every_step_is_done_and_what_fails_is_told(
     assert steps["build"]["why"].startswith("VmoeError: router: TensorRT cannot read the graph")
     assert not steps["graphs"]["ok"]
     assert "see the step that builds them" in steps["graphs"]["why"]
+    for step in ("parity", "latency"):
+        assert steps[step]["why"] == "VmoeError: no plans: see the steps that build them."
+    assert "moe-tensorrt: TensorRT cannot read the graph" in steps["plugins"]["why"]
 
 
 @pytest.mark.parametrize("bindings", ["10.3"], indirect=True)
@@ -111,3 +116,28 @@ def test_a_part_that_runs_without_a_graph_fails_its_step(
     said = selftest.graphs(state)
     assert not said["ok"]
     assert "expert0.plan at 8 runs without a graph" in said["why"]
+
+
+@pytest.mark.parametrize("bindings", ["10.3"], indirect=True)
+def test_answers_that_are_wrong_fail_their_steps(
+    trt: Fake, gpu: Driver, tmp_path: Path, spec: ClipSpec
+) -> None:
+    source = reader.read(bundles.write(tmp_path / "onnx", spec))
+    state = selftest.State(tmp_path, "cuda:0", built={"fp32": (source, built(source))})
+    selftest.machine(state)
+    trt.skew = lambda name, answer: answer + answer.dtype.type(len(answer))
+    assert "max |d logits| between batches is 7, at most 0.0" in selftest.graphs(state)["why"]
+    assert "fp32: d logits to ONNX is" in selftest.parity(state)["why"]
+    said = selftest.plugins(state)["why"]
+    for name in acceptance.trials():
+        assert f"{name}: max |d| to NumPy is" in said
+    trt.answers = {"IExecutionContext.get_tensor_shape": (3, 7)}
+    assert "RoutedLinear: y has the shape [3, 7], not [3, 6]" in selftest.plugins(state)["why"]
+    trt.answers = {"IExecutionContext.execute_async_v3": False}
+    assert "VmoeTopK: execute_async_v3 failed" in selftest.plugins(state)["why"]
+
+    def lacks(_: selftest.State) -> dict[str, object]:
+        raise MissingDependencyError("onnxscript is not installed: pip install onnxscript.")
+
+    assert selftest._done(lacks, state)["why"].startswith("onnxscript is not installed")
+    assert gpu.left() == {}

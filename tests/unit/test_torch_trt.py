@@ -23,7 +23,7 @@ from vmoe.checkpoint import Checkpoint
 from vmoe.errors import MissingDependencyError, SettingError, VmoeError
 from vmoe.export import ExportSettings
 from vmoe.export.onnx import quiet
-from vmoe.export.tensorrt import torch_trt
+from vmoe.export.tensorrt import plans, torch_trt
 from vmoe.export.tensorrt.settings import BuildSettings
 
 WHEEL = "torch-tensorrt==2.14.0"
@@ -94,7 +94,8 @@ def test_a_part_becomes_a_plan_of_the_same_runtime(
     build = BuildSettings(opt_batch=2, workspace=64, hardware_compatible="ampere-plus")
     held = Checkpoint(twin, ("a", "b", "c", "d"))
     make = torch_trt.builder(held, ExportSettings(), build, trt, "cpu")
-    made = make("router")
+    with plans.here("auto", build).current():
+        made = make("router")
     (given,) = calls
     assert (given["workspace_size"], given["hardware_compatible"]) == (64 << 20, True)
     assert given["disable_tf32"]
@@ -111,6 +112,32 @@ def test_a_part_becomes_a_plan_of_the_same_runtime(
     monkeypatch.setattr(sys.modules["torch_tensorrt"], "Input", None)
     with pytest.raises(VmoeError, match=r"^expert0: torch-tensorrt finds no plan: 'NoneType' obj"):
         make("expert0")
+
+
+@pytest.mark.parametrize("batch", [(3, 4, 6), (1, 1, 2), (3, 3, 3), (1, 1, 1)])
+def test_the_example_batch_is_one_that_the_plan_takes(
+    source: Path, monkeypatch: pytest.MonkeyPatch, batch: tuple[int, int, int]
+) -> None:
+    known = taken(source, "dynamo/_compiler.py", CALL)
+    fake(known, monkeypatch)
+    seen: list[int] = []
+
+    class Mean(torch.nn.Module):
+        def forward(self, clip: torch.Tensor) -> torch.Tensor:
+            return clip.float().mean(dim=(1, 2, 3))
+
+    export = torch.export.export
+
+    def exported(door: torch.nn.Module, given: tuple[torch.Tensor], **more: Any) -> Any:
+        seen.append(len(given[0]))
+        return export(door, given, **more)
+
+    monkeypatch.setattr(torch.export, "export", exported)
+    module: Any = sys.modules["torch_tensorrt"]
+    monkeypatch.setattr(module.dynamo, CALL, lambda *_, **__: b"plan")
+    build = BuildSettings(min_batch=batch[0], opt_batch=batch[1], max_batch=batch[2])
+    assert torch_trt._plan_of(module, Mean(), "scores", (2, 4, 4, 3), build, "cpu") == b"plan"
+    assert batch[0] <= seen[0] <= batch[2]
 
 
 def test_what_is_given_is_what_the_real_one_takes(source: Path) -> None:

@@ -130,6 +130,8 @@ def test_what_may_run_elsewhere_may() -> None:
         lambda part: part["plan"].update(batch=[1, True, 8]),
         lambda part: part["plan"].update(tensorrt="new"),
         lambda part: part["plan"].update(weights="/etc/passwd"),
+        lambda part: part["plan"].update(flags=["STRIP_PLAN"]),
+        lambda part: part["plan"].update(flags=["STRIP_PLAN"], weights="expert1.plan"),
     ],
 )
 def test_a_manifest_that_does_not_say_what_it_was_built_with(
@@ -216,6 +218,31 @@ def test_a_larger_plan_enlarges_the_arena_that_all_share(
         sizes = [held.nbytes for held in gpu.live["memory"].values()]
         assert sizes.count(trt.arena) == 1
         assert trt.arena // 3 not in sizes
+
+
+@ONE
+def test_an_arena_that_cannot_grow_stays_as_it_was(trt: Fake, gpu: Driver, path: Path) -> None:
+    with load(path) as engine:
+        assert engine.infer(clips_of(path, 0)).route.tolist() == [0]
+        trt.arena *= 3
+        gpu.fail = {"cuMemAlloc": CUresult.CUDA_ERROR_OUT_OF_MEMORY}
+        with pytest.raises(EngineMismatchError, match="cuMemAlloc failed: CUDA_ERROR_OUT_OF_MEM"):
+            engine.infer(clips_of(path, 255))
+        trt.arena //= 3
+        gpu.fail = {}
+        assert engine.infer(clips_of(path, 0)).route.tolist() == [0]
+    assert gpu.left() == {}
+
+
+@ONE
+def test_the_first_error_is_what_is_seen(gpu: Driver, path: Path) -> None:
+    with pytest.raises(EngineMismatchError, match="cuGraphLaunch failed"), load(path) as engine:  # noqa: PT012
+        engine.infer(clips_of(path, 0))
+        gpu.fail = dict.fromkeys(("cuGraphLaunch", "cuStreamSynchronize", "cuGraphExecDestroy",
+                                  "cuMemFree"), CUresult.CUDA_ERROR_NO_DEVICE)  # fmt: skip
+        engine.infer(clips_of(path, 0))
+    assert not gpu.live["host"], "what can be freed is"
+    assert not gpu.live["context"]
 
 
 @ONE

@@ -16,7 +16,7 @@ import onnx
 import pytest
 
 from tests import bundles
-from tests.cuda_fake import Driver
+from tests.cuda_fake import CUresult, Driver
 from tests.plans import built
 from tests.tensorrt_fake import MAGIC, WHY, Fake
 from vmoe import bundle as reader
@@ -51,19 +51,19 @@ def test_plans_answer_as_the_onnx_does(trt: Fake, gpu: Driver, source: Bundle) -
 
 def test_what_is_built_is_what_was_asked(trt: Fake, source: Bundle) -> None:
     settings = BuildSettings(
-        min_batch=2, opt_batch=4, max_batch=6, workspace=64, opt_level=5, refit=True,
+        min_batch=2, opt_batch=4, max_batch=6, workspace=64, opt_level=5,
         version_compatible=True, hardware_compatible="ampere-plus", tf32=True,
     )  # fmt: skip
     path = built(source, settings)
     bundle = reader.read(path)
     head = head_of((path / "expert2.plan").read_bytes())
-    assert head["flags"] == ["REFIT", "TF32", "VERSION_COMPATIBLE"]
+    assert head["flags"] == ["TF32", "VERSION_COMPATIBLE"]
     assert head["profile"] == {"clip": [[n, *source.spec.shape] for n in (2, 4, 6)]}
     assert head["details"]["pool WORKSPACE"] == 64 << 20
     assert head["details"]["builder_optimization_level"] == 5
     assert head["details"]["max_aux_streams"] == 0
     said = bundle.parts["expert2"].extra["plan"]
-    assert said["flags"] == ["VERSION_COMPATIBLE", "REFIT"]
+    assert said["flags"] == ["VERSION_COMPATIBLE"]
     assert (said["system"], said["cuda"], said["level"]) == (
         f"{sys.platform}-{platform.machine()}", "12.6", 5,
     )  # fmt: skip
@@ -95,6 +95,11 @@ def test_a_stripped_plan_gets_its_weights_from_the_onnx_beside_it(
         trt.answers = {call: False}
         with pytest.raises(EngineMismatchError, match=rf"router.onnx: {why} failed: {WHY}"):
             load(path)
+    for call, why in (("OnnxParserRefitter.refit_from_bytes", "refit_from_bytes"),
+                      ("Refitter.refit_cuda_engine", "refit_cuda_engine")):  # fmt: skip
+        trt.answers = {call: False}
+        with pytest.raises(EngineMismatchError, match=rf"^router: {why} failed: {WHY}"):
+            built(source, BuildSettings(strip=True), "refused")
 
 
 def test_the_timing_cache_is_kept_and_one_of_another_version_is_replaced(
@@ -156,14 +161,17 @@ def test_what_the_parser_does_not_take_is_told_by_node(
 ) -> None:
     graph = onnx.load(source.path / "router.onnx")
     graph.graph.node[0].CopyFrom(onnx.helper.make_node("Transpose", ["clip"], ["float"], "first"))
-    with pytest.raises(VmoeError, match=r"graph: Transpose first: UINT8 is not supported here\.$"):
+    why = r"graph: Transpose first: UINT8 is not supported here\.$"
+    at = plans.here("auto", BuildSettings())
+    with at.current(), pytest.raises(VmoeError, match=why):
         builder.build(trt, graph.SerializeToString(), "router", BuildSettings())
     del graph.graph.node[0]
     graph.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "T"
     for node in graph.graph.node:
         node.input[:] = [name.replace("float", "pixels") for name in node.input]
     graph.graph.node.insert(0, onnx.helper.make_node("Cast", ["clip"], ["pixels"], to=1))
-    with pytest.raises(VmoeError, match=r"input clip has the shape \[-1, -1, 32.*only N may be"):
+    why = r"input clip has the shape \[-1, -1, 32.*only N may be"
+    with at.current(), pytest.raises(VmoeError, match=why):
         builder.build(trt, graph.SerializeToString(), "router", BuildSettings())
 
 
@@ -176,25 +184,66 @@ def test_what_a_version_does_not_have_is_said_before_the_build(trt: Fake) -> Non
         plans.here("auto", settings)
 
 
+@pytest.mark.parametrize("bindings", ["10.3"], indirect=True)
+def test_plans_are_built_on_the_gpu_that_was_named(
+    trt: Fake, gpu: Driver, source: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "cuDeviceGetCount", lambda: (CUresult.CUDA_SUCCESS, 2))
+    settings, seen = BuildSettings(), []
+    build = builder.build
+
+    def looked(*given: Any) -> builder.Made:
+        seen.append(list(gpu.live["context"].values()))
+        return build(*given)
+
+    monkeypatch.setattr(builder, "build", looked)
+    plans.write(source, tmp_path, settings, plans.here("cuda:1", settings))
+    assert seen == [[1]] * 4
+    assert gpu.left() == {}
+
+
 def test_only_onnx_that_the_host_routes_is_built(trt: Fake, source: Bundle) -> None:
     path = built(source)
+    plain = (source.path / "expert0.onnx").read_bytes()
     settings = BuildSettings()
     with pytest.raises(EngineMismatchError, match="has parts in plan, lowering split; plans are"):
         plans.write(reader.read(path), path, settings, plans.here("cuda", settings))
+    for zero, refused in ((np.uint8(128), True), (np.int8(0), False)):
+        model = onnx.load(source.path / "expert0.onnx")
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(zero), "zero"))
+        made = onnx.helper.make_node("QuantizeLinear", ["logits", "255", "zero"], ["rounded"])
+        model.graph.node.append(made)
+        onnx.save(model, source.path / "expert0.onnx")
+        rounded = replace(source.parts["expert0"], precision={"asked": "int8", "found": "int8"})
+        bundle = replace(source, parts={**source.parts, "expert0": rounded})
+        if refused:
+            why = r"expert0\.onnx is int8 of the form u8s8.*export again with --int8-form s8s8"
+            with pytest.raises(EngineMismatchError, match=why):
+                plans.check(bundle)
+        else:
+            plans.check(bundle)
+        source.path.joinpath("expert0.onnx").write_bytes(plain)
 
 
 def test_layers_that_are_not_as_asked_do_not_pass(
-    trt: Fake, source: Bundle, tmp_path: Path
+    trt: Fake, source: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     parts = {"expert0": replace(source.parts["expert0"], layers={"fp16": 18, "fp32": 2})}
     settings = BuildSettings()
     at = plans.here("auto", settings)
     layer = {"LayerType": "CaskConvolution", "Weights": {"Type": "Half", "Count": 9}}
     other = {**layer, "Weights": {"Type": "Float", "Count": 9}}
-    for halves, ok in ((20, True), (18, True), (16, False), (0, False)):
+    for halves, *ok in ((20, True, False), (18, True, True), (16, False, True), (0, False, True)):
         trt.layers = json.dumps({"Layers": [layer] * halves + [other] * (20 - halves)})
         _, gates = plans.write(replace(source, parts=parts), tmp_path, settings, at)
-        assert [(gate.name, gate.ok) for gate in gates] == [("precision", ok)]
+        assert [(gate.name, gate.ok) for gate in gates] == [("precision", one) for one in ok]
+    few = proof.gates("router", {"int8": 1, "fp32": 39}, {"fp32": 40})
+    assert [gate.refusal() for gate in few if not gate.ok] == [
+        "int8 layers of router.plan is 0 %, must be at least 0.1 %"
+    ]
+    with caplog.at_level(logging.WARNING, "vmoe.export"):
+        plans.write(source, tmp_path, settings, at)
+    assert "router.onnx: the bundle does not say what its layers compute in" in caplog.text
     trt.layers = json.dumps({"Layers": ["names", "alone"]})
     _, gates = plans.write(replace(source, parts=parts), tmp_path, settings, at)
     assert gates[0].refusal() == "fp16 layers of expert0.plan is 0 %, must be at least 85 %"
