@@ -269,7 +269,7 @@ def test_more_steps_and_more_restarts_are_never_weaker(
 
 @contextmanager
 def counted(method: ModuleType, twin: VideoMoE) -> Iterator[list[int]]:
-    """Count the samples that pass through what is attacked, forward and backward."""
+    """Count the samples that pass forward, and backward through what is attacked."""
     seen, handles = [0, 0], []
 
     def forward(_module: Any, _inputs: Any, out: Tensor) -> None:
@@ -279,9 +279,8 @@ def counted(method: ModuleType, twin: VideoMoE) -> Iterator[list[int]]:
         seen[1] += len(grads[0])
 
     assert twin.router is not None
-    ran = twin.experts if method.PART == "expert" else [twin.router]  # the router sees every pass
-    for part in ran:
-        handles.append(part.register_forward_hook(forward))
+    handles.append(twin.router.register_forward_hook(forward))  # it sees every pass
+    for part in twin.experts if method.PART == "expert" else [twin.router]:
         handles.append(part.register_full_backward_hook(backward))
     try:
         yield seen

@@ -116,7 +116,7 @@ def test_experts_begin_as_copies_of_a_single_expert(tmp_path: Path) -> None:
         np.testing.assert_allclose(mixed[name.format(i)], single[name.format(0)], atol=1e-8)
     other = train(*method, "--init-from", begin, "--arch", "r3d18", "--out", str(tmp_path / "x"))
     assert other.exit_code == 2
-    assert "has arch tsm; this model has r3d18" in other.output.replace("\n", " ")
+    assert "has arch tsm; what is trained here has r3d18" in other.output.replace("\n", " ")
 
 
 def test_collapsed_routing_is_said_with_what_to_change(
