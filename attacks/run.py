@@ -166,7 +166,7 @@ def _what(asked: Asked, opened: Target, settings: RunSettings, rows: Rows) -> Wh
         settings = dataclasses.replace(settings, fold=opened.fold)
     if asked.load_adv is not None:
         saved = clips_of.load(asked.load_adv, opened)
-        return What(settings, [row for row, _ in clips_of.rows_of(saved)], saved, "")
+        return What(settings, [row for row, _ in clips_of.rows_of(saved, opened)], saved, "")
     if opened.experts == 1 and asked.flags.get("attack") is None:
         settings, rows = given_by.usual(settings, rows)
     stops = asked.flags.get("early_stop") is not None  # the user's own word
@@ -211,7 +211,7 @@ def _found(
     if what.saved is not None:
         if not here.first:
             return None  # judging alone is not worth sharing
-        pairs = clips_of.rows_of(what.saved)
+        pairs = clips_of.rows_of(what.saved, opened)
         return replay(
             chosen.clean, chosen.label, pairs, judges, index=chosen.index, batch=batch
         )  # fmt: skip

@@ -91,8 +91,10 @@ def test_bundles_side_by_side_in_every_mode_then_replayed(tiny_bundle: Path) -> 
     ]  # fmt: skip
     again = json.loads(run(other, "--load-adv", "clips", "--json", "--out", "two").stdout)
     wanted = [r for r in report["rows"] if r["model"] == r["made_on"] == "swapped"]
-    found = [r for r in again["rows"] if r["model"] == "engine" and r["made_on"] == "swapped"]
+    found = [r for r in again["rows"] if r["model"] == r["made_on"] == "engine"]
     assert [r["robust"] for r in found] == [r["robust"] for r in wanted]
+    assert {r["made_on"] for r in again["rows"]} == {"twin", "tiny-split", "engine"}
+    assert again["deployed"]["rows"][0]["adaptive"] == second["adaptive"]
     assert "| engine | clips" in Path("two/report.md").read_text()
 
 

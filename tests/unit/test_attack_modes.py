@@ -115,6 +115,10 @@ def test_a_faithful_engine_passes_and_has_no_gap_but_that_of_more_steps() -> Non
     assert row["gap_transfer"] == {"points": 0.0, "low": 0.0, "high": 0.0}
     assert row["worst_of"]["hits"] <= row["adaptive"]["hits"] <= row["transfer"]["hits"]
     assert row["transfer"] == row["twin"]
+    assert row["worst_of"]["hits"] < row["twin"]["hits"], "the engine in the loop broke no more"
+    assert row["gap"] == row["gap_transfer"], "the same clips, the same answers"
+    assert row["says"].startswith("no different from the twin on any of ")
+    gate.refuse(found, 0)
 
 
 def swapped() -> VideoMoE:
@@ -293,3 +297,12 @@ def test_saved_clips_of_a_mode_are_judged_by_everyone() -> None:
     assert everything(again, list(range(N)))["rows"][1]["made_on"] == "engine"
     names = [line["name"] for line in deployment.everything(again)["sanity"]]
     assert names == ["the twin's routes", "the twin's labels"]
+    (line,) = deployment.everything(again)["rows"]
+    assert line["adaptive"] is None, "they were made against another engine"
+    assert line["twin"] is None, "no clip was made on the twin"
+    assert line["gap"] is line["gap_transfer"] is None
+    assert line["worst_of"]["hits"] < N
+    own = deployment.everything(
+        replay(CLIPS, found.label, [(replace(row, origin="third"), outcome.clips)], judges)
+    )["rows"][0]
+    assert own["adaptive"] == own["worst_of"] == line["worst_of"]
