@@ -146,8 +146,9 @@ class Line(NamedTuple):
 def sane(found: Evaluation, engine: str, eps: float) -> list[Line]:
     """Return whether the figures of an engine can be believed.
 
-    Clean clips get the twin's routes, labels and accuracy; adaptive is at least as strong as
-    transfer, clip by clip; query is no stronger than adaptive; gradients in the loop are alive.
+    Clean clips get the twin's routes and labels; adaptive breaks every clip that transfer does,
+    attack by attack; query breaks few that adaptive does not; gradients in the loop are alive. Of
+    saved clips only the first.
     """
     right = found.clean[engine].said == found.label
     lines = []

@@ -30,7 +30,7 @@ from vmoe.runtime.sources import SourceSettings, file
 from vmoe.settings import format_eps
 
 SUFFIX = ".mkv"  # the only one of vmoe.video that is lossless
-MOST_BYTES = 1 << 30  # of decoded frames; twice as much is held
+MOST_BYTES = 1 << 30  # of decoded frames; about 4 times as much is held
 TAKES = {"eps", "steps", "step", "route_grad", "batch", "mode", "backend"}  # flags with an effect
 
 
@@ -154,7 +154,8 @@ def _run(asked: Wanted, opened: Target, say: Callable[[str], Any]) -> dict[str, 
         f"{fps:.4g} a second"
     )
     found = perturb(
-        model, judge, frames, fps, asked.settings, target=target, name=str(asked.source)
+        model, judge, frames, fps, asked.settings, target=target, name=str(asked.source),
+        device=opened.device,
     )  # fmt: skip
     with files.writing(asked.out, fps, frames.shape[1:3]) as append:
         for frame in found.frames:

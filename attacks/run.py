@@ -84,6 +84,8 @@ def attack(asked: Asked, here: Ranks) -> None:
             opened, what.settings, what.rows, what.saved, what.early, what.engines
         )
         say(header)
+        if asked.gate_robust is not None:
+            gate.require(opened.judges, what.rows)  # else told after all the work
         if asked.dry_run:
             return
         chosen = _chosen(opened, what)

@@ -142,7 +142,7 @@ def _along(height: int, width: int, spec: ClipSpec, axis: int) -> NDArray[np.flo
 
 def perturb(
     model: VideoMoE, judge: Judge, frames: Frames, fps: float, settings: VideoSettings,
-    *, target: int | None = None, name: str = "the video",
+    *, target: int | None = None, name: str = "the video", device: torch.device | str = "cpu",
 ) -> Found:  # fmt: skip
     """Change a video's frames so that its windows get other labels, or one that is wanted.
 
@@ -158,6 +158,7 @@ def perturb(
         settings: budget and steps.
         target: index of the label that is wanted; None for any other.
         name: of the video, for errors.
+        device: where the model is.
 
     Raises:
         SourceError: its frames are too far apart for the model.
@@ -178,7 +179,9 @@ def perturb(
     with as_found(model):
         for k in progress(range(settings.steps + 1), "steps", settings.steps + 1):
             way = settings.route_grad[k % len(settings.route_grad)]
-            changed, gain, slope = _look(model, fit(moved), windows, goal, way, settings.batch)
+            changed, gain, slope = _look(
+                model, fit(moved), windows, goal, way, settings.batch, device
+            )
             if (changed, gain) > held:
                 best, held = moved.copy(), (changed, gain)
             if k < settings.steps:
@@ -206,10 +209,10 @@ class Goal(NamedTuple):
 
 
 def _look(
-    model: VideoMoE, prepared: Frames, windows: NDArray[np.int64], goal: Goal, way: str, batch: int
-) -> tuple[int, float, Tensor]:
+    model: VideoMoE, prepared: Frames, windows: NDArray[np.int64], goal: Goal, way: str, batch: int,
+    device: torch.device | str,
+) -> tuple[int, float, Tensor]:  # fmt: skip
     """Return how many windows are changed, the loss, and its gradient by prepared frame."""
-    device = next(model.parameters()).device
     slope = torch.zeros(len(prepared), 3, *prepared.shape[1:3])
     changed, gain = 0, 0.0
     for start in range(0, len(windows), batch):

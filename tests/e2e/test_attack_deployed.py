@@ -106,10 +106,15 @@ def test_a_bundle_that_loses_more_than_its_gate_allows_ends_with_3(tiny_bundle: 
     result = run(other, *flags, code=3)
     assert "refused: adversarial clips broken on engine alone are " in result.stderr
     assert Path("runs/attack/swapped/report.json").is_file()
-    said = refused(
-        tiny_bundle / "twin.safetensors", *flags[:6], "--no-sanity", "--gate-robust", "0"
-    )
-    assert "--gate-robust compares an engine with its twin" in said
+
+
+def test_a_gate_with_nothing_to_compare_is_told_before_any_work(tiny_bundle: Path) -> None:
+    twin, gate = tiny_bundle / "twin.safetensors", ["--no-sanity", "--gate-robust", "0"]
+    for target in ([twin], [tiny_bundle, "--mode", "adaptive"]):
+        for dry in ([], ["--dry-run"]):
+            said = refused(*target, "--n", "4", "--attack", "pgd", *gate, *dry)
+            assert "--gate-robust compares an engine with its twin" in said
+    assert not list(Path().rglob("report.json"))
 
 
 def test_what_cannot_be_compared(tiny_bundle: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +14,27 @@ from tests.twins import SPEC, lively
 from vmoe import clips
 from vmoe.attacks import video
 from vmoe.attacks.judge import of_twin
+from vmoe.attacks.modes import Deployed
 from vmoe.attacks.on_video import read
 from vmoe.attacks.video import Fitting, VideoSettings
 from vmoe.clips import ClipSpec
+from vmoe.models import VideoMoE
+from vmoe.models.moe import MoEOutput
 from vmoe.runtime.frames import Stop
 from vmoe.runtime.sources import SourceSettings, file
 from vmoe.runtime.windows import Windows
+
+
+class Bufferless(VideoMoE):
+    """A twin that has no parameters of its own, as the graphs of an int8 bundle have none."""
+
+    def __init__(self, twin: VideoMoE) -> None:
+        torch.nn.Module.__init__(self)
+        self.settings, self.spec, self._twin = twin.settings, twin.spec, [twin]
+
+    def forward(self, *given: Any, **how: Any) -> MoEOutput:
+        found: MoEOutput = self._twin[0](*given, **how)
+        return found
 
 
 @pytest.mark.parametrize("size", [(96, 128), (32, 32), (40, 33), (20, 90)])
@@ -65,6 +81,11 @@ def test_windows_are_attacked_together_within_the_ball() -> None:
     assert (said.logits.argmax(axis=1) == found.after.logits.argmax(axis=1)).all()
     assert (found.before.logits.argmax(axis=1) != found.after.logits.argmax(axis=1)).any()
     label = int(found.after.logits.argmax(axis=1)[0] + 1) % 4
+    twin.requires_grad_(False)
+    bare = Deployed(of_twin(twin), twin.settings, twin.spec, Bufferless(twin))
+    assert not list(bare.parameters()), "as of a bundle that is int8 throughout"
+    again = video.perturb(bare, of_twin(twin), frames, 20.0, how)
+    assert (again.frames == found.frames).all()
     aimed = video.perturb(twin, of_twin(twin), frames, 20.0, how, target=label)
     reached = aimed.after.logits[:, label] - found.before.logits[:, label]
     assert reached.mean() > 0
