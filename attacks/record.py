@@ -67,13 +67,21 @@ def header(
         data += f", fold {settings.fold}"
     if saved is not None:
         data = f"{len(saved.label)} clips of {saved.origin.get('data')}, as saved"
-    lines += [f"data: {data}", threat_model(rows, spec), *([early] if early else [])]
+    lines += [f"data: {data}", made_by(rows), threat_model(rows, spec), *([early] if early else [])]
     return "\n".join(lines)
 
 
 def precision(bundle: Bundle) -> str:
     """Return what a bundle's parts compute in, such as `fp32, int8`."""
     return ", ".join(sorted({part.precision.get("found", "?") for part in bundle.parts.values()}))
+
+
+def made_by(rows: Sequence[Row]) -> str:
+    """Return the attacks that are made, by how and on what."""
+    by: dict[str, dict[str, None]] = {}
+    for row in rows:
+        by.setdefault(f"{row.mode} on {row.made_on}", {})[row.attack] = None
+    return "attacks: " + "; ".join(f"{how}: {', '.join(names)}" for how, names in by.items())
 
 
 def threat_model(rows: Sequence[Row], spec: ClipSpec) -> str:

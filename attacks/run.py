@@ -182,6 +182,8 @@ def _what(asked: Asked, opened: Target, settings: RunSettings, rows: Rows) -> Wh
         engines = opened.deployed(adaptive=any(row.mode == ADAPTIVE for row in given))
     given = fitting(opened.experts, opened.spec.frames, given)
     given_by.refuse_budgets(given, opened.spec)
+    if asked.eot is not None and all(given_by.asks(row.attack) for row in given):
+        given_by.refuse({"eot"}, "no attack that is made follows a gradient")
     return What(settings, given, None, _early(asked, opened, given, stops), engines)
 
 

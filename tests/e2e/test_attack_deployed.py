@@ -137,6 +137,17 @@ def test_what_cannot_be_compared(tiny_bundle: Path) -> None:
     assert "'adaptiv'" in refused(tiny_bundle, "--mode", "adaptiv")
     said = refused(tiny_bundle, "--n", "2", "--mode", "adaptive", "--attack", "noise")
     assert "--mode adaptive follows gradients, and noise has none" in said
+    asked = ["--mode", "adaptive", "--attack", "pgd,square", "--queries", "9"]
+    said = refused(tiny_bundle, "--n", "2", *asked)
+    assert "--mode adaptive follows gradients, and square has none" in said
+    query = [tiny_bundle, "--n", "2", "--mode", "query"]
+    assert "--steps has no effect: none of square, nes" in refused(*query, "--steps", "3")
+    said = refused(*query, "--codec", "mjpeg:80", "--eot", "2")
+    assert "--eot has no effect: no attack that is made follows a gradient" in said
+    said = refused(tiny_bundle, "--load-adv", "clips", "--codec", "mjpeg:80", "--eot", "2")
+    assert "--eot has no effect: --load-adv clips replays clips as they are" in said
+    shown = run(*query, "--attack", "pgd,square", "--dry-run").stdout
+    assert "attacks: query on engine: square\n" in shown
 
 
 def test_a_twin_that_does_not_belong_to_the_bundle(tiny_bundle: Path) -> None:
@@ -184,6 +195,18 @@ def test_video_that_cannot_be_attacked(tiny_bundle: Path) -> None:
     assert "--to-label has no effect" in refused(tiny_bundle, "--to-label", "shake")
     assert "--video in.mkv needs gradients" in refused(*video, *to, "--mode", "query")
     assert "--n has no effect: --video attacks all windows" in refused(*video, *to, "--n", "3")
+    for modes in ("query,transfer", "transfer,adaptive"):
+        assert "--mode transfer or adaptive, one" in refused(*video, *to, "--mode", modes)
+    twin = tiny_bundle / "twin.safetensors"
+    said = refused(twin, "--video", source, *to, "--mode", "adaptive")
+    assert "--mode has no effect: a checkpoint has no engine" in said
+    assert "--overwrite has no effect: --video" in refused(*video, *to, "--overwrite")
+    assert "'nonsense'" in refused(*video, *to, "--to-label", "nonsense", "--dry-run")
+    online = other_export(tiny_bundle, Path("online"))
+    manifest = json.loads((online / "vmoe.json").read_text())
+    (online / "vmoe.json").write_text(json.dumps({**manifest, "form": "online"}))
+    said = refused(online, "--video", source, *to, "--dry-run")
+    assert "online is of the online form, whose windows share frames" in said
     assert "give one --eps" in refused(*video, *to, "--eps", "1,2")
     assert "--eps is 0.001" in refused(*video, *to, "--eps", "0.001")
     said = refused(tiny_bundle, "--video", "none.mp4", *to, code=4)
