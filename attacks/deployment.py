@@ -146,8 +146,8 @@ class Line(NamedTuple):
 def sane(found: Evaluation, engine: str, eps: float) -> list[Line]:
     """Return whether the figures of an engine can be believed.
 
-    Clean clips get the twin's routes and labels; adaptive breaks every clip that transfer does,
-    attack by attack; query breaks few that adaptive does not; gradients in the loop are alive. Of
+    Clean clips get the twin's routes and labels; few clips are broken by transfer
+    and not by adaptive, or by query and not by adaptive; gradients in the loop are alive. Of
     saved clips only the first.
     """
     right = found.clean[engine].said == found.label
@@ -169,8 +169,8 @@ def sane(found: Evaluation, engine: str, eps: float) -> list[Line]:
     n = int(right.sum())
     transfer, adaptive, query = (by[mode] for mode in MODES)
     if transfer is not None and adaptive is not None:
-        missed = _missed(found, engine, eps)
-        add("adaptive against transfer", not missed,
+        missed = _of(transfer & ~adaptive, right)
+        add("adaptive against transfer", few((missed, n)),
             f"adaptive breaks {_of(adaptive, right)} of {n}, transfer {_of(transfer, right)}; "
             f"{missed} by transfer alone")  # fmt: skip
     if query is not None and adaptive is not None:
@@ -185,20 +185,6 @@ def sane(found: Evaluation, engine: str, eps: float) -> list[Line]:
         add("gradients in the loop", few((int(met.sum()), count)),
             f"{int(met.sum())} of {count} clips met a dead gradient")  # fmt: skip
     return lines
-
-
-def _missed(found: Evaluation, engine: str, eps: float) -> int:
-    """Count clips that an attack breaks by transfer and, of the same name, not by adaptive."""
-    held: dict[tuple[str, str], Outcome] = {
-        (o.row.attack, o.row.mode): o for o in of_model(found, engine) if o.row.eps == eps
-    }
-    missed = 0
-    for (attack, mode), outcome in held.items():
-        begun = held.get((attack, TRANSFER))
-        if mode == ADAPTIVE and begun is not None and outcome.row.part == "model":
-            lost = broken(found, begun, engine) & ~broken(found, outcome, engine)
-            missed += int(lost.sum())
-    return missed
 
 
 def _of(clips: Bools, right: Bools) -> int:
