@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from vmoe.runtime.sources import SourceSettings, file
 from vmoe.settings import format_eps
 
 SUFFIX = ".mkv"  # the only one of vmoe.video that is lossless
-MOST_BYTES = 1 << 30  # of decoded frames; about 4 times as much is held
+MOST_BYTES = 1 << 30  # of decoded frames; about 5 times as much is held
 TAKES = {"eps", "steps", "step", "route_grad", "batch", "mode", "backend"}  # flags with an effect
 
 
@@ -168,10 +169,16 @@ def _run(asked: Wanted, opened: Target, say: Callable[[str], Any]) -> dict[str, 
         f"video: {asked.source}, {len(frames)} frames of {frames.shape[2]}x{frames.shape[1]}, "
         f"{fps:.4g} a second"
     )
-    found = perturb(
-        model, judge, frames, fps, asked.settings, target=target, name=str(asked.source),
-        device=opened.device,
+    work = functools.partial(
+        perturb, judge=judge, frames=frames, fps=fps, settings=asked.settings, target=target,
+        name=str(asked.source), device=opened.device,
     )  # fmt: skip
+    found = work(opened.twin.twin)
+    if asked.mode == ADAPTIVE:  # from the transfer's frames on, as of clips
+        first, found = found, work(model, begin=found.frames)
+        found = found._replace(
+            queries=first.queries + found.queries, seconds=first.seconds + found.seconds
+        )
     with files.writing(asked.out, fps, frames.shape[1:3]) as append:
         for frame in found.frames:
             append(frame)

@@ -86,6 +86,23 @@ def test_windows_are_attacked_together_within_the_ball() -> None:
     assert not list(bare.parameters()), "as of a bundle that is int8 throughout"
     again = video.perturb(bare, of_twin(twin), frames, 20.0, how)
     assert (again.frames == found.frames).all()
+    once = VideoSettings(eps=8 / 255, steps=1, step=0.01, route_grad=("frozen",))
+    later = video.perturb(bare, of_twin(twin), frames, 20.0, once, begin=found.frames)
+    said, before = (p.logits.argmax(axis=1) for p in (later.after, found.before))
+    assert (said != before).sum() >= (found.after.logits.argmax(axis=1) != before).sum()
+    assert np.abs(later.frames.astype(int) - found.frames).max() <= 1
+    assert later.queries == 4 * len(found.windows), "two looks, and the judge before and after"
     aimed = video.perturb(twin, of_twin(twin), frames, 20.0, how, target=label)
     reached = aimed.after.logits[:, label] - found.before.logits[:, label]
     assert reached.mean() > 0
+
+
+def test_soft_is_judged_by_the_hard_choice() -> None:
+    twin, windows = lively(), np.arange(16).reshape(4, 4)
+    frames = np.stack([clips.prepare(videos.picture(number), SPEC) for number in range(16)])
+    hard = torch.from_numpy(of_twin(twin)(frames[windows]).logits)
+    goal = video.Goal(hard.argmax(dim=1), None)
+    changed, gain, slope = video._look(twin, frames, windows, goal, "soft", 16, "cpu")
+    assert changed == 0
+    assert gain == pytest.approx(float(goal.of(hard, slice(0, 16)).sum()), rel=1e-4)
+    assert slope.any()
