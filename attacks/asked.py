@@ -64,7 +64,7 @@ class Asked:
         if self.load_adv is not None:
             given = {name for name, value in self.flags.items() if value is not None}
             given -= {"batch", "backend"}
-            also = {name for name in ("preset", "curve", "resume") if getattr(self, name)}
+            also = {name for name in ("preset", "curve", "resume", "eot") if getattr(self, name)}
             given_by.refuse(given | also, f"--load-adv {self.load_adv} replays clips as they are")
 
 

@@ -303,10 +303,10 @@ def routed(case: Case) -> Seen:
 
 def _reported(case: Case, found: Evaluation) -> Bools | None:
     """Return what the report has the twin broken on at the budget, [N]; None: not attacked."""
-    at = [o for o in found.outcomes if (o.row.eps, o.row.norm) == (case.eps, case.trials.norm)]
+    twin, budget = next(iter(found.clean)), (case.eps, case.trials.norm)
+    at = [o for o in figures.of_model(found, twin) if (o.row.eps, o.row.norm) == budget]
     if not any(outcome.row.part == "model" for outcome in at):
         return None
-    twin = next(iter(found.clean))
     broken = np.any([figures.broken(found, outcome, twin) for outcome in at], axis=0)
     return np.asarray(broken[: len(case.right)])
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vmoe import adversarial, cli
 from vmoe.adversarial import AdversarialClips, Attacked
-from vmoe.attacks.deployed import Target, same_clips
+from vmoe.attacks.deployed import Target, identity, same_clips
 from vmoe.attacks.evaluate import Evaluation, Row
 from vmoe.attacks.flags import RunSettings
 from vmoe.attacks.grid import l2, linf, radius
@@ -112,8 +113,8 @@ def as_chosen(saved: AdversarialClips) -> Chosen:
     return Chosen(saved.clean, label, index, str(saved.origin.get("data")))
 
 
-def rows_of(saved: AdversarialClips) -> list[tuple[Row, Clips]]:
-    """Return the rows of saved clips, and their clips.
+def rows_of(saved: AdversarialClips, opened: Target) -> list[tuple[Row, Clips]]:
+    """Return the rows of saved clips, and their clips; of an engine that is here, by its name here.
 
     Raises:
         UnknownNameError: they were made by an attack that is not here.
@@ -125,10 +126,20 @@ def rows_of(saved: AdversarialClips) -> list[tuple[Row, Clips]]:
         how = [from_mapping(method.Settings, each, "saved clips") for each in attacked.settings]
         row = Row(
             attacked.attack, method.PART, attacked.eps, tuple(how), attacked.mode,
-            origin=attacked.against,
+            origin=_origin(attacked.against, saved, opened),
         )  # fmt: skip
         rows.append((row, attacked.clips))
     return rows
+
+
+def _origin(against: str, saved: AdversarialClips, opened: Target) -> str:
+    """Return the name of the engine that clips were made against: no other's that is here."""
+    held = saved.origin.get("engines")
+    digest = held.get(against) if isinstance(held, dict) else None
+    for name, engine in opened.engines.items():
+        if digest is not None and identity(engine) == digest:
+            return name
+    return f"another {against}" if against in opened.engines else against
 
 
 def save(path: Path, opened: Target, chosen: Chosen, found: Evaluation, seed: int) -> None:
@@ -145,7 +156,8 @@ def save(path: Path, opened: Target, chosen: Chosen, found: Evaluation, seed: in
         )
         for outcome in found.outcomes
     )  # fmt: skip
-    origin = {"data": chosen.name, "seed": seed, "twin_sha256": opened.twin_sha256}
+    origin: dict[str, Any] = {"data": chosen.name, "seed": seed, "twin_sha256": opened.twin_sha256}
+    origin["engines"] = {name: identity(engine) for name, engine in opened.engines.items()}
     label, index = tuple(chosen.label.tolist()), tuple(chosen.index.tolist())
     clips = AdversarialClips(
         opened.spec, opened.labels, chosen.clean, label, index, attacked, origin

@@ -237,6 +237,11 @@ def open_target(path: Path, how: How | None = None) -> Target:
         )  # fmt: skip
 
 
+def identity(engine: Engine) -> str:
+    """Return what tells an engine from others: the hash of its manifest, and its backend."""
+    return f"{bundles.sha256(engine.bundle.path / 'vmoe.json')} {engine.backend_name}"
+
+
 def _refuse_another(first: Bundle, other: Bundle) -> None:
     """Refuse to compare what was exported from several twins."""
     same_clips(

@@ -1,7 +1,8 @@
 """What of the twin's robustness is left in what was deployed: one row for each engine and budget.
 
     robust      each mode's worst-of on the engine; `twin` is the twin's own, by transfer
-    gap         robust on the twin less robust on the engine, in points; above 0: engine weaker
+    gap         robust on the twin less robust on the engine, in points; above 0: engine weaker;
+                by the same clips: the twin's own, and those made against that engine
     sanity      whether the figures can be believed: engine against twin, mode against mode
 
 Intervals of a gap are 95 %, by the paired bootstrap: clips are drawn again, each with what became
@@ -25,12 +26,38 @@ from vmoe.report import plain
 OK, FAILED, UNDECIDED = "ok", "FAILED", "undecided"
 
 
-def worst(found: Evaluation, model: str, eps: float, modes: Sequence[str] = MODES) -> Bools | None:
-    """Return which clips an attack of some modes breaks on a model, [N]; None of no attack."""
-    at = [o for o in of_model(found, model) if o.row.eps == eps and o.row.mode in modes]
-    if not at:
+def worst(found: Evaluation, model: str, eps: float) -> Bools | None:
+    """Return which clips anything that counts for a model breaks on it, [N]; None of no attack."""
+    return _any(found, [o for o in of_model(found, model) if o.row.eps == eps], model)
+
+
+def by_mode(found: Evaluation, model: str, eps: float, mode: str) -> Bools | None:
+    """Return which clips an attack of one mode breaks on a model, [N]; None of no attack.
+
+    Saved clips that were made against another engine are of no mode of this one.
+    """
+    at = [o for o in of_model(found, model) if (o.row.eps, o.row.mode) == (eps, mode)]
+    return _any(found, [o for o in at if o.row.origin in ("", model)], model)
+
+
+def on_both(found: Evaluation, engine: str, eps: float) -> tuple[Bools, Bools] | None:
+    """Return which clips are broken on the twin, and on an engine, by the same clips, each [N].
+
+    They are all that count for the engine: of those made against it the twin's answers count, too,
+    so that an engine that is the twin bit for bit comes to the same. None where no clip was made
+    on the twin: the others alone are sought on the engine, and say nothing of the twin.
+    """
+    if "twin" not in found.clean or by_mode(found, engine, eps, TRANSFER) is None:
         return None
-    either: Bools = np.any([broken(found, outcome, model) for outcome in at], axis=0)
+    at = [o for o in of_model(found, engine) if o.row.eps == eps]
+    twin, own = (np.any([broken(found, o, m) for o in at], axis=0) for m in ("twin", engine))
+    return twin, own
+
+
+def _any(found: Evaluation, outcomes: Sequence[Outcome], model: str) -> Bools | None:
+    if not outcomes:
+        return None
+    either: Bools = np.any([broken(found, outcome, model) for outcome in outcomes], axis=0)
     return either
 
 
@@ -58,16 +85,17 @@ def everything(found: Evaluation) -> dict[str, Any]:
 def _row(found: Evaluation, engine: str, first: str, eps: float) -> dict[str, Any]:
     """Return the figures of one engine at one budget."""
     norm = found.outcomes[0].row.norm
-    by_mode = {mode: worst(found, engine, eps, [mode]) for mode in MODES}
+    by = {mode: by_mode(found, engine, eps, mode) for mode in MODES}
     all_of_it = worst(found, engine, eps)
-    twin = worst(found, "twin", eps) if "twin" in found.clean else None
+    twin = by_mode(found, "twin", eps, TRANSFER) if "twin" in found.clean else None
+    both = on_both(found, engine, eps)
     clean = found.clean[engine].said == found.label
     row: dict[str, Any] = {
         "engine": engine, "norm": norm, "eps": eps, "clean": share(clean),
         "twin": None if twin is None else share(~twin),
-        **{mode: None if b is None else share(~b) for mode, b in by_mode.items()},
+        **{mode: None if b is None else share(~b) for mode, b in by.items()},
         "worst_of": None if all_of_it is None else share(~all_of_it),
-        "gap": _gap(twin, all_of_it), "gap_transfer": _gap(twin, by_mode[TRANSFER]),
+        "gap": None if both is None else _gap(*both), "gap_transfer": _gap(twin, by[TRANSFER]),
         "against": first if engine != first else None,
         "apart": None,
     }  # fmt: skip
@@ -118,8 +146,9 @@ class Line(NamedTuple):
 def sane(found: Evaluation, engine: str, eps: float) -> list[Line]:
     """Return whether the figures of an engine can be believed.
 
-    Clean clips get the twin's routes, labels and accuracy; adaptive is at least as strong as
-    transfer, clip by clip; query is no stronger than adaptive; gradients in the loop are alive.
+    Clean clips get the twin's routes and labels; few clips are broken by transfer
+    and not by adaptive, or by query and not by adaptive; gradients in the loop are alive. Of
+    saved clips only the first.
     """
     right = found.clean[engine].said == found.label
     lines = []
@@ -136,12 +165,12 @@ def sane(found: Evaluation, engine: str, eps: float) -> list[Line]:
             add(f"the twin's {what}", few((differ, n)), f"{differ} of {n} clean clips differ")
     if any(o.row.origin for o in found.outcomes):
         return lines  # saved clips, made against another engine perhaps: modes say nothing
-    by = {mode: worst(found, engine, eps, [mode]) for mode in MODES}
+    by = {mode: by_mode(found, engine, eps, mode) for mode in MODES}
     n = int(right.sum())
     transfer, adaptive, query = (by[mode] for mode in MODES)
     if transfer is not None and adaptive is not None:
-        missed = _missed(found, engine, eps)
-        add("adaptive against transfer", not missed,
+        missed = _of(transfer & ~adaptive, right)
+        add("adaptive against transfer", few((missed, n)),
             f"adaptive breaks {_of(adaptive, right)} of {n}, transfer {_of(transfer, right)}; "
             f"{missed} by transfer alone")  # fmt: skip
     if query is not None and adaptive is not None:
@@ -156,20 +185,6 @@ def sane(found: Evaluation, engine: str, eps: float) -> list[Line]:
         add("gradients in the loop", few((int(met.sum()), count)),
             f"{int(met.sum())} of {count} clips met a dead gradient")  # fmt: skip
     return lines
-
-
-def _missed(found: Evaluation, engine: str, eps: float) -> int:
-    """Count clips that an attack breaks by transfer and, of the same name, not by adaptive."""
-    held: dict[tuple[str, str], Outcome] = {
-        (o.row.attack, o.row.mode): o for o in of_model(found, engine) if o.row.eps == eps
-    }
-    missed = 0
-    for (attack, mode), outcome in held.items():
-        begun = held.get((attack, TRANSFER))
-        if mode == ADAPTIVE and begun is not None and outcome.row.part == "model":
-            lost = broken(found, begun, engine) & ~broken(found, outcome, engine)
-            missed += int(lost.sum())
-    return missed
 
 
 def _of(clips: Bools, right: Bools) -> int:

@@ -371,6 +371,7 @@ def _make(
     route = own(clean).route
     best, success = clean.copy(), judged(clean, every).success
     loss = np.full(len(clean), -np.inf)
+    asked = model.asked if isinstance(model, Deployed) else 0
     if isinstance(model, Deployed):
         model.begin = None
     if begin is not None and isinstance(model, Deployed):
@@ -392,4 +393,5 @@ def _make(
         passes = found.forwards, found.backwards, found.dead
         cost[:, at] += np.stack([each.cpu().numpy() for each in passes])
     forwards, backwards, dead = cost
-    return Made(best, forwards, backwards, dead, time.perf_counter() - start)
+    asked = model.asked - asked if isinstance(model, Deployed) else 0
+    return Made(best, forwards, backwards, dead, time.perf_counter() - start, asked)

@@ -115,7 +115,7 @@ def _cost(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     return {
         **{name: _mean(each) for name, each in passes.items()},
         **{f"{name}_total": int(each.sum()) for name, each in passes.items()},
-        "queries": _mean(np.sum([queries(o) for o in outcomes], axis=0)),
+        "queries": sum(o.asked for o in outcomes) / len(outcomes[0].forwards),
         "seconds": sum(outcome.seconds for outcome in outcomes),
     }
 
@@ -145,11 +145,6 @@ def gap(first: Bools, second: Bools, seed: int = 0) -> Gap:
     drawn = np.random.default_rng(seed).multinomial(n, shares, DRAWS)
     low, high = np.percentile((drawn[:, 0] - drawn[:, 1]) / n, [2.5, 97.5])
     return Gap(100 * (worse - better) / n, 100 * float(low), 100 * float(high))
-
-
-def queries(outcome: Outcome) -> Ints:
-    """Return how often the engine that clips are made against was asked about each, [N]."""
-    return outcome.forwards if outcome.row.against else outcome.forwards * 0
 
 
 def agreement(found: Evaluation, outcome: Outcome | None, a: str, b: str) -> dict[str, Any]:

@@ -155,7 +155,8 @@ def read(
     asking: tuple[str, ...] = ()
     if bundle and QUERY in settings.modes:
         asking = tuple(name for name in attacks if asks(name)) or ASKING
-    every = dict.fromkeys((*attacks, *asking))
+    followed = not bundle or settings.modes != (QUERY,)
+    every = dict.fromkeys((*(attacks if followed else ()), *asking))
     methods = [load(name).Settings for name in every]
     names = ", ".join(every)
     known = fields_of(RunSettings).union(*map(fields_of, methods))
@@ -199,9 +200,12 @@ def in_modes(
         as_given: leave early stop as it is.
 
     Raises:
-        SettingError: nothing is left to do.
+        SettingError: of mode adaptive alone, an attack that follows no gradient.
     """
     made: list[Row] = []
+    if tuple(modes) == (ADAPTIVE,) and any(asks(row.attack) for row in rows.named):
+        names = ", ".join(dict.fromkeys(row.attack for row in rows.named if asks(row.attack)))
+        raise SettingError(f"--mode adaptive follows gradients, and {names} has none: add query.")
     for row in rows.named if {TRANSFER, ADAPTIVE} & set(modes) else ():
         first = row if as_given else stopping([row], early=False)[0]
         made += [first] if TRANSFER in modes else []
@@ -216,9 +220,6 @@ def in_modes(
             for row in rows.asking
             for name in engines
         ]
-    if not made:
-        names = ", ".join(dict.fromkeys(row.attack for row in rows.named))
-        raise SettingError(f"--mode adaptive follows gradients, and {names} has none: add query.")
     return made
 
 

@@ -85,6 +85,7 @@ class Deployed(Stand):
     Attributes:
         begin: of the numbers of clips in their data set, the clips that a first start begins
             from, [b, 3, T, H, W]; None where the attack's own choice stands.
+        asked: clips that the engine has been asked about, each as often as it was.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Deployed(Stand):
         """
         super().__init__(settings, spec)
         self.begin: Callable[[Tensor], Tensor] | None = None
+        self.asked = 0
         self._answer = answer
         self.twin = twin
 
@@ -150,6 +152,7 @@ class Deployed(Stand):
         """Return the engine's logits, scores and route of clips, rounded to uint8."""
         forced = None if route is None else route.tolist()
         found = self._answer(to_uint8(clip), forced)
+        self.asked += len(clip)
         logits, scores, chosen = (torch.from_numpy(value).to(clip.device) for value in found)
         return logits.to(clip.dtype), scores.to(clip.dtype), chosen
 

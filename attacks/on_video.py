@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from vmoe import video as files
 from vmoe.attacks import flags as given_by
 from vmoe.attacks import grid
 from vmoe.attacks.asked import Asked
-from vmoe.attacks.deployed import How, Target, open_target
+from vmoe.attacks.deployed import ALL, How, Target, open_target
 from vmoe.attacks.flags import RunSettings
 from vmoe.attacks.judge import of_twin
 from vmoe.attacks.modes import ADAPTIVE, TRANSFER
@@ -26,11 +27,12 @@ from vmoe.attacks.video import Found, Frames, VideoSettings, perturb
 from vmoe.cli import log
 from vmoe.errors import SettingError, UnknownNameError, VmoeError
 from vmoe.runtime.frames import Stop
+from vmoe.runtime.online import is_online
 from vmoe.runtime.sources import SourceSettings, file
 from vmoe.settings import format_eps
 
 SUFFIX = ".mkv"  # the only one of vmoe.video that is lossless
-MOST_BYTES = 1 << 30  # of decoded frames; twice as much is held
+MOST_BYTES = 1 << 30  # of decoded frames; about 5 times as much is held
 TAKES = {"eps", "steps", "step", "route_grad", "batch", "mode", "backend"}  # flags with an effect
 
 
@@ -72,14 +74,16 @@ def attack(asked: Asked, source: Path, path: Path, which: str, say: Callable[[st
     given = {name for name, value in asked.flags.items() if value is not None}
     also = {
         "load_adv", "md", "out", "curve", "resume", "preset", "compare", "gate_robust", "codec",
-        "camera_size", "eot",
+        "camera_size", "eot", "overwrite",
     }  # fmt: skip
     given_by.refuse(
         (given - TAKES) | {name for name in also if getattr(asked, name)},
         "--video attacks all windows of one video together",
     )
     settings = cli.resolve(RunSettings, {**asked.flags, "step": None, "steps": None}, asked.config)
-    _refuse(source, asked.save_adv, settings.modes)
+    if not path.is_dir():
+        given_by.refuse(given & {"mode", "backend"}, "a checkpoint has no engine")
+    _refuse(source, asked.save_adv, settings.mode)
     assert asked.save_adv is not None  # refused above
     if len(settings.eps) > 1:
         raise SettingError("--video is attacked within one budget: give one --eps.")
@@ -88,7 +92,8 @@ def attack(asked: Asked, source: Path, path: Path, which: str, say: Callable[[st
     how = VideoSettings(**{name: value for name, value in values.items() if value is not None})
     opened_as = How(asked.twin, asked.device, (), settings.backend)
     with open_target(path, opened_as) as opened:
-        adaptive = ADAPTIVE in settings.modes and bool(opened.engines)
+        _refuse_target(opened, asked.to_label)
+        adaptive = settings.mode != (TRANSFER,) and bool(opened.engines)
         mode = ADAPTIVE if adaptive else TRANSFER
         wanted = Wanted(source, asked.save_adv, how, mode, asked.to_label)
         say(which)
@@ -119,30 +124,41 @@ def _refuse(source: Path, out: Path | None, modes: tuple[str, ...]) -> None:
         )
     if out.exists():
         raise SettingError(f"{out} exists. Choose another --save-adv.")
-    if not {TRANSFER, ADAPTIVE} & set(modes):
-        raise SettingError(f"--video {source} needs gradients: --mode transfer or adaptive.")
+    if modes not in ((TRANSFER,), (ADAPTIVE,), (ALL,)):
+        raise SettingError(f"--video {source} needs gradients: --mode transfer or adaptive, one.")
+
+
+def _refuse_target(opened: Target, label: str | None) -> None:
+    """Refuse, before any work, what no video can be made for.
+
+    Raises:
+        SettingError: several engines, one of the online form, or a label that is none of theirs.
+    """
+    if len(opened.engines) > 1:
+        raise SettingError("--video attacks one engine: leave --compare and --backend all out.")
+    if any(is_online(engine.bundle) for engine in opened.engines.values()):
+        raise SettingError(
+            f"--video cuts windows as vmoe-run does of other bundles; {opened.path} is of the "
+            "online form, whose windows share frames: attack an export with --form window."
+        )
+    if label is not None and label not in opened.labels:
+        raise UnknownNameError("label (--to-label)", label, opened.labels)
 
 
 def _run(asked: Wanted, opened: Target, say: Callable[[str], Any]) -> dict[str, Any]:
     """Attack a video, write it, read it back, and report what the engine says of what was read.
 
     Raises:
-        SettingError: a label that is none of the model's, or a video that cannot be attacked.
+        SettingError: a video that cannot be attacked.
         SourceError: a video that cannot be read.
         VmoeError: what was read back is not what was written.
     """
-    target = None
-    if asked.label is not None:
-        if asked.label not in opened.labels:
-            raise UnknownNameError("label (--to-label)", asked.label, opened.labels)
-        target = opened.labels.index(asked.label)
+    target = None if asked.label is None else opened.labels.index(asked.label)
     name, judge = next(iter(opened.judges.items()))
     assert opened.twin is not None  # the caller opened it with one
     model = opened.twin.twin
     if opened.engines:
-        (name, engine), *others = opened.engines.items()
-        if others:
-            raise SettingError("--video attacks one engine: leave --compare and --backend all out.")
+        ((name, engine),) = opened.engines.items()
         judge = engine.infer
         if asked.mode == ADAPTIVE:
             model = opened.deployed(adaptive=True)[name].model
@@ -153,9 +169,16 @@ def _run(asked: Wanted, opened: Target, say: Callable[[str], Any]) -> dict[str, 
         f"video: {asked.source}, {len(frames)} frames of {frames.shape[2]}x{frames.shape[1]}, "
         f"{fps:.4g} a second"
     )
-    found = perturb(
-        model, judge, frames, fps, asked.settings, target=target, name=str(asked.source)
+    work = functools.partial(
+        perturb, judge=judge, frames=frames, fps=fps, settings=asked.settings, target=target,
+        name=str(asked.source), device=opened.device,
     )  # fmt: skip
+    found = work(opened.twin.twin)
+    if asked.mode == ADAPTIVE:  # from the transfer's frames on, as of clips
+        first, found = found, work(model, begin=found.frames)
+        found = found._replace(
+            queries=first.queries + found.queries, seconds=first.seconds + found.seconds
+        )
     with files.writing(asked.out, fps, frames.shape[1:3]) as append:
         for frame in found.frames:
             append(frame)

@@ -89,6 +89,8 @@ class Outcome:
         dead: of them, those whose gradient was zero or not finite, [N].
         seconds: of making and rounding the clips.
         clips: uint8 [N, T, H, W, 3]; empty where they are not kept.
+        asked: how often the engine that they are made against was asked about a clip, of all
+            clips together; judging not counted.
     """
 
     row: Row
@@ -100,6 +102,7 @@ class Outcome:
     dead: Ints
     seconds: float
     clips: Clips
+    asked: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,13 +122,17 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Made:
-    """Adversarial clips of one batch, and what they cost: passes of each clip, [B]."""
+    """Adversarial clips of one batch, and what they cost: passes of each clip, [B].
+
+    `asked` is that of an outcome.
+    """
 
     clips: Clips
     forwards: Ints
     backwards: Ints
     dead: Ints
     seconds: float = 0.0
+    asked: int = 0
 
 
 def key(batch: int, row: int) -> str:
@@ -149,6 +156,7 @@ def pack(made: Made, seen: dict[str, SeenAttacked], linf: int, l2: float, *, kee
         arrays |= {f"{model}.{f}": np.asarray(getattr(s, f)) for f in BESIDE}
     cost = {name: getattr(made, name) for name in ("forwards", "backwards", "dead")}
     sizes = {"linf": np.array(linf), "l2": np.array(l2), "seconds": np.array(made.seconds)}
+    sizes["asked"] = np.array(made.asked)
     return {**arrays, **cost, **sizes, **({"clips": made.clips} if keep else {})}
 
 
@@ -182,6 +190,7 @@ def gather(
                 row, seen, max(int(part["linf"]) for part in held),
                 max(float(part["l2"]) for part in held), at["forwards"], at["backwards"],
                 at["dead"], sum(float(part["seconds"]) for part in held), at.get("clips", empty),
+                sum(int(part["asked"]) for part in held),
             )
         )  # fmt: skip
     return Evaluation(label, {name: _seen(clean, name) for name in names}, tuple(outcomes))

@@ -17,11 +17,11 @@ from vmoe import output
 from vmoe.adversarial import AdversarialClips
 from vmoe.attacks import tables
 from vmoe.attacks.chosen import Chosen
-from vmoe.attacks.deployed import Attackable, Target
+from vmoe.attacks.deployed import Attackable, Target, identity
 from vmoe.attacks.evaluate import Row
 from vmoe.attacks.flags import RunSettings, values_of
 from vmoe.attacks.grid import radius
-from vmoe.bundle import Bundle, sha256
+from vmoe.bundle import Bundle
 from vmoe.clips import ClipSpec
 from vmoe.report import to_csv
 from vmoe.settings import format_eps, to_mapping
@@ -67,13 +67,21 @@ def header(
         data += f", fold {settings.fold}"
     if saved is not None:
         data = f"{len(saved.label)} clips of {saved.origin.get('data')}, as saved"
-    lines += [f"data: {data}", threat_model(rows, spec), *([early] if early else [])]
+    lines += [f"data: {data}", made_by(rows), threat_model(rows, spec), *([early] if early else [])]
     return "\n".join(lines)
 
 
 def precision(bundle: Bundle) -> str:
     """Return what a bundle's parts compute in, such as `fp32, int8`."""
     return ", ".join(sorted({part.precision.get("found", "?") for part in bundle.parts.values()}))
+
+
+def made_by(rows: Sequence[Row]) -> str:
+    """Return the attacks that are made, by how and on what."""
+    by: dict[str, dict[str, None]] = {}
+    for row in rows:
+        by.setdefault(f"{row.mode} on {row.made_on}", {})[row.attack] = None
+    return "attacks: " + "; ".join(f"{how}: {', '.join(names)}" for how, names in by.items())
 
 
 def threat_model(rows: Sequence[Row], spec: ClipSpec) -> str:
@@ -118,10 +126,7 @@ def run_of(
     """Return everything that the parts of a run depend on, by names that a user knows."""
     return {
         "twin sha256": opened.twin_sha256,
-        **{
-            f"{name} sha256": f"{sha256(engine.bundle.path / 'vmoe.json')} {engine.backend_name}"
-            for name, engine in opened.engines.items()
-        },
+        **{f"{name} sha256": identity(engine) for name, engine in opened.engines.items()},
         "channel": opened.channel and str(opened.channel),
         **{f"--{k.replace('_', '-')}": v for k, v in to_mapping(settings).items()},
         "--save-adv": keep_clips,

@@ -84,6 +84,8 @@ def attack(asked: Asked, here: Ranks) -> None:
             opened, what.settings, what.rows, what.saved, what.early, what.engines
         )
         say(header)
+        if asked.gate_robust is not None:
+            gate.require(opened.judges, what.rows)  # else told after all the work
         if asked.dry_run:
             return
         chosen = _chosen(opened, what)
@@ -166,7 +168,7 @@ def _what(asked: Asked, opened: Target, settings: RunSettings, rows: Rows) -> Wh
         settings = dataclasses.replace(settings, fold=opened.fold)
     if asked.load_adv is not None:
         saved = clips_of.load(asked.load_adv, opened)
-        return What(settings, [row for row, _ in clips_of.rows_of(saved)], saved, "")
+        return What(settings, [row for row, _ in clips_of.rows_of(saved, opened)], saved, "")
     if opened.experts == 1 and asked.flags.get("attack") is None:
         settings, rows = given_by.usual(settings, rows)
     stops = asked.flags.get("early_stop") is not None  # the user's own word
@@ -180,6 +182,8 @@ def _what(asked: Asked, opened: Target, settings: RunSettings, rows: Rows) -> Wh
         engines = opened.deployed(adaptive=any(row.mode == ADAPTIVE for row in given))
     given = fitting(opened.experts, opened.spec.frames, given)
     given_by.refuse_budgets(given, opened.spec)
+    if asked.eot is not None and all(given_by.asks(row.attack) for row in given):
+        given_by.refuse({"eot"}, "no attack that is made follows a gradient")
     return What(settings, given, None, _early(asked, opened, given, stops), engines)
 
 
@@ -211,7 +215,7 @@ def _found(
     if what.saved is not None:
         if not here.first:
             return None  # judging alone is not worth sharing
-        pairs = clips_of.rows_of(what.saved)
+        pairs = clips_of.rows_of(what.saved, opened)
         return replay(
             chosen.clean, chosen.label, pairs, judges, index=chosen.index, batch=batch
         )  # fmt: skip

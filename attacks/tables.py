@@ -36,9 +36,10 @@ LEGEND_DEPLOYED = (
     "alone. queries: how often the engine was asked about a clip, judging not counted. An engine's "
     "worst-of counts transfers and what was made against itself; the twin's, transfers. twin: "
     "the twin's own worst-of. gap: robust on the twin less robust on the engine, in points, with "
-    "its 95 % interval (paired bootstrap): above 0 the engine is weaker; of worst-of it holds that "
-    "adaptive has had twice the gradients. to the first: the same against the first engine, by the "
-    "same attacks."
+    "its 95 % interval (paired bootstrap): above 0 the engine is weaker; of worst-of by the same "
+    "clips, those made against the engine among them: it holds that they were sought there. Saved "
+    "clips that were made against another engine are of no mode. to the first: the same "
+    "against the first engine, by the same attacks."
 )
 
 

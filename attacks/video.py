@@ -21,7 +21,8 @@ from vmoe import clips
 from vmoe.attacks.grid import radius
 from vmoe.attacks.judge import Judge
 from vmoe.attacks.loop import as_found
-from vmoe.attacks.losses import margin
+from vmoe.attacks.losses import answer, margin
+from vmoe.attacks.modes import Deployed
 from vmoe.batches import to_tensor
 from vmoe.cli import progress
 from vmoe.clips import ClipSpec
@@ -58,7 +59,7 @@ class Found(NamedTuple):
         after: what it says of each window of `frames`.
         windows: the frames of each window, [N, T].
         times_s: when each window ends, [N].
-        queries: windows that were asked about.
+        queries: windows that model and judge were asked about.
         seconds: of all of it.
     """
 
@@ -142,7 +143,8 @@ def _along(height: int, width: int, spec: ClipSpec, axis: int) -> NDArray[np.flo
 
 def perturb(
     model: VideoMoE, judge: Judge, frames: Frames, fps: float, settings: VideoSettings,
-    *, target: int | None = None, name: str = "the video",
+    *, target: int | None = None, name: str = "the video", device: torch.device | str = "cpu",
+    begin: Frames | None = None,
 ) -> Found:  # fmt: skip
     """Change a video's frames so that its windows get other labels, or one that is wanted.
 
@@ -158,6 +160,8 @@ def perturb(
         settings: budget and steps.
         target: index of the label that is wanted; None for any other.
         name: of the video, for errors.
+        device: where the model is.
+        begin: frames within eps to begin from, kept where nothing is better; None is the video's.
 
     Raises:
         SourceError: its frames are too far apart for the model.
@@ -173,12 +177,16 @@ def perturb(
     before = _answers(judge, fit(frames), windows, settings.batch)
     label = torch.from_numpy(before.logits.argmax(axis=1))
     goal = Goal(label, target)
-    moved, best, held = frames.copy(), frames.copy(), (-1, -np.inf)
+    moved = (frames if begin is None else begin).copy()
+    best, held = moved.copy(), (-1, -np.inf)
     used = np.unique(windows)
+    asked = model.asked if isinstance(model, Deployed) else 0
     with as_found(model):
         for k in progress(range(settings.steps + 1), "steps", settings.steps + 1):
             way = settings.route_grad[k % len(settings.route_grad)]
-            changed, gain, slope = _look(model, fit(moved), windows, goal, way, settings.batch)
+            changed, gain, slope = _look(
+                model, fit(moved), windows, goal, way, settings.batch, device
+            )
             if (changed, gain) > held:
                 best, held = moved.copy(), (changed, gain)
             if k < settings.steps:
@@ -186,7 +194,8 @@ def perturb(
                 for f in used:
                     moved[f] = _stepped(moved[f], frames[f], fit.back(slope[f]), size, most)
     after = _answers(judge, fit(best), windows, settings.batch)
-    queries = len(windows) * (settings.steps + 1)
+    looks = len(windows) * (settings.steps + 1)
+    queries = 2 * len(windows) + (model.asked - asked if isinstance(model, Deployed) else looks)
     return Found(
         best, before, after, windows, times, queries, time.perf_counter() - began
     )  # fmt: skip
@@ -206,21 +215,23 @@ class Goal(NamedTuple):
 
 
 def _look(
-    model: VideoMoE, prepared: Frames, windows: NDArray[np.int64], goal: Goal, way: str, batch: int
-) -> tuple[int, float, Tensor]:
+    model: VideoMoE, prepared: Frames, windows: NDArray[np.int64], goal: Goal, way: str, batch: int,
+    device: torch.device | str,
+) -> tuple[int, float, Tensor]:  # fmt: skip
     """Return how many windows are changed, the loss, and its gradient by prepared frame."""
-    device = next(model.parameters()).device
     slope = torch.zeros(len(prepared), 3, *prepared.shape[1:3])
     changed, gain = 0, 0.0
     for start in range(0, len(windows), batch):
         at = slice(start, start + batch)
         clip = to_tensor(prepared[windows[at]], device).requires_grad_()
-        reached = goal.of(model(clip, way).logits, at)
-        loss = reached.clamp_max(SURE).sum()
+        out, hard = answer(model, clip, way)
+        loss = goal.of(out.logits, at).clamp_max(SURE).sum()
         (found,) = torch.autograd.grad(loss, clip)
         each = found.cpu().permute(0, 2, 1, 3, 4).flatten(0, 1)  # by window, then frame
         slope.index_add_(0, torch.from_numpy(windows[at].reshape(-1)), each)
-        changed, gain = changed + int((reached.detach() > 0).sum()), gain + float(loss.detach())
+        reached = goal.of(hard.detach(), at)  # of the hard choice, also by `soft`
+        changed += int((reached > 0).sum())
+        gain += float(reached.clamp_max(SURE).sum())
     return changed, gain, slope
 
 

@@ -7,6 +7,8 @@ wrong: those that it alone gets right say nothing of an attack that was made on 
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from vmoe import adversarial
 from vmoe.adversarial import AdversarialClips
 from vmoe.attacks import gate
+from vmoe.attacks.modes import TRANSFER
 from vmoe.checkpoint import Checkpoint
 from vmoe.clips import Clips, ClipSpec
 from vmoe.data import DataSettings, open_data
@@ -28,6 +31,8 @@ from . import adversaries, parity
 from .calibration import trained_eps
 from .gates import Gate, GateSettings
 from .parity import Findings, Ints
+
+log = logging.getLogger("vmoe.export")
 
 CLIPS = 64  # of a check
 CLIPS_BELOW_FP32 = 256  # where answers may differ, a point must be more than one clip
@@ -222,7 +227,12 @@ def attack(held: Checkpoint, sample: Sample, count: int, seed: int) -> list[Adve
 
 def given(held: Checkpoint, folder: Path, sha256: str) -> list[Adversarial]:
     """Return the adversarial clips of a folder; arguments and errors are those of `saved`."""
-    found = saved(held, folder, sha256)
+    found, others = saved(held, folder, sha256)
+    if others:
+        log.warning(
+            "--robust %s: %d of %d attacks left out: their clips were made on an engine.",
+            folder, others, others + len(found.attacked),
+        )  # fmt: skip
     label = np.array(found.label, np.int64)
     return [
         Adversarial(
@@ -233,17 +243,21 @@ def given(held: Checkpoint, folder: Path, sha256: str) -> list[Adversarial]:
     ]  # fmt: skip
 
 
-def saved(held: Checkpoint, folder: Path, sha256: str) -> AdversarialClips:
-    """Read the adversarial clips of a folder, and prove that they were made on this twin.
+def saved(held: Checkpoint, folder: Path, sha256: str) -> tuple[AdversarialClips, int]:
+    """Read the clips of a folder that were made on a twin, and prove that it was this one.
 
     Args:
         held: the twin.
         folder: of vmoe-attack --save-adv.
         sha256: of the twin's file.
 
+    Returns:
+        Those clips, and how many attacks were left out, as their clips were made on an engine.
+
     Raises:
         VmoeError: the folder holds none, or is damaged.
-        SettingError: they are clips of another spec or of other labels, or made on another twin.
+        SettingError: they are clips of another spec or of other labels, or made on another twin, or
+            all on an engine.
     """
     found = adversarial.load(folder)
     again = "Make them on this twin: vmoe-attack CKPT --save-adv DIR"
@@ -257,7 +271,10 @@ def saved(held: Checkpoint, folder: Path, sha256: str) -> AdversarialClips:
             f"--robust {folder} holds clips that were made on another twin: it names {which} as "
             f"its sha256, which is {sha256[:SHOWN]}... {again}"
         )
-    return found
+    on_twin = tuple(each for each in found.attacked if each.mode == TRANSFER)
+    if not on_twin:
+        raise SettingError(f"--robust {folder} holds no clips that were made on a twin. {again}")
+    return dataclasses.replace(found, attacked=on_twin), len(found.attacked) - len(on_twin)
 
 
 def _eps(eps: float) -> str:

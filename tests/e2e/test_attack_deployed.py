@@ -91,8 +91,10 @@ def test_bundles_side_by_side_in_every_mode_then_replayed(tiny_bundle: Path) -> 
     ]  # fmt: skip
     again = json.loads(run(other, "--load-adv", "clips", "--json", "--out", "two").stdout)
     wanted = [r for r in report["rows"] if r["model"] == r["made_on"] == "swapped"]
-    found = [r for r in again["rows"] if r["model"] == "engine" and r["made_on"] == "swapped"]
+    found = [r for r in again["rows"] if r["model"] == r["made_on"] == "engine"]
     assert [r["robust"] for r in found] == [r["robust"] for r in wanted]
+    assert {r["made_on"] for r in again["rows"]} == {"twin", "tiny-split", "engine"}
+    assert again["deployed"]["rows"][0]["adaptive"] == second["adaptive"]
     assert "| engine | clips" in Path("two/report.md").read_text()
 
 
@@ -104,10 +106,15 @@ def test_a_bundle_that_loses_more_than_its_gate_allows_ends_with_3(tiny_bundle: 
     result = run(other, *flags, code=3)
     assert "refused: adversarial clips broken on engine alone are " in result.stderr
     assert Path("runs/attack/swapped/report.json").is_file()
-    said = refused(
-        tiny_bundle / "twin.safetensors", *flags[:6], "--no-sanity", "--gate-robust", "0"
-    )
-    assert "--gate-robust compares an engine with its twin" in said
+
+
+def test_a_gate_with_nothing_to_compare_is_told_before_any_work(tiny_bundle: Path) -> None:
+    twin, gate = tiny_bundle / "twin.safetensors", ["--no-sanity", "--gate-robust", "0"]
+    for target in ([twin], [tiny_bundle, "--mode", "adaptive"]):
+        for dry in ([], ["--dry-run"]):
+            said = refused(*target, "--n", "4", "--attack", "pgd", *gate, *dry)
+            assert "--gate-robust compares an engine with its twin" in said
+    assert not list(Path().rglob("report.json"))
 
 
 def test_what_cannot_be_compared(tiny_bundle: Path) -> None:
@@ -130,6 +137,17 @@ def test_what_cannot_be_compared(tiny_bundle: Path) -> None:
     assert "'adaptiv'" in refused(tiny_bundle, "--mode", "adaptiv")
     said = refused(tiny_bundle, "--n", "2", "--mode", "adaptive", "--attack", "noise")
     assert "--mode adaptive follows gradients, and noise has none" in said
+    asked = ["--mode", "adaptive", "--attack", "pgd,square", "--queries", "9"]
+    said = refused(tiny_bundle, "--n", "2", *asked)
+    assert "--mode adaptive follows gradients, and square has none" in said
+    query = [tiny_bundle, "--n", "2", "--mode", "query"]
+    assert "--steps has no effect: none of square, nes" in refused(*query, "--steps", "3")
+    said = refused(*query, "--codec", "mjpeg:80", "--eot", "2")
+    assert "--eot has no effect: no attack that is made follows a gradient" in said
+    said = refused(tiny_bundle, "--load-adv", "clips", "--codec", "mjpeg:80", "--eot", "2")
+    assert "--eot has no effect: --load-adv clips replays clips as they are" in said
+    shown = run(*query, "--attack", "pgd,square", "--dry-run").stdout
+    assert "attacks: query on engine: square\n" in shown
 
 
 def test_a_twin_that_does_not_belong_to_the_bundle(tiny_bundle: Path) -> None:
@@ -177,6 +195,18 @@ def test_video_that_cannot_be_attacked(tiny_bundle: Path) -> None:
     assert "--to-label has no effect" in refused(tiny_bundle, "--to-label", "shake")
     assert "--video in.mkv needs gradients" in refused(*video, *to, "--mode", "query")
     assert "--n has no effect: --video attacks all windows" in refused(*video, *to, "--n", "3")
+    for modes in ("query,transfer", "transfer,adaptive"):
+        assert "--mode transfer or adaptive, one" in refused(*video, *to, "--mode", modes)
+    twin = tiny_bundle / "twin.safetensors"
+    said = refused(twin, "--video", source, *to, "--mode", "adaptive")
+    assert "--mode has no effect: a checkpoint has no engine" in said
+    assert "--overwrite has no effect: --video" in refused(*video, *to, "--overwrite")
+    assert "'nonsense'" in refused(*video, *to, "--to-label", "nonsense", "--dry-run")
+    online = other_export(tiny_bundle, Path("online"))
+    manifest = json.loads((online / "vmoe.json").read_text())
+    (online / "vmoe.json").write_text(json.dumps({**manifest, "form": "online"}))
+    said = refused(online, "--video", source, *to, "--dry-run")
+    assert "online is of the online form, whose windows share frames" in said
     assert "give one --eps" in refused(*video, *to, "--eps", "1,2")
     assert "--eps is 0.001" in refused(*video, *to, "--eps", "0.001")
     said = refused(tiny_bundle, "--video", "none.mp4", *to, code=4)

@@ -115,6 +115,51 @@ def test_a_faithful_engine_passes_and_has_no_gap_but_that_of_more_steps() -> Non
     assert row["gap_transfer"] == {"points": 0.0, "low": 0.0, "high": 0.0}
     assert row["worst_of"]["hits"] <= row["adaptive"]["hits"] <= row["transfer"]["hits"]
     assert row["transfer"] == row["twin"]
+    assert row["worst_of"]["hits"] < row["twin"]["hits"], "the engine in the loop broke no more"
+    assert row["gap"] == row["gap_transfer"], "the same clips, the same answers"
+    assert row["says"].startswith("no different from the twin on any of ")
+    gate.refuse(found, 0)
+
+
+def test_every_clip_that_an_engine_is_asked_about_is_counted() -> None:
+    twin, asked = small(), [0]
+
+    def counting(clips: Clips, force_route: Sequence[int] | None = None) -> Prediction:
+        asked[0] += len(clips)
+        return of_twin(twin)(clips, force_route)
+
+    row = plan(["pgd"], [EPS], ["soft"], steps=2, early_stop=False)[0]
+    row = replace(row, mode=ADAPTIVE, against="engine")
+    judges = {"twin": of_twin(twin), "engine": of_twin(twin)}
+    label, engines = np.zeros(6, np.int64), {"engine": engine_of(twin, counting)}
+    found = evaluate(twin, CLIPS[:6], label, [row], judges, engines=engines, batch=4)
+    assert found.outcomes[0].asked == asked[0] > found.outcomes[0].forwards.sum()
+    assert everything(found, list(range(6)))["rows"][0]["queries"] == asked[0] / 6
+
+
+def test_every_sanity_line_can_fail() -> None:
+    found = attacked(small(), TRANSFER)
+    (made,) = found.outcomes
+    right, wrong, ones = found.label, (found.label + 1) % 4, np.ones(N, np.int64)
+
+    def of(mode: str, said: Any, dead: int = 0) -> Any:
+        row = made.row if mode == TRANSFER else replace(made.row, mode=mode, against="engine")
+        seen = {k: s._replace(seen=s.seen._replace(said=said)) for k, s in made.seen.items()}
+        return replace(made, row=row, seen=seen, backwards=ones, dead=dead * ones)
+
+    def failed(transfer: Any, adaptive: Any, query: Any, dead: int = 0, shift: int = 0) -> set[str]:
+        clean = found.clean["engine"]
+        clean = clean._replace(said=(clean.said + shift) % 4, route=clean.route + shift)
+        outcomes = of(TRANSFER, transfer), of(ADAPTIVE, adaptive, dead), of(QUERY, query)
+        planted = replace(found, clean={**found.clean, "engine": clean}, outcomes=outcomes)
+        lines = deployment.sane(planted, "engine", EPS)
+        return {line.name for line in lines if line.verdict == deployment.FAILED}
+
+    assert failed(wrong, wrong, wrong) == set()
+    assert failed(wrong, right, right) == {"adaptive against transfer"}
+    assert failed(right, right, wrong) == {"query against adaptive"}
+    assert failed(right, wrong, right, dead=1) == {"gradients in the loop"}
+    assert failed(right, right, right, shift=1) == {"the twin's routes", "the twin's labels"}
 
 
 def swapped() -> VideoMoE:
@@ -293,3 +338,12 @@ def test_saved_clips_of_a_mode_are_judged_by_everyone() -> None:
     assert everything(again, list(range(N)))["rows"][1]["made_on"] == "engine"
     names = [line["name"] for line in deployment.everything(again)["sanity"]]
     assert names == ["the twin's routes", "the twin's labels"]
+    (line,) = deployment.everything(again)["rows"]
+    assert line["adaptive"] is None, "they were made against another engine"
+    assert line["twin"] is None, "no clip was made on the twin"
+    assert line["gap"] is line["gap_transfer"] is None
+    assert line["worst_of"]["hits"] < N
+    own = deployment.everything(
+        replay(CLIPS, found.label, [(replace(row, origin="third"), outcome.clips)], judges)
+    )["rows"][0]
+    assert own["adaptive"] == own["worst_of"] == line["worst_of"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +14,27 @@ from tests.twins import SPEC, lively
 from vmoe import clips
 from vmoe.attacks import video
 from vmoe.attacks.judge import of_twin
+from vmoe.attacks.modes import Deployed
 from vmoe.attacks.on_video import read
 from vmoe.attacks.video import Fitting, VideoSettings
 from vmoe.clips import ClipSpec
+from vmoe.models import VideoMoE
+from vmoe.models.moe import MoEOutput
 from vmoe.runtime.frames import Stop
 from vmoe.runtime.sources import SourceSettings, file
 from vmoe.runtime.windows import Windows
+
+
+class Bufferless(VideoMoE):
+    """A twin that has no parameters of its own, as the graphs of an int8 bundle have none."""
+
+    def __init__(self, twin: VideoMoE) -> None:
+        torch.nn.Module.__init__(self)
+        self.settings, self.spec, self._twin = twin.settings, twin.spec, [twin]
+
+    def forward(self, *given: Any, **how: Any) -> MoEOutput:
+        found: MoEOutput = self._twin[0](*given, **how)
+        return found
 
 
 @pytest.mark.parametrize("size", [(96, 128), (32, 32), (40, 33), (20, 90)])
@@ -65,6 +81,28 @@ def test_windows_are_attacked_together_within_the_ball() -> None:
     assert (said.logits.argmax(axis=1) == found.after.logits.argmax(axis=1)).all()
     assert (found.before.logits.argmax(axis=1) != found.after.logits.argmax(axis=1)).any()
     label = int(found.after.logits.argmax(axis=1)[0] + 1) % 4
+    twin.requires_grad_(False)
+    bare = Deployed(of_twin(twin), twin.settings, twin.spec, Bufferless(twin))
+    assert not list(bare.parameters()), "as of a bundle that is int8 throughout"
+    again = video.perturb(bare, of_twin(twin), frames, 20.0, how)
+    assert (again.frames == found.frames).all()
+    once = VideoSettings(eps=8 / 255, steps=1, step=0.01, route_grad=("frozen",))
+    later = video.perturb(bare, of_twin(twin), frames, 20.0, once, begin=found.frames)
+    said, before = (p.logits.argmax(axis=1) for p in (later.after, found.before))
+    assert (said != before).sum() >= (found.after.logits.argmax(axis=1) != before).sum()
+    assert np.abs(later.frames.astype(int) - found.frames).max() <= 1
+    assert later.queries == 4 * len(found.windows), "two looks, and the judge before and after"
     aimed = video.perturb(twin, of_twin(twin), frames, 20.0, how, target=label)
     reached = aimed.after.logits[:, label] - found.before.logits[:, label]
     assert reached.mean() > 0
+
+
+def test_soft_is_judged_by_the_hard_choice() -> None:
+    twin, windows = lively(), np.arange(16).reshape(4, 4)
+    frames = np.stack([clips.prepare(videos.picture(number), SPEC) for number in range(16)])
+    hard = torch.from_numpy(of_twin(twin)(frames[windows]).logits)
+    goal = video.Goal(hard.argmax(dim=1), None)
+    changed, gain, slope = video._look(twin, frames, windows, goal, "soft", 16, "cpu")
+    assert changed == 0
+    assert gain == pytest.approx(float(goal.of(hard, slice(0, 16)).sum()), rel=1e-4)
+    assert slope.any()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -223,6 +225,10 @@ def test_report_is_compared_on_the_same_clips_at_the_same_budget() -> None:
     assert (
         "no attack on the whole model is reported at" in checked(twin, found=weak).checks[12].line
     )
+    case: Any = SimpleNamespace(eps=EPS, trials=SimpleNamespace(norm="linf"), right=some)
+    on_engine = [replace(o, row=replace(o.row, against="engine")) for o in found.outcomes]
+    assert checks._reported(case, found) is not None
+    assert checks._reported(case, replace(found, outcomes=tuple(on_engine))) is None
     router = evaluate(twin, clips, label, plan(["pgd-r"], [EPS], steps=2), judges)
     only = checked(twin, found=router)
     assert only.checks[12].verdict == sanity.UNDECIDED

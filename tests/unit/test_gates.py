@@ -310,18 +310,22 @@ def test_what_the_engine_alone_gets_right_excuses_no_clip_that_it_alone_gets_wro
 
 
 def test_robust_is_judged_on_clips_of_a_folder_by_the_worst_attack(
-    engine: Engine, twin: VideoMoE, tmp_path: Path
+    engine: Engine, twin: VideoMoE, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     clips, other = random_clips(4), random_clips(4, seed=1)
     said = [int(k) for k in parity.twin_says(twin, clips)]
     held, sha256 = Checkpoint(twin, LABELS), 64 * "a"
     saved = AdversarialClips(
         spec=twin.spec, labels=LABELS, clean=clips, label=tuple(said), index=(0, 1, 2, 3),
-        attacked=(Attacked("none", 8 / 255, [], clips), Attacked("pgd", 1.5, [], other, "l2")),
+        attacked=(
+            Attacked("none", 8 / 255, [], clips), Attacked("pgd", 1.5, [], other, "l2"),
+            Attacked("none", 8 / 255, [], other, mode="adaptive", against="engine"),
+        ),
         origin={"twin_sha256": sha256},
     )  # fmt: skip
     adversarial.save(saved, tmp_path / "clips")
     attacked = accuracy.given(held, tmp_path / "clips", sha256)
+    assert "1 of 3 attacks left out: their clips were made on an engine." in caplog.text
     gate, report = accuracy.robust(attacked, engine, GateSettings())
     assert set(report["robust"]) == {"none 8/255", "pgd l2 1.5"}
     assert report["robust"]["none 8/255"]["twin_pct"] == 100
@@ -338,6 +342,9 @@ def test_robust_is_judged_on_clips_of_a_folder_by_the_worst_attack(
     adversarial.save(dataclasses.replace(saved, origin={}), tmp_path / "nameless")
     with pytest.raises(SettingError, match="made on another twin: it names nothing as its sha256"):
         accuracy.given(held, tmp_path / "nameless", sha256)
+    adversarial.save(dataclasses.replace(saved, attacked=saved.attacked[2:]), tmp_path / "engine")
+    with pytest.raises(SettingError, match=r"holds no clips that were made on a twin\. Make them"):
+        accuracy.saved(held, tmp_path / "engine", sha256)
 
 
 def test_sparsity_tells_a_routed_clip_from_one_that_runs_every_expert(
