@@ -47,6 +47,19 @@ def spec() -> ClipSpec:
 
 
 @pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint that exports fast: r3d18, two experts."""
+    from tests.twins import SPEC
+    from vmoe import checkpoint
+    from vmoe.models import ModelSettings, build
+
+    path = tmp_path_factory.mktemp("small") / "small.safetensors"
+    twin = build(ModelSettings("r3d18", 0.1, 2, 2), SPEC).eval()
+    checkpoint.save(checkpoint.Checkpoint(twin, ("left", "right")), path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def real_data() -> Path:
     """Return the folder of real clips and streams that VMOE_DATA names, or skip."""
     named = os.environ.get("VMOE_DATA")

@@ -50,15 +50,6 @@ def last_line(result: Result) -> str:
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a checkpoint that exports fast: r3d18, two experts."""
-    path = tmp_path_factory.mktemp("small") / "small.safetensors"
-    twin = build(ModelSettings("r3d18", 0.1, 2, 2), SPEC).eval()
-    checkpoint.save(Checkpoint(twin, ("left", "right")), path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def exported(
     tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:

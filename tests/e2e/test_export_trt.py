@@ -15,15 +15,11 @@ from tests import bundles
 from tests.bindings import Bindings
 from tests.cuda_fake import Driver
 from tests.tensorrt_fake import Fake
-from tests.twins import SPEC
 from vmoe import bundle as reader
-from vmoe import checkpoint
 from vmoe.__main__ import main as vmoe_main
-from vmoe.checkpoint import Checkpoint
 from vmoe.clips import ClipSpec
 from vmoe.export.cli import main
 from vmoe.export.tensorrt import agreement
-from vmoe.models import ModelSettings, build
 from vmoe.runtime import load
 
 ROOT = Path(__file__).parents[2]
@@ -36,15 +32,6 @@ def run(*arguments: str | Path) -> Result:
 
 def last_line(result: Result) -> str:
     return result.stderr.strip().splitlines()[-1]
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a checkpoint that exports fast: r3d18, two experts."""
-    path = tmp_path_factory.mktemp("small") / "small.safetensors"
-    twin = build(ModelSettings("r3d18", 0.1, 2, 2), SPEC).eval()
-    checkpoint.save(Checkpoint(twin, ("left", "right")), path)
-    return path
 
 
 def without(monkeypatch: pytest.MonkeyPatch, name: str) -> None:

@@ -14,27 +14,15 @@ import pytest
 
 from tests.twins import SPEC
 from vmoe import bundle as bundles
-from vmoe import checkpoint
-from vmoe.checkpoint import Checkpoint
 from vmoe.clips import Clips
 from vmoe.errors import EngineMismatchError, GateError, SettingError
 from vmoe.export import ExportSettings, executed, export, verify
 from vmoe.export.executed import Executed
 from vmoe.export.precision import Proof
-from vmoe.models import ModelSettings, build
 from vmoe.runtime import Engine, Prediction
 from vmoe.runtime.backends import choose
 
 FAST = {"verify_clips": 8, "robust_clips": 4, "gate_sparsity": 1e3, "optimize": "none"}
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a checkpoint that exports fast: r3d18, two experts."""
-    path = tmp_path_factory.mktemp("small") / "small.safetensors"
-    twin = build(ModelSettings("r3d18", 0.1, 2, 2), SPEC).eval()
-    checkpoint.save(Checkpoint(twin, ("left", "right")), path)
-    return path
 
 
 def test_a_backend_that_fails_a_gate_is_said_to_and_is_never_auto(

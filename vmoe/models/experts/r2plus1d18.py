@@ -7,34 +7,15 @@ Source: Tran et al., "A Closer Look at Spatiotemporal Convolutions", CVPR 2018 (
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from vmoe.models.experts import _pretrained
 from vmoe.models.experts._channels import channels
+from vmoe.models.experts.r3d18 import Block
 
 PRETRAINED = _pretrained.Pretrained("torchvision's r2plus1d_18", *_pretrained.KINETICS)
-
-
-class Block(nn.Module):
-    """Two convolutions, each of space and then of time, and a way around them."""
-
-    def __init__(self, inner: int, outer: int, middle: int, stride: int) -> None:
-        """Make a block that divides time, height and width by the stride."""
-        super().__init__()
-        self.conv1 = nn.Sequential(
-            _conv(inner, outer, middle, stride), nn.BatchNorm3d(outer), nn.ReLU()
-        )
-        self.conv2 = nn.Sequential(_conv(outer, outer, middle, 1), nn.BatchNorm3d(outer))
-        self.downsample: nn.Module = nn.Identity()
-        if stride != 1 or inner != outer:
-            projection = nn.Conv3d(inner, outer, 1, stride=stride, bias=False)
-            self.downsample = nn.Sequential(projection, nn.BatchNorm3d(outer))
-        self.relu = nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return [B, outer, T/s, H/s, W/s] of [B, inner, T, H, W]."""
-        y: Tensor = self.relu(self.conv2(self.conv1(x)) + self.downsample(x))
-        return y
 
 
 class R2Plus1D18(nn.Module):
@@ -82,13 +63,12 @@ def _rounded(full: int, width: float) -> int:
 
 
 def _stage(inner: int, outer: int, stride: int, width: float) -> nn.Sequential:
-    return nn.Sequential(
-        Block(inner, outer, middle_planes(inner, outer, width), stride),
-        Block(outer, outer, middle_planes(outer, outer, width), 1),
-    )
+    first = partial(_conv, middle=middle_planes(inner, outer, width))
+    second = partial(_conv, middle=middle_planes(outer, outer, width))
+    return nn.Sequential(Block(inner, outer, stride, first), Block(outer, outer, 1, second))
 
 
-def _conv(inner: int, outer: int, middle: int, stride: int) -> nn.Sequential:
+def _conv(inner: int, outer: int, stride: int, middle: int) -> nn.Sequential:
     """Return a 1x3x3 convolution, then one of 3x1x1."""
     space, time = (1, stride, stride), (stride, 1, 1)
     return nn.Sequential(

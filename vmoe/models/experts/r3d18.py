@@ -7,6 +7,9 @@ Source: Tran et al., "A Closer Look at Spatiotemporal Convolutions", CVPR 2018 (
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 from torch import Tensor, nn
 
 from vmoe.models.experts import _pretrained
@@ -15,14 +18,21 @@ from vmoe.models.experts._channels import channels
 PRETRAINED = _pretrained.Pretrained("torchvision's r3d_18", *_pretrained.KINETICS)
 
 
+Convolution: TypeAlias = "Callable[[int, int, int], nn.Module]"  # of inner, outer, stride
+
+
+def _conv(inner: int, outer: int, stride: int) -> nn.Conv3d:
+    return nn.Conv3d(inner, outer, 3, stride=stride, padding=1, bias=False)
+
+
 class Block(nn.Module):
     """Two 3-D convolutions and a way around them."""
 
-    def __init__(self, inner: int, outer: int, stride: int) -> None:
+    def __init__(self, inner: int, outer: int, stride: int, conv: Convolution = _conv) -> None:
         """Make a block that divides time, height and width by the stride."""
         super().__init__()
-        self.conv1 = nn.Sequential(_conv(inner, outer, stride), nn.BatchNorm3d(outer), nn.ReLU())
-        self.conv2 = nn.Sequential(_conv(outer, outer, 1), nn.BatchNorm3d(outer))
+        self.conv1 = nn.Sequential(conv(inner, outer, stride), nn.BatchNorm3d(outer), nn.ReLU())
+        self.conv2 = nn.Sequential(conv(outer, outer, 1), nn.BatchNorm3d(outer))
         self.downsample: nn.Module = nn.Identity()
         if stride != 1 or inner != outer:
             projection = nn.Conv3d(inner, outer, 1, stride=stride, bias=False)
@@ -56,10 +66,6 @@ class R3D18(nn.Module):
         x = self.layer4(self.layer3(self.layer2(self.layer1(self.stem(clip)))))
         logits: Tensor = self.fc(self.avgpool(x).flatten(1))
         return logits
-
-
-def _conv(inner: int, outer: int, stride: int) -> nn.Conv3d:
-    return nn.Conv3d(inner, outer, 3, stride=stride, padding=1, bias=False)
 
 
 def build(width: float, classes: int) -> nn.Module:
