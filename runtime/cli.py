@@ -26,6 +26,7 @@ from vmoe.settings import opt
 from . import addresses
 from .frames import Stop
 from .settings import StreamSettings
+from .topics import TOPICS
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -107,6 +108,7 @@ class RunSettings(StreamSettings):
     "vmoe-run --source street.mp4 --save labelled.mp4 --jsonl labels.jsonl",
     "vmoe-run --source rtsp://user:password@camera.local/stream1 --page",
     "vmoe-run runs/bundle --source test --duration 10 --json | jq .label",
+    topics=TOPICS,
 )
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @cli.options(RunSettings)

@@ -28,16 +28,39 @@ log = cli.log
 
 def _every_recipe_option(function: Any) -> Any:
     """Give the command the options of all recipes, each once."""
-    seen = {f for cls in (RunSettings, ModelSettings, loop.LoopSettings) for f in _fields(cls)}
-    for name in registry.names(RECIPES):
-        cls = registry.load(RECIPES, name, "recipe").Settings
+    seen = _of_all_recipes()
+    for cls in _recipes():
         function = cli.options(cls, skip=seen)(function)
         seen |= _fields(cls)
     return function
 
 
+def _of_all_recipes() -> set[str]:
+    return {f for cls in (RunSettings, ModelSettings, loop.LoopSettings) for f in _fields(cls)}
+
+
+def _recipes() -> list[type[Settings]]:
+    return [registry.load(RECIPES, name, "recipe").Settings for name in registry.names(RECIPES)]
+
+
 def _fields(cls: type[Settings]) -> set[str]:
     return set(cls.__dataclass_fields__)
+
+
+def _topics() -> dict[str, list[str]]:
+    """Return the options by the classes that hold them; a recipe's are those of its method."""
+    run, model, looped, data, load = (
+        list(cls.__dataclass_fields__)
+        for cls in (RunSettings, ModelSettings, loop.LoopSettings, DataSettings, LoadSettings)
+    )
+    of_methods = [f for cls in _recipes() for f in cls.__dataclass_fields__]
+    return {
+        "The run": ["method", "out", "resume", "init_from", "dry_run", *run, "reported"],
+        "The model": model,
+        "Optimisation and validation": [f for f in looped if f != "seed"],
+        "Data": [f for f in (*data, *load) if f != "seed"],
+        "Of the method": [f for f in of_methods if f not in _of_all_recipes()],
+    }
 
 
 @cli.command(
@@ -45,6 +68,7 @@ def _fields(cls: type[Settings]) -> set[str]:
     "vmoe-train camera-motion --arch tsm --width 0.125 --method j-tlat",
     "vmoe-train /data/clips --method standard --experts 1 --group 'seq\\d+' --epochs 30",
     "vmoe-train --out runs/train/mine --resume",
+    topics=_topics(),
 )
 @click.argument("data", required=False)
 @cli.options(RunSettings)

@@ -27,7 +27,7 @@ from vmoe import cli, contents, latest, output, report
 from vmoe.errors import MissingDependencyError, SettingError, nearest
 
 if TYPE_CHECKING:
-    from vmoe.moves import Segment
+    from vmoe.moves import Scene, Segment
     from vmoe.runtime import Result
 
 log = cli.log
@@ -82,19 +82,23 @@ def demo(source: Path | None, out: Path, rounds: int, seed: int, as_json: bool) 
     rolling and shaking a camera over photographs that the model has never seen, or over your own
     file. What comes out: labels, routes, latency, the accuracy against the known moves, an
     annotated video and a report.
+
+    Where torch is not installed, the exported bundle that ships is taken; where scikit-image is
+    not, whose photographs they are, pictures are drawn. The report says which.
     """
     from vmoe import moves
 
     _wait_idly()
     _refuse_strange(out)
-    scenes = moves.scenes_of(source) if source else moves.photographs()
+    scenes = moves.scenes_of(source) if source else _pictures()
     output.write_json(out / "report.json", {"made_by": MADE_BY})  # until there is more to say
     model = _exported(out / "bundle")
     log.info("rendering %d known moves over %s", 10 * rounds, ", ".join(s.name for s in scenes))
     segments = moves.render(scenes, out / "moves.avi", rounds=rounds, seed=seed)
     results = _watch(model, out / "moves.avi", out / "annotated.mp4", segments)
     found = {"made_by": MADE_BY, **judge(segments, results)}
-    found |= {"bundle": str(model), "video": str(out / "moves.avi"), "seed": seed}
+    found |= {"bundle": str(model), "video": str(out / "moves.avi"), "seed": seed,
+              "exported_here": model != latest.SHIPPED}  # fmt: skip
     output.write_json(out / "report.json", found)
     text = _markdown(found)
     output.write_text(out / "report.md", text)
@@ -122,6 +126,19 @@ def _refuse_strange(out: Path) -> None:
         own = False
     if not own and (not out.is_dir() or any(out.iterdir())):
         raise SettingError(f"{out} is no folder of an earlier demo; choose another --out.")
+
+
+def _pictures() -> list[Scene]:
+    """Return photographs; where there are none, drawn pictures."""
+    from vmoe import moves
+
+    try:
+        return moves.photographs()
+    except MissingDependencyError:
+        log.info("scikit-image, whose photographs the demo shows, is not installed (pip install "
+                 "'vmoe[demo]'): taking drawn pictures, of the kind that it was trained on, though "
+                 "not those")  # fmt: skip
+        return moves.procedural()
 
 
 def _exported(folder: Path) -> Path:
@@ -202,6 +219,8 @@ def judge(segments: list[Segment], results: list[Result]) -> dict[str, Any]:
 def _markdown(found: dict[str, Any]) -> str:
     rows = [[r["label"], r["windows"], r["right"], r["mistaken_for"]] for r in found["labels"]]
     shares = ", ".join(f"{i}: {share:.0%}" for i, share in found["expert_shares"].items())
+    seen = dict.fromkeys(segment["picture"] for segment in found["segments"])
+    origin = "exported here and now" if found["exported_here"] else "the bundle that ships"
     return "\n".join([
         "# The model that ships, against known camera moves",
         "",
@@ -210,6 +229,7 @@ def _markdown(found: dict[str, Any]) -> str:
         f"accuracy: {report.percent(found['right'], found['windows'])} % of {found['windows']} "
         f"windows (95 % interval); {found['between_moves']} windows span two moves, not judged",
         f"experts: {shares}",
+        f"watched: {', '.join(seen)}; by {origin}",
         f"latency: {found['infer_ms']['median']:.2f} ms median, "
         f"{found['infer_ms']['p95']:.2f} ms p95 a window, on this machine",
         "",
@@ -231,7 +251,8 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
 
 
 PACKAGES = {
-    "numpy": "everything", "opencv-python": "decoding, cameras", "onnxruntime": "serving on a CPU",
+    "numpy": "everything", "opencv-python-headless": "decoding, cameras",
+    "opencv-python": "the same, and vmoe-run --show", "onnxruntime": "serving on a CPU",
     "onnxruntime-gpu": "serving on an NVIDIA GPU", "openvino": "serving int8 on a CPU",
     "tritonclient": "a Triton server by gRPC",
     "tensorrt": "plans, built and served on an NVIDIA GPU", "cuda-bindings": "plans",
