@@ -20,7 +20,9 @@ _NAMED = {
 
 def of_methods() -> set[str]:
     """Return the options that only some attacks have, by what their files declare."""
-    declared = {field for name in registry.names(METHODS) for field in fields_of(load(name).Settings)}
+    declared = {
+        field for name in registry.names(METHODS) for field in fields_of(load(name).Settings)
+    }
     return declared - OURS - {name for names in _NAMED.values() for name in names}
 
 

@@ -44,23 +44,27 @@ def _recipes() -> list[type[Settings]]:
 
 
 def _fields(cls: type[Settings]) -> set[str]:
-    return set(cls.__dataclass_fields__)
+    return set(_names(cls))
+
+
+def _names(cls: type[Settings]) -> list[str]:
+    return list(cls.__dataclass_fields__)
+
+
+NO_FLAGS = ["classes", "denoise", "seed", "epoch"]  # decided elsewhere
 
 
 def _topics() -> dict[str, list[str]]:
     """Return the options by the classes that hold them; a recipe's are those of its method."""
-    run, model, looped, data, load = (
-        list(cls.__dataclass_fields__)
-        for cls in (RunSettings, ModelSettings, loop.LoopSettings, DataSettings, LoadSettings)
-    )
-    of_methods = [f for cls in _recipes() for f in cls.__dataclass_fields__]
-    return {
-        "The run": ["method", "out", "resume", "init_from", "dry_run", *run, "reported"],
-        "The model": model,
-        "Optimisation and validation": [f for f in looped if f != "seed"],
-        "Data": [f for f in (*data, *load) if f != "seed"],
+    of_methods = dict.fromkeys(f for cls in _recipes() for f in cls.__dataclass_fields__)
+    fields = {
+        "The run": [*_names(RunSettings), "init_from", "out", "resume", "reported", "dry_run"],
+        "The model": _names(ModelSettings),
+        "Optimisation and validation": _names(loop.LoopSettings),
+        "Data": _names(DataSettings) + _names(LoadSettings),
         "Of the method": [f for f in of_methods if f not in _of_all_recipes()],
     }
+    return {topic: [f for f in names if f not in NO_FLAGS] for topic, names in fields.items()}
 
 
 @cli.command(
@@ -72,9 +76,9 @@ def _topics() -> dict[str, list[str]]:
 )
 @click.argument("data", required=False)
 @cli.options(RunSettings)
-@cli.options(ModelSettings, skip=["classes", "denoise"])
-@cli.options(loop.LoopSettings, skip=["seed"])
-@cli.options(DataSettings, skip=["seed", "epoch"])
+@cli.options(ModelSettings, skip=NO_FLAGS)
+@cli.options(loop.LoopSettings, skip=NO_FLAGS)
+@cli.options(DataSettings, skip=NO_FLAGS)
 @cli.options(LoadSettings)
 @_every_recipe_option
 @click.option(

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import shlex
+import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -22,9 +23,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import vmoe
-from vmoe import bundle as bundles
-from vmoe import cli, contents, latest, output, report
-from vmoe.errors import MissingDependencyError, SettingError, nearest
+from vmoe import cli, completion, latest, manual, output, report
+from vmoe.errors import MissingDependencyError, SettingError, UnknownNameError, nearest
 
 if TYPE_CHECKING:
     from vmoe.moves import Scene, Segment
@@ -40,7 +40,8 @@ class Group(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Return the command that the first argument names."""
-        if args and args[0] not in self.commands and not args[0].startswith("-"):
+        unknown = args and args[0] not in self.commands and not args[0].startswith("-")
+        if unknown and not ctx.resilient_parsing:
             known = ", ".join(sorted(self.commands))
             near = nearest(args[0], self.commands)
             click.echo(f"vmoe: unknown command {args[0]!r}{near} Known: {known}.", err=True)
@@ -51,7 +52,7 @@ class Group(click.Group):
 @click.group(
     cls=Group,
     epilog="\b\nExamples:\n  vmoe demo\n  vmoe doctor\n  vmoe inspect runs/export/mine-split",
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings=cli.CONTEXT,
 )
 @click.version_option(vmoe.__version__, prog_name="vmoe")
 def main() -> None:
@@ -149,10 +150,11 @@ def _exported(folder: Path) -> Path:
             "%s not installed: taking the bundle that ships, not a fresh one", ", ".join(lacks)
         )
         return latest.shipped()
+    from vmoe.bundle import TWIN
     from vmoe.export import export
 
     begin = time.monotonic()
-    export(latest.shipped() / bundles.TWIN, folder, overwrite=True)
+    export(latest.shipped() / TWIN, folder, overwrite=True)
     log.info("exported the model that ships to %s in %.1f s", folder, time.monotonic() - begin)
     return folder
 
@@ -241,6 +243,9 @@ def _markdown(found: dict[str, Any]) -> str:
 @cli.json_option
 def inspect(bundle: Path | None, as_json: bool) -> None:
     """Prove a bundle whole; show what is in it, and what was measured of it at export."""
+    from vmoe import bundle as bundles
+    from vmoe import contents
+
     path, line = latest.bundle(bundle)
     log.info("%s", line)
     read = bundles.read(path)
@@ -354,6 +359,8 @@ def _self_test(out: Path, device: str, *, dry_run: bool, as_json: bool) -> None:
 
 
 def _version(package: str) -> str | None:
+    import importlib.metadata
+
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -373,11 +380,93 @@ def _wait_idly() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def _enter(command: str, module: str) -> None:
+@cli.command(
+    "completion",
+    'eval "$(vmoe completion bash)"                         # in ~/.bashrc',
+    'eval "$(vmoe completion zsh)"                          # in ~/.zshrc, behind compinit',
+    "vmoe completion fish > ~/.config/fish/conf.d/vmoe.fish",
+)
+@click.argument("shell", metavar="SHELL", type=cli.NameType(completion.SHELLS))
+def complete(shell: str) -> None:
+    """Print what SHELL (bash, zsh or fish) reads to complete all commands.
+
+    It completes options, and the values that are known: bundles under runs/, attacks, methods,
+    families, backends.
+    """
+    click.echo(completion.script(shell, ["vmoe", *DOORS]))
+
+
+@cli.command("man", "vmoe man vmoe-run", "vmoe man --out ~/.local/share/man/man1")
+@click.argument("command", required=False, default="vmoe")
+@click.option("--out", type=click.Path(path_type=Path), help="Write all pages to this folder.")
+@click.option("--refresh", is_flag=True, hidden=True, help="Of a checkout: write manual.json.")
+def man(command: str, out: Path | None, refresh: bool) -> None:
+    """Show a command's manual page: by man on a terminal, else as man reads it."""
+    if refresh:
+        manual.write({name: _real(name) for name in DOORS})
+        return
+    names = ["vmoe", *DOORS]
+    if command not in names:
+        raise UnknownNameError("command", command, names)
+    if out is not None:
+        for name in names:
+            output.write_text(out / f"{name}.1", _roff(name))
+        log.info("written: %s/vmoe.1 and %d more", out, len(DOORS))
+    elif sys.stdout.isatty() and shutil.which("man"):
+        subprocess.run(["man", "-l", "-"], input=_roff(command), text=True, check=False)
+    else:
+        click.echo(_roff(command))
+
+
+def _roff(name: str) -> str:
+    from vmoe import roff
+
+    parts = _parts() if name == "vmoe" else {}
+    about = _own_page() if name == "vmoe" else manual.pages()[name]
+    return roff.text(name, about, ["vmoe", *DOORS], parts)
+
+
+def _own_page() -> manual.Page:
+    """Return what `vmoe` itself takes."""
+    return dataclasses.replace(manual.page(main), usage="COMMAND [OPTIONS]")
+
+
+def _parts() -> dict[str, manual.Page]:
+    return {name: manual.page(part) for name, part in main.commands.items()}
+
+
+DOORS = {
+    "vmoe-train": "vmoe.train.cli:main", "vmoe-export": "vmoe.export.cli:main",
+    "vmoe-run": "vmoe.runtime.cli:command", "vmoe-attack": "vmoe.attacks.cli:main",
+    "vmoe-bench": "vmoe.runtime.bench.cli:main",
+}  # fmt: skip
+
+
+def _real(name: str) -> cli.Command:
+    module, _, attribute = DOORS[name].partition(":")
+    command: cli.Command = getattr(importlib.import_module(module), attribute)
+    return command
+
+
+def _is_told(command: str) -> bool:
+    """Answer what needs no room: completion; help, where a room is slow to load or is missing."""
+    if completion.asked(command):
+        completion.answer(command, manual.pages()[command])
+    if "torch" not in COMMANDS[command] or not {"-h", "--help"} & set(sys.argv[1:]):
+        return False
+    if manual.CHECKOUT and not _missing(command):
+        return False  # what is being written says itself what it takes
+    click.echo(manual.help_text(command, manual.pages()[command]))
+    return True
+
+
+def _enter(command: str) -> None:
     """Run a command's own main, or say in one line what it needs.
 
     A command that serves loads without its backend: the engine says itself what is missing.
     """
+    if _is_told(command):
+        return
     _wait_idly()
     lacks = _missing(command)
     if lacks and "torch" in COMMANDS[command]:
@@ -385,19 +474,19 @@ def _enter(command: str, module: str) -> None:
         click.echo(f"{command}: {need}: pip install 'vmoe[train,cpu]'.", err=True)
         sys.exit(MissingDependencyError.exit_code)
     try:
-        importlib.import_module(module).main()
+        importlib.import_module(DOORS[command].partition(":")[0]).main()
     except KeyboardInterrupt:  # before the command could say itself how it ends
         sys.exit(0 if command == "vmoe-run" else 130)
 
 
 def train() -> None:
     """Run vmoe-train."""
-    _enter("vmoe-train", "vmoe.train.cli")
+    _enter("vmoe-train")
 
 
 def attack() -> None:
     """Run vmoe-attack."""
-    _enter("vmoe-attack", "vmoe.attacks.cli")
+    _enter("vmoe-attack")
 
 
 def export() -> None:
@@ -411,20 +500,27 @@ def export() -> None:
     elif "--triton-repo" in given:
         importlib.import_module("vmoe.export.triton.as_it_is").main()
     else:
-        _enter("vmoe-export", "vmoe.export.cli")
+        _enter("vmoe-export")
 
 
 def run() -> None:
     """Run vmoe-run."""
-    _enter("vmoe-run", "vmoe.runtime.cli")
+    _enter("vmoe-run")
 
 
 def bench() -> None:
     """Run vmoe-bench."""
-    _enter("vmoe-bench", "vmoe.runtime.bench.cli")
+    _enter("vmoe-bench")
 
 
-for command in (demo, inspect, doctor):
+def own() -> None:
+    """Run vmoe."""
+    if completion.asked("vmoe"):
+        completion.answer("vmoe", _own_page(), _parts())
+    main()
+
+
+for command in (demo, inspect, doctor, complete, man):
     main.add_command(command)
 
 if __name__ == "__main__":

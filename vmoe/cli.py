@@ -29,6 +29,7 @@ log = logging.getLogger("vmoe")
 
 
 GENERAL = "General"  # the topic of options that have none
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 class Command(click.Command):
@@ -120,12 +121,13 @@ class ListType(click.ParamType):  # type: ignore[type-arg]
         return tuple(self.member.convert(v.strip(), param, ctx) for v in value.split(","))
 
 
-def by_topic(command: Command, ctx: click.Context) -> dict[str, list[click.Option]]:
+def by_topic(command: click.Command, ctx: click.Context) -> dict[str, list[click.Option]]:
     """Return the options that --help shows, by topic; what no topic names is general, and last."""
     shown = {p.name: p for p in command.get_params(ctx)
              if isinstance(p, click.Option) and not p.hidden}  # fmt: skip
+    topics: Mapping[str, Collection[str]] = getattr(command, "topics", {})
     found = {topic: [shown.pop(name) for name in names if name in shown]
-             for topic, names in command.topics.items()}  # fmt: skip
+             for topic, names in topics.items()}  # fmt: skip
     found[GENERAL] = list(shown.values())
     return {topic: options for topic, options in found.items() if options}
 
@@ -149,7 +151,7 @@ def command(
             name,
             cls=Command,
             epilog=lines,
-            context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+            context_settings=CONTEXT,
         )(_shared(function))
         made.topics = topics or {}
         return click.version_option(vmoe.__version__, prog_name=name)(made)
@@ -251,7 +253,8 @@ def _option(field: dataclasses.Field[Any], hint: Any, also: Mapping[str, Any]) -
     text = field.metadata["help"]
     shown = _shown(field.name, field.default, also)
     if bool in kinds:
-        return click.option(f"{flag}/--no-{flag[2:]}", default=None, help=f"{text} {shown}")
+        help = f"{text} {shown}".rstrip()
+        return click.option(f"{flag}/--no-{flag[2:]}", default=None, help=help)
     member: Any = typing.get_args(hint)[0] if tuple in kinds else kinds[0]
     kind = _click_type(field.name, member, field.metadata["choices"])
     if field.metadata["repeat"]:
@@ -262,7 +265,8 @@ def _option(field: dataclasses.Field[Any], hint: Any, also: Mapping[str, Any]) -
     if tuple in kinds:
         kind = ListType(kind)
     early = field.name == "norm"  # budgets are read by it
-    return click.option(flag, type=kind, default=None, help=f"{text} {shown}", is_eager=early)
+    help = f"{text} {shown}".rstrip()
+    return click.option(flag, type=kind, default=None, help=help, is_eager=early)
 
 
 def _shown(name: str, default: Any, also: Mapping[str, Any]) -> str:

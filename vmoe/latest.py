@@ -68,6 +68,13 @@ def shipped() -> Path:
     return SHIPPED
 
 
+def offered() -> list[str]:
+    """Return every bundle and checkpoint under runs/, for completion."""
+    found = [path.parent for path in RUNS.glob("**/vmoe.json")]
+    found += RUNS.glob("**/best.safetensors")
+    return sorted(str(path) for path in found if not any(map(_is_left_out, path.parts)))
+
+
 def _bundles() -> list[Path]:
     return [path.parent for path in RUNS.glob("**/vmoe.json") if not _is_random(path)]
 
