@@ -249,10 +249,13 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
     path, line = latest.bundle(bundle)
     log.info("%s", line)
     read = bundles.read(path)
+    card = str(latest.CARD) if path.resolve() == latest.SHIPPED.resolve() else None
     if as_json:
-        cli.print_json({**report.plain(read), "report": read.report()})
+        cli.print_json({**report.plain(read), "report": read.report(), "card": card})
         return
     click.echo(contents.text(read))
+    if card is not None:
+        click.echo(f"\nmodel card: {card}")
 
 
 PACKAGES = {
@@ -321,7 +324,8 @@ def doctor(self_test: bool, dry_run: bool, out: Path, device: str, as_json: bool
     if as_json:
         cli.print_json(
             {**machine, "packages": versions, "missing": missing, "cameras": cameras,
-             "verified": dict(VERIFIED), "unverified": UNVERIFIED}
+             "model": str(latest.SHIPPED), "card": str(latest.CARD), "verified": dict(VERIFIED),
+             "unverified": UNVERIFIED}
         )  # fmt: skip
         return
     click.echo("  ".join(f"{key} {value}" for key, value in machine.items()))
@@ -331,6 +335,7 @@ def doctor(self_test: bool, dry_run: bool, out: Path, device: str, as_json: bool
             for c, lacks in missing.items()]  # fmt: skip
     click.echo("\n" + report.table(rows, ["command", "here"]))
     click.echo(f"\ncameras: {', '.join(cameras) or 'none'}")
+    click.echo(f"the model that ships: {latest.SHIPPED}, and its card: {latest.CARD}")
     click.echo("\n" + report.table(VERIFIED, ["claim", "verified where"]))
     click.echo("\nunverified, run on no machine of ours (*: vmoe doctor --self-test runs it):")
     click.echo("\n".join(f"  {line}" for line in UNVERIFIED))

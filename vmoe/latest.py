@@ -10,6 +10,7 @@ from vmoe.errors import VmoeError
 RUNS = Path("runs")
 REJECTED = ".rejected"  # behind the name of a bundle that vmoe-export refused
 SHIPPED = Path(__file__).parent / "shipped" / "camera-motion"  # a bundle, with its twin
+CARD = SHIPPED.with_name("README.md")  # what it is, what it is worth, what it is not for
 
 
 def bundle(named: Path | None) -> tuple[Path, str]:
