@@ -117,6 +117,8 @@ def main(
         held = states.recipe_of(out)
         _refuse_another_begin(held, init_from, given)
         data, init_from, seed, flags = _as_before(held, data, flags)
+    elif init_from is not None:
+        checkpoint.is_pickle(init_from)  # one that cannot be read is said before any work
     where = checkpoint.device(here.device(device))
     with together.joined(here, where):
         plan = together.first_rank_first(

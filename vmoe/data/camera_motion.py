@@ -282,6 +282,8 @@ def open_clips(
         )
     if where is None:
         return CameraMotion(spec, split, settings)
+    if not where.is_dir():
+        raise SettingError(f"camera-motion:{where}: {where} is no folder; name one of pictures.")
     pictures = sorted(p for p in where.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     mine = tuple(path for path in pictures if split_of(path.name) == split)
     if not mine:
