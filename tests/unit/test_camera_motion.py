@@ -255,6 +255,8 @@ def test_bad_folders_and_names(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"x")
     with pytest.raises(SettingError, match=r"cannot read the picture .*bad\.png"):
         cm.read_picture(tmp_path / "bad.png")
+    with pytest.raises(SettingError, match=r"cannot read the picture .*no\.png: No such file"):
+        cm.read_picture(tmp_path / "no.png")
     with pytest.raises(UnknownNameError, match="'camera-mtion': did you mean 'camera-motion'"):
         open_data("camera-mtion", "val", SPEC)
     with pytest.raises(UnknownNameError, match="split 'vla': did you mean 'val'"):

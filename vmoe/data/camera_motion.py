@@ -249,7 +249,8 @@ def read_picture(path: Path) -> Frame:
     try:
         found = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
     except (OSError, cv2.error) as e:  # cv2.error: an empty file, or one of too many pixels
-        raise SettingError(f"cannot read the picture {path}.") from e
+        why = f": {e.strerror}" if isinstance(e, OSError) else ""
+        raise SettingError(f"cannot read the picture {path}{why}.") from e
     if found is None:
         raise SettingError(f"cannot read the picture {path}.")
     return as_picture(found)
