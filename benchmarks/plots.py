@@ -35,7 +35,7 @@ def training(results: Results, axes: Axes) -> None:
     worst, error = [row["worst_of"] for row in rows], [row["worst_of_se"] for row in rows]
     axes.barh(names, worst, xerr=error, color=STRONG, ecolor=LINE, label="worst attack, 4/255")
     axes.set_xlabel("accuracy, % of 400 test clips, two seeds (bar: standard error)")
-    axes.legend(loc="lower right", framealpha=0.95)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
 
 
 def routes(results: Results, axes: Axes) -> None:

@@ -25,8 +25,8 @@ from tests.contract import test_registries as registries
 from tests.pages import Block
 from vmoe import registry
 
-WITH_TORCH = {name: f"vmoe.{name.removeprefix('vmoe-')}.cli" for name in
-              ("vmoe-train", "vmoe-export", "vmoe-attack")}  # fmt: skip
+WITH_TORCH = {"vmoe-train": "vmoe.train.cli", "vmoe-export": "vmoe.export.cli",
+              "vmoe-attack": "vmoe.attacks.cli"}  # fmt: skip
 FOR_SHELL = re.compile(r"[|><&;$]")
 RUN_HERE = [page for page in pages.pages() if any(
     block.language in (pages.SHELL, pages.PYTHON) and not (block.not_run or block.run_by)
