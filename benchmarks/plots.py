@@ -85,7 +85,13 @@ def guard(results: Results, axes: Axes) -> None:
     """How well the guard tells attacked windows from clean ones."""
     value = {figure["figure"]: figure["value"] for figure in results["figures"]}
     kinds = ("pgd", "tlga_r", "j_tlga", "stream", "adaptive_3")
-    names = ("PGD", "TLGA-R", "J-TLGA", "PGD on a\nwhole stream", "the same, with\nthe guard in its loss")
+    names = (
+        "PGD",
+        "TLGA-R",
+        "J-TLGA",
+        "PGD on a\nwhole stream",
+        "the same, with\nthe guard in its loss",
+    )
     for at, (kept, colour) in enumerate({"off": WEAK, "bilateral": STRONG}.items()):
         areas = [value[f"guard_auc_{kept}_{kind}"] for kind in kinds]
         places = [place + 0.38 * (at - 0.5) for place in range(len(kinds))]

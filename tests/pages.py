@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-SHELL, PYTHON, SHOWN = "sh", "python", ("text", "ini", "json")
+SHELL, PYTHON = "sh", "python"
 # A comment stands right before a block, with at most one empty line between.
 BLOCK = re.compile(
     r"(?:^<!-- (?P<kind>not run|run by|exit): (?P<said>[^\n]+?) -->\n+)?"
@@ -19,7 +19,6 @@ BLOCK = re.compile(
 FENCED = re.compile(r"^(`{3,}).*?^\1$", re.MULTILINE | re.DOTALL)
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-COMMAND = re.compile(r"(?:^|[|;`(]\s*)((?:vmoe(?:-\w+)?|python -m vmoe\.\S+)(?: [^|;`\n]*)?)", re.M)
 
 
 @dataclass(frozen=True)
@@ -65,12 +64,9 @@ def blocks(page: Path) -> list[Block]:
     made = []
     for found in BLOCK.finditer(page.read_text(encoding="utf-8")):
         said = {found["kind"]: found["said"]}
-        made.append(
-            Block(
-                page, found["language"], found["code"], said.get("not run"), said.get("run by"),
-                int(said.get("exit", 0)),
-            )  # fmt: skip
-        )
+        not_run, run_by = said.get("not run"), said.get("run by")
+        exit_code = int(said.get("exit", 0))
+        made.append(Block(page, found["language"], found["code"], not_run, run_by, exit_code))
     return made
 
 
