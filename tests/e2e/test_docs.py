@@ -51,7 +51,7 @@ def name_of(page: Path) -> str:
 
 @pytest.fixture(scope="module")
 def movie(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a video of camera moves, eight seconds of 320x240, 15 frames a second."""
+    """Return a video of camera moves, five seconds of 320x240, 15 frames a second."""
     from vmoe import opencv
     from vmoe.runtime.sources import test
 
@@ -59,7 +59,7 @@ def movie(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = (320, 240)
     fourcc = cv2.VideoWriter_fourcc(*"mp4v")
     writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, fourcc, 15.0, size)
-    for number in range(0, 240, 2):
+    for number in range(0, 150, 2):
         writer.write(cv2.resize(test.render(number), size)[..., ::-1])
     writer.release()
     return path
