@@ -42,9 +42,7 @@ def open_meter(device: str, library: Any = None) -> Nvml:
         VmoeError: no such GPU, or its energy cannot be read.
     """
     if device == "cpu":
-        raise SettingError(
-            "--power nvml counts the GPU, and --device cpu leaves it idle: say rapl."
-        )
+        raise SettingError("--power nvml counts a GPU that --device cpu leaves idle: take rapl.")
     found = re.fullmatch(r"cuda:(\d+)", device)
     return Nvml(library or _load(), int(found[1]) if found else 0)
 
