@@ -1,10 +1,10 @@
 """Accuracy beside speed: what bundles answer to clean clips, and to adversarial ones as saved.
 
-Clean clips are those of --accuracy DATA, of the split `test`: those that `vmoe-attack --data` takes.
-Adversarial ones are what `vmoe-attack --save-adv DIR` wrote, replayed as they are: for a
-bundle that they were not made against, a transfer attack, and the weaker one where they were made
-on another twin. A clip counts as robust if the bundle gets it right under every attack of a budget.
-A bundle of random weights has no accuracy.
+Clean clips are those of --accuracy DATA, of its split `test`: those that `vmoe-attack` takes, too.
+Adversarial ones are what `vmoe-attack --save-adv DIR` wrote, replayed as they are: for a bundle
+that they were not made against, a transfer attack, and a weaker one where they were made on another
+twin. A clip counts as robust if the bundle gets it right under every attack of a budget. A bundle
+of random weights has no accuracy.
 """
 
 from __future__ import annotations
