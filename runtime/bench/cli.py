@@ -15,11 +15,14 @@ from vmoe import cli, latest, output
 from vmoe.bundle import TWIN
 from vmoe.errors import SettingError
 
-from . import scenarios
+from . import render
+from . import run as runs
 from .record import Record
-from .scenarios import BenchSettings
+from .settings import BenchSettings
 
 log = logging.getLogger("vmoe")
+
+FAILED, INTERRUPTED = 1, 130  # exit codes
 
 
 @cli.command(
@@ -32,15 +35,15 @@ log = logging.getLogger("vmoe")
 @click.option(
     "--baseline",
     multiple=True,
-    type=click.Path(path_type=Path),
-    help="Bundle to compare with, such as the dense counterpart; may be given again.",
+    help="What to compare with: a bundle, such as the dense counterpart; or torch, torch-compile: "
+    "the twin that the first BUNDLE carries. May be given again.",
 )
 @cli.options(BenchSettings)
 @cli.json_option
 @cli.config_option
 def main(
     bundle: tuple[Path, ...],
-    baseline: tuple[Path, ...],
+    baseline: tuple[str, ...],
     as_json: bool,
     config: Path | None,
     **flags: Any,
@@ -58,24 +61,37 @@ def main(
         path, said = latest.bundle(None)
         paths = [path]
         log.info("%s", said)
-    made = scenarios.run(paths, list(baseline), chosen)
+    made = runs.run(paths, list(baseline), chosen)
     if as_json:
         cli.print_json(made.to_json())
-        log.info("%s", made.to_text())
+        log.info("%s", render.text(made))
     else:
-        click.echo(made.to_text())
+        click.echo(render.text(made))
     for path, text in files.items():  # after what is printed: a full disk costs no measurement
         output.write_text(path, text(made))
         log.info("written: %s", path)
     log.info("next: %s", _next_command(paths[0], baseline, made))
+    _end(made)
+
+
+def _end(made: Record) -> None:
+    """End with what the exit code has to say, after everything is printed and written."""
+    if made.interrupted:
+        log.warning("vmoe-bench: interrupted; what was measured until then stands above.")
+        raise click.exceptions.Exit(INTERRUPTED)
+    if made.failed:
+        log.error(
+            "vmoe-bench: %d of %d rows failed; each says why.", len(made.failed), len(made.rows)
+        )
+        raise click.exceptions.Exit(FAILED)
 
 
 def _files(settings: BenchSettings) -> dict[Path, Callable[[Record], str]]:
     """Return what makes each file's text; a file that exists is refused here, before any work."""
     texts: list[tuple[Path | None, Callable[[Record], str]]] = [
         (settings.out, lambda made: json.dumps(made.to_json(samples=True), indent=1) + "\n"),
-        (settings.csv, Record.to_csv),
-        (settings.md, Record.to_markdown),
+        (settings.csv, render.csv),
+        (settings.md, render.markdown),
     ]
     files: dict[Path, Callable[[Record], str]] = {}
     for path, text in texts:
@@ -91,7 +107,7 @@ def _files(settings: BenchSettings) -> dict[Path, Callable[[Record], str]]:
     return files
 
 
-def _next_command(path: Path, baselines: Sequence[Path], made: Record) -> str:
+def _next_command(path: Path, baselines: Sequence[str], made: Record) -> str:
     """Return the command that most would type next."""
     bundle, about = shlex.quote(str(path)), made.bundles[0]
     if baselines or about.experts == 1:

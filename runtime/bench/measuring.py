@@ -44,6 +44,19 @@ class Plan:
     seed: int = 0
 
 
+class Interrupted(KeyboardInterrupt):
+    """The user ended a measurement of which something is there.
+
+    Attributes:
+        samples: of each call, of the rounds that were whole.
+    """
+
+    def __init__(self, samples: list[Samples]) -> None:
+        """Take what is there."""
+        super().__init__()
+        self.samples = samples
+
+
 def _plainly(rounds: Iterable[int]) -> Iterable[int]:
     return rounds
 
@@ -53,6 +66,7 @@ def interleave(
     plan: Plan,
     *,
     show: Callable[[Iterable[int]], Iterable[int]] = _plainly,
+    on_error: Callable[[int, Exception], None] | None = None,
     wall_ns: Clock = time.perf_counter_ns,
     cpu_ns: Clock = time.process_time_ns,
 ) -> list[Samples]:
@@ -64,29 +78,59 @@ def interleave(
         calls: each takes the number of the round, so that all see the same clips in a round.
         plan: how long.
         show: wraps the rounds that count, for a progress bar.
+        on_error: is told of a call that fails, by its place; the others go on without it. None
+            raises its error.
         wall_ns: the clock.
         cpu_ns: the CPU time of this process.
 
     Returns:
-        Samples of each call, in the order of `calls`.
+        Samples of each call, in the order of `calls`; of one that failed, those before.
+
+    Raises:
+        Interrupted: by the user, after the first whole round.
     """
     rng = np.random.default_rng(plan.seed)
     wall: list[list[int]] = [[] for _ in calls]
     cpu: list[list[int]] = [[] for _ in calls]
+    alive = list(range(len(calls)))
+
+    def failed(i: int, error: Exception) -> None:
+        if on_error is None:
+            raise error
+        alive.remove(i)
+        on_error(i, error)
+
     for number in _rounds(1, plan.warmup_s, wall_ns):
-        for call in calls:
-            call(number)
+        for i in list(alive):
+            try:
+                calls[i](number)
+            except Exception as e:
+                failed(i, e)
+    whole = 0
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         for number in show(_rounds(plan.rounds, plan.duration_s, wall_ns)):
-            for i in rng.permutation(len(calls)):
+            for i in rng.permutation(alive):
                 wall_began, cpu_began = wall_ns(), cpu_ns()
-                calls[i](number)
+                try:
+                    calls[i](number)
+                except Exception as e:
+                    failed(i, e)
+                    continue
                 cpu_ended, wall_ended = cpu_ns(), wall_ns()
                 wall[i].append(wall_ended - wall_began)
                 cpu[i].append(cpu_ended - cpu_began)
+            whole += 1
+            if not alive:
+                break
+    except KeyboardInterrupt:
+        if not whole:
+            raise
+        raise Interrupted(
+            [Samples(_ms(w[:whole]), _ms(c[:whole])) for w, c in zip(wall, cpu, strict=True)]
+        ) from None
     finally:
         if collecting:
             gc.enable()

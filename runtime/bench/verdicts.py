@@ -45,7 +45,8 @@ def of_certificate(made: Certificate) -> list[Verdict]:
 def _sparsity(made: Certificate) -> Verdict:
     known = [(r.ratio, r) for r in made.routes if r.ratio is not None]
     if not known:
-        return Verdict("uncertified", made.bundle, None, f"no certificate: {made.why}.")
+        why = made.why or "a part alone could not be run"
+        return Verdict("uncertified", made.bundle, None, f"no certificate: {why}.")
     ratio, worst = max(known, key=lambda pair: pair[0].medians)
     above = (ratio.medians > BOUND, ratio.minima > BOUND)
     extra_ms = worst.latency_ms - (worst.alone_ms or 0.0)
@@ -73,15 +74,15 @@ def _against(bundle: str, against: Against) -> Verdict:
     return Verdict("against", bundle, against.worst.medians < 1, says + ".")
 
 
-def of_rows(rows: Mapping[tuple[str, str], Summary]) -> list[Verdict]:
-    """Say which forms vary too much, by names of bundle and form, and what too few calls say."""
+def of_rows(rows: Mapping[str, Summary]) -> list[Verdict]:
+    """Say which calls vary too much, by what they are, and what too few of them say."""
     said = []
     restless = {name: s.cv for name, s in rows.items() if s.cv > UNSTABLE_CV}
     if restless:
         top = max(restless, key=lambda name: restless[name])
         says = (
-            f"{len(restless)} of {len(rows)} forms vary by more than {UNSTABLE_CV:.0%} (most: "
-            f"{' '.join(top)}, {restless[top]:.0%}): trust minima and ratios more than medians."
+            f"{len(restless)} of {len(rows)} rows vary by more than {UNSTABLE_CV:.0%} (most: "
+            f"{top}, {restless[top]:.0%}): trust minima and ratios more than medians."
         )
         said.append(Verdict("unstable", None, False, says))
     n = min((summary.n for summary in rows.values()), default=0)

@@ -239,12 +239,12 @@ def test_against_a_dense_counterpart_only_less_is_good() -> None:
 
 def test_unstable_and_too_few_calls_are_said() -> None:
     steady, restless = np.full(50, 5.0), np.tile([5.0, 10.0], 25)
-    rows = {("b", "free"): summarise(steady), ("b", "route 0"): summarise(restless)}
+    rows = {"b free": summarise(steady), "b route 0": summarise(restless)}
     said = {verdict.name: verdict.says for verdict in verdicts.of_rows(rows)}
-    assert said["unstable"].startswith("1 of 2 forms")
+    assert said["unstable"].startswith("1 of 2 rows")
     assert "b route 0" in said["unstable"]
     assert "--iterations 100" in said["few calls"]
-    assert not verdicts.of_rows({("b", "free"): summarise(np.full(100, 5.0))})
+    assert not verdicts.of_rows({"b free": summarise(np.full(100, 5.0))})
 
 
 def test_a_busy_machine_and_a_saving_governor_are_said() -> None:
