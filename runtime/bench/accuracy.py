@@ -10,14 +10,14 @@ of random weights has no accuracy.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vmoe import adversarial, cli
+from vmoe import adversarial, cli, report
 from vmoe import bundle as bundles
 from vmoe.adversarial import AdversarialClips, Attacked
 from vmoe.bundle import Bundle
@@ -102,11 +102,13 @@ class Accuracy:
         robust: one for each budget, rising.
         saved_clean: accuracy on the clean clips that the saved ones were made of; the difference
             is what the attack costs.
+        why: it could not be measured.
     """
 
     clean: Clean | None = None
     robust: tuple[Robust, ...] = ()
     saved_clean: Share | None = None
+    why: str | None = None
 
 
 @dataclass(frozen=True)
@@ -181,9 +183,14 @@ def budget(robust: Robust) -> str:
     return f"L2 {format_eps(robust.eps, robust.norm)}"
 
 
-def to_json(found: Accuracy) -> dict[str, Any]:
-    """Return what stands in a row's JSON: `clean` and `robust`, null where not asked for."""
-    return {"clean": found.clean, "robust": list(found.robust), "saved_clean": found.saved_clean}
+def to_json(found: Accuracy | None) -> dict[str, Any] | None:
+    """Return it as schema.json has it."""
+    if found is None:
+        return None
+    values: dict[str, Any] = report.plain(asdict(found))
+    for said, robust in zip(values["robust"], found.robust, strict=True):
+        said["budget"] = budget(robust)
+    return values
 
 
 def _opened(data: str, spec: ClipSpec) -> DataSet:

@@ -8,11 +8,12 @@ ratio of the medians of all calls, new over old, with an interval:
 
 Calls follow each other in time, and a machine's speed drifts: calls that are near have like times.
 Whole blocks of calls are drawn, in a circle, as long as twice the reach of their autocorrelation,
-so that drift widens the interval; where there is none, single calls. What changed the machine
-between the two runs, and neither of them saw, no interval can know: the machines' differences and
-loads are said beside it.
+so that drift widens the interval; where there is none, single calls.
 
-A row is slower where the ratio exceeds 1 + threshold and the interval lies above 1.
+A row is slower where the ratio exceeds 1 + threshold, the interval lies above 1, and the ratio of
+the minima exceeds 1 + threshold, too. That last is for what no interval of two runs can know: that
+others used the machine in one of them. They stretch medians at will, and leave the fastest calls
+nearly alone. Where medians and minima disagree, the row is unclear, and fails nothing.
 
 Source: Politis and Romano, "A circular block-resampling procedure for stationary data", 1992.
 """
@@ -22,11 +23,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -35,11 +37,15 @@ from vmoe.errors import SettingError, VmoeError
 
 from .statistics import LEVEL, Times
 
+if TYPE_CHECKING:
+    from .record import Row
+
 DRAWS = 500  # of a bootstrap: they give an SE, no far percentile
 AT_ONCE = 1 << 20  # values drawn in one piece
 LEAST = 6  # calls of a row, below which it has no interval
 MACHINE = ("cpu", "cores", "gpu", "board", "virtual")  # of the context
-SLOWER, FASTER, SAME, FEW, FAILED = "slower", "faster", "same", "few calls", "fails now"
+SLOWER, FASTER, SAME, UNCLEAR = "slower", "faster", "same", "unclear"
+FEW, FAILED = "few calls", "fails now"
 
 
 class Key(NamedTuple):
@@ -90,7 +96,7 @@ class Line:
         ratio: new over old.
         low, high: its interval; None of too few calls.
         minima: ratio of the minima: what is left when nothing else runs on the machine.
-        found: slower, faster, same, few calls, or fails now.
+        found: slower, faster, same, unclear, few calls, or fails now.
     """
 
     key: Key
@@ -201,6 +207,19 @@ def of_json(values: Mapping[str, Any]) -> Side:
     return Side(dict(values["context"]), times, failed)
 
 
+def of_rows(context: Mapping[str, Any], rows: Iterable[Row]) -> Side:
+    """Return what is compared of the rows of a run."""
+    times: dict[Key, Times] = {}
+    failed: dict[Key, str] = {}
+    for row in rows:
+        key = Key(*(getattr(row, name) for name in Key._fields))
+        if row.why is not None:
+            failed[key] = row.why
+        elif row.samples is not None:
+            times[key] = row.samples.wall_ms
+    return Side(context, times, failed)
+
+
 def check_common(path: Path, old: Side, keys: Sequence[Key]) -> None:
     """Refuse a record that has nothing in common with what is about to be measured.
 
@@ -247,18 +266,17 @@ def _line(
     key: Key, old: Times, new: Times, threshold: float, z: float, rng: np.random.Generator
 ) -> Line:
     before, after = float(np.median(old)), float(np.median(new))
-    ratio = after / before
-    low = high = None
-    found = FEW
-    if min(len(old), len(new)) >= LEAST:
-        half = z * math.hypot(standard_error(old, rng), standard_error(new, rng))
-        low, high = ratio * math.exp(-half), ratio * math.exp(half)
-        found = SAME
-        if ratio > 1 + threshold and low > 1:
-            found = SLOWER
-        elif ratio < 1 / (1 + threshold) and high < 1:
-            found = FASTER
-    return Line(key, before, after, ratio, low, high, float(new.min() / old.min()), found)
+    ratio, minima = after / before, float(new.min() / old.min())
+    if min(len(old), len(new)) < LEAST:
+        return Line(key, before, after, ratio, None, None, minima, FEW)
+    half = z * math.hypot(standard_error(old, rng), standard_error(new, rng))
+    low, high, most = ratio * math.exp(-half), ratio * math.exp(half), 1 + threshold
+    found = SAME
+    if ratio > most and low > 1:
+        found = SLOWER if minima > most else UNCLEAR
+    elif ratio < 1 / most and high < 1:
+        found = FASTER if minima < 1 / most else UNCLEAR
+    return Line(key, before, after, ratio, low, high, minima, found)
 
 
 def standard_error(times: Times, rng: np.random.Generator) -> float:
@@ -333,37 +351,45 @@ def to_table(made: Comparison) -> str:
 
 def to_text(made: Comparison) -> str:
     """Return the table, and in words what it says."""
-    head = f"compared with {made.old}: new over old, medians of all calls; " + (
-        f"slower is above {made.threshold:.3g} and the noise"
-        if made.threshold
-        else "slower is above the noise"
+    over = f"{_percent(made.threshold)} and " if made.threshold else ""
+    head = (
+        f"Compared with {made.old}: medians of all calls, new over old; slower: above {over}noise"
     )
-    lines = [head, "", to_table(made), "", *made.remarks]
+    return "\n".join([head, to_table(made), *notes(made)])
+
+
+def to_markdown(made: Comparison) -> str:
+    """Return the table, and in words what it says, as Markdown."""
+    lines = "\n".join(f"* {line}" for line in notes(made))
+    return f"`{made.old}`; medians of all calls.\n\n{to_table(made)}\n\n{lines}"
+
+
+def notes(made: Comparison) -> list[str]:
+    """Return in words what differs beside the times, which rows stand alone, and the result."""
+    lines = list(made.remarks)
     for what, keys in (("only in the old one", made.only_old), ("only in this one", made.only_new)):
         if keys:
             lines.append(f"{what}: {'; '.join(map(str, keys))}.")
-    return "\n".join([*lines, summary(made)])
+    return [*lines, summary(made)]
 
 
 def summary(made: Comparison) -> str:
     """Return in one line how many rows became slower, and the worst of them."""
     found = made.regressions
-    over = (
-        f"by more than {made.threshold:.3%}".replace(".000", "")
-        if made.threshold
-        else "beyond noise"
+    over = f"by more than {_percent(made.threshold)}" if made.threshold else "beyond noise"
+    counts = Counter(line.found for line in made.lines)
+    aside = f"; {counts[UNCLEAR]} unclear: the minima disagree, measure alone" * bool(
+        counts[UNCLEAR]
     )
+    aside += f"; {counts[FEW]} not judged: fewer than {LEAST} calls" * bool(counts[FEW])
     if not found:
-        few = sum(line.found == FEW for line in made.lines)
-        lacking = f"; {few} have fewer than {LEAST} calls and were not judged" if few else ""
-        return f"none of {len(made.lines)} rows is slower {over}{lacking}."
+        return f"none of {len(made.lines)} rows is slower {over}{aside}."
     worst = max(found, key=lambda line: math.inf if line.ratio is None else line.ratio)
     how = "fails now" if worst.ratio is None else (
         f"{worst.ratio:.3f} ({worst.low:.3f}-{worst.high:.3f})"
     )  # fmt: skip
-    return (
-        f"{len(found)} of {len(made.lines)} rows are slower {over}; the worst: {worst.key}: {how}."
-    )
+    rows = f"{len(found)} of {len(made.lines)} rows {'is' if len(found) == 1 else 'are'} slower"
+    return f"{rows} {over}; the worst: {worst.key}: {how}{aside}."
 
 
 def to_json(made: Comparison) -> dict[str, Any]:
@@ -385,3 +411,7 @@ def to_json(made: Comparison) -> dict[str, Any]:
 
 def _ratio(value: float | None) -> str | None:
     return None if value is None else f"{value:.3f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.4g} %"

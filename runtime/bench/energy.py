@@ -29,19 +29,19 @@ class Energy:
     """What one form draws; medians over its blocks.
 
     Attributes:
-        joules: of a clip, all that the meters cover.
-        low, high: of a clip, the least and the most of a block.
-        above_idle: joules of a clip beyond what idling in its time draws; noise may make it
+        joules_per_clip: all that the meters cover.
+        low, high: the least and the most of a block.
+        joules_per_clip_above_idle: beyond what idling in its time draws; noise may make it
             negative.
         watts: mean of a block.
         watts_above_idle: the same beyond idling.
         clips: how many, all blocks together.
     """
 
-    joules: float
+    joules_per_clip: float
     low: float
     high: float
-    above_idle: float
+    joules_per_clip_above_idle: float
     watts: float
     watts_above_idle: float
     clips: int
@@ -143,10 +143,10 @@ def _energy(blocks: Sequence[_Block], clips: int, idle_watts: float) -> Energy:
     above = [(b.joules - idle_watts * b.seconds) / (b.calls * clips) for b in blocks]
     watts = float(np.median([block.watts for block in blocks]))
     return Energy(
-        joules=float(np.median(each)),
+        joules_per_clip=float(np.median(each)),
         low=min(each),
         high=max(each),
-        above_idle=float(np.median(above)),
+        joules_per_clip_above_idle=float(np.median(above)),
         watts=watts,
         watts_above_idle=watts - idle_watts,
         clips=clips * sum(block.calls for block in blocks),

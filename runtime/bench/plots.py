@@ -306,7 +306,7 @@ def _judged(rows: Sequence[Row]) -> list[Judged]:
     """Return who has accuracy, at the smallest batch that was measured."""
     named: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        has = row["form"] == "free" and (row["clean"] or row["robust"])
+        has = row["form"] == "free" and (row["accuracy"] or {}).get("why", "none") is None
         who = _who(row)
         if has and (who not in named or row["batch"] < named[who]["batch"]):
             named[who] = row
@@ -317,11 +317,11 @@ def _judged(rows: Sequence[Row]) -> list[Judged]:
 
 
 def _points(row: Row) -> dict[str, tuple[float, float, float]]:
-    points = {}
-    clean = (row["clean"] or {}).get("right") or row["saved_clean"]
+    points, found = {}, row["accuracy"]
+    clean = (found["clean"] or {}).get("right") or found["saved_clean"]
     if clean:
         points["clean"] = _percents(clean)
-    for robust in row["robust"]:
+    for robust in found["robust"]:
         points[robust["budget"]] = _percents(robust["right"])
     return points
 

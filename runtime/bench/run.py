@@ -18,11 +18,13 @@ from vmoe import cli
 from vmoe.errors import SettingError, VmoeError
 from vmoe.settings import to_mapping
 
-from . import certificate, context, forms, measuring, record, subjects, verdicts
+from . import beside, certificate, compare, context, forms, measuring, record, subjects, verdicts
 from .certificate import Certificate
+from .compare import Key, parse_threshold
+from .energy import Method
 from .forms import Form
 from .measuring import Plan, Samples
-from .record import About, Record, Row
+from .record import SCHEMA_VERSION, About, Record, Row
 from .scenarios import CALLED, MULTI, OFFLINE, SINGLE, STREAM, multi, offline, single, stream
 from .settings import BenchSettings
 from .subjects import How, Subject, Wanted
@@ -61,15 +63,24 @@ def run(paths: Sequence[Path], baselines: Sequence[Path | str], settings: BenchS
     """
     machine = context.read()
     wanted = subjects.wanted(paths, baselines)
+    old = None if settings.compare is None else compare.load(settings.compare, SCHEMA_VERSION)
     with ExitStack() as stack:
+        asked = beside.ask(stack, wanted, settings)
         opened = _open(stack, wanted, settings)
         if not opened.subjects:
             raise opened.failed[0][1]
         calls = [form for subject in opened.subjects for form in _calls(subject, settings)]
+        if old is not None and settings.compare is not None:
+            compare.check_common(settings.compare, old, _keys(opened.subjects, calls, settings))
         rows, measured, interrupted = _measure(calls, settings)
         if STREAM in settings.scenarios and not interrupted:
             more, interrupted = _stream(opened.subjects, settings)
             rows += more
+        found = beside.Found(rows, Method(why_not=("it was interrupted.",)), interrupted)
+        if not interrupted:
+            called = [form for form, _ in measured]
+            found = beside.measure(asked, opened.subjects, called, rows, settings)
+        rows, interrupted = found.rows, found.interrupted
         abouts = tuple(_about(want, opened.subjects) for want in wanted)
         fixed = {s.name: size for s in opened.subjects if (size := _fixed_batch(s)) is not None}
     rows = [*rows, *(row for row, _ in opened.failed)]
@@ -81,8 +92,13 @@ def run(paths: Sequence[Path], baselines: Sequence[Path | str], settings: BenchS
         *verdicts.of_rows(_summaries(rows)),
         *verdicts.of_context(machine),
         *verdicts.of_pieces(fixed, _largest(settings)),
-        *verdicts.without_accuracy([entry.name for entry in entries if entry.random]),
+        *verdicts.of_accuracy(rows, [entry.name for entry in entries if entry.random]),
     ]
+    against = None
+    if old is not None and settings.compare is not None:
+        threshold = parse_threshold(settings.fail_over or "0")
+        new = compare.of_rows(machine, rows)
+        against = compare.compare(settings.compare, old, new, threshold, settings.seed)
     return Record(
         command=_command(),
         context=machine,
@@ -92,6 +108,8 @@ def run(paths: Sequence[Path], baselines: Sequence[Path | str], settings: BenchS
         certificates=made,
         verdicts=tuple(said),
         interrupted=interrupted,
+        energy=found.method,
+        comparison=against,
     )
 
 
@@ -191,6 +209,15 @@ def _stream(subjects: Sequence[Subject], settings: BenchSettings) -> tuple[list[
             if not whole:
                 return rows, True
     return rows, False
+
+
+def _keys(opened: Sequence[Subject], calls: Sequence[Form], settings: BenchSettings) -> list[Key]:
+    """Return what the rows to come are called."""
+    streams = settings.stream_counts(STREAM) if STREAM in settings.scenarios else ()
+    every = [*calls, *(stream.form(subject, n) for subject in opened for n in streams)]
+    return [
+        Key(f.subject, f.name, f.scenario, f.batch, f.streams, f.threads, f.backend) for f in every
+    ]
 
 
 def _why(error: Exception) -> str:

@@ -11,7 +11,17 @@ import pytest
 
 from vmoe.errors import SettingError, VmoeError
 from vmoe.runtime.bench import compare
-from vmoe.runtime.bench.compare import FAILED, FASTER, FEW, SAME, SLOWER, Comparison, Key, Side
+from vmoe.runtime.bench.compare import (
+    FAILED,
+    FASTER,
+    FEW,
+    SAME,
+    SLOWER,
+    UNCLEAR,
+    Comparison,
+    Key,
+    Side,
+)
 from vmoe.runtime.bench.statistics import Times
 
 CONTEXT = {
@@ -128,7 +138,7 @@ def test_only_what_exceeds_threshold_and_noise_is_slower() -> None:
     assert 1.1 < worst.low < worst.ratio < worst.high < 1.3
     assert worst.minima == pytest.approx(1.2, rel=0.1)
     assert compare.summary(made).startswith(
-        "1 of 5 rows are slower by more than 5%; the worst: b c"
+        "1 of 5 rows is slower by more than 5 %; the worst: b c"
     )
     assert {line.key.form for line in compared(old, new, 0.0).regressions} == {"b", "c"}
 
@@ -144,8 +154,21 @@ def test_too_few_calls_are_said_and_never_fail() -> None:
     (line,) = made.lines
     assert (line.found, line.low) == (FEW, None)
     assert compare.summary(made) == (
-        "none of 1 rows is slower by more than 5%; 1 have fewer than 6 calls and were not judged."
+        "none of 1 rows is slower by more than 5 %; 1 not judged: fewer than 6 calls."
     )
+
+
+def test_medians_that_the_minima_do_not_follow_are_unclear() -> None:
+    old = noisy(5, 0)
+    shifted = np.append(3 * old[1:], old.min())
+    made = compared(side({key(): old}), side({key(): shifted}))
+    assert made.lines[0].found == UNCLEAR
+    assert made.regressions == ()
+    assert compare.summary(made) == (
+        "none of 1 rows is slower by more than 5 %; 1 unclear: the minima disagree, measure alone."
+    )
+    back = compared(side({key(): shifted}), side({key(): old}))
+    assert back.lines[0].found == UNCLEAR
 
 
 def test_a_row_that_fails_now_is_a_regression() -> None:

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from typing import NamedTuple, Protocol
 
 from vmoe import registry
-from vmoe.errors import VmoeError
+from vmoe.errors import MissingDependencyError, VmoeError
 
 FOLDER = "vmoe.runtime.bench.power"
 AUTO, NONE = "auto", "none"
@@ -78,19 +78,30 @@ def open_meters(stack: ExitStack, asked: str, device: str) -> Found:
         return Found((_open(stack, asked, device),), ())
     whole = _try_all(stack, ["tegrastats"], device)
     if whole.meters:
-        return whole
+        return Found(whole.meters, ())
     some = _try_all(stack, ["rapl"] if device == "cpu" else ["nvml", "rapl"], device)
-    return some if some.meters else Found((), (*some.why_not, *whole.why_not))
+    why_not = (*some.why_not, *whole.why_not)
+    if not some.meters:
+        return Found((), tuple(str(e) for e in why_not))
+    # What is not installed is of hardware that is not here: nothing is missing from the sum.
+    lacks = [str(e) for e in why_not if not isinstance(e, MissingDependencyError)]
+    return Found(some.meters, tuple(lacks))
 
 
-def _try_all(stack: ExitStack, names: Sequence[str], device: str) -> Found:
-    meters, why_not = [], []
+class _Tried(NamedTuple):
+    meters: tuple[Meter, ...]
+    why_not: tuple[VmoeError, ...]
+
+
+def _try_all(stack: ExitStack, names: Sequence[str], device: str) -> _Tried:
+    meters: list[Meter] = []
+    why_not: list[VmoeError] = []
     for name in names:
         try:
             meters.append(_open(stack, name, device))
         except VmoeError as e:
-            why_not.append(str(e))
-    return Found(tuple(meters), tuple(why_not))
+            why_not.append(e)
+    return _Tried(tuple(meters), tuple(why_not))
 
 
 def _open(stack: ExitStack, name: str, device: str) -> Meter:

@@ -52,8 +52,8 @@ def _load() -> Any:
         return ctypes.CDLL(LIBRARY)
     except OSError as e:
         raise MissingDependencyError(
-            f"NVML ({LIBRARY}) is not here: it comes with NVIDIA's driver, for a machine with its "
-            "GPU; into a container with --gpus all."
+            f"NVML ({LIBRARY}) is not here: it comes with the driver of an NVIDIA GPU, and into a "
+            "container by --gpus all."
         ) from e
 
 

@@ -35,9 +35,7 @@ def open_meter(device: str) -> Tegrastats:
         VmoeError: it prints no rail of the whole module.
     """
     if shutil.which(TOOL) is None:
-        raise MissingDependencyError(
-            f"{TOOL} is not here: JetPack installs it, on a Jetson alone. Use another --power."
-        )
+        raise MissingDependencyError(f"{TOOL} is not here: it comes with JetPack, on a Jetson.")
     return Tegrastats()
 
 
