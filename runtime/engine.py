@@ -23,7 +23,7 @@ from vmoe.errors import EngineMismatchError, SettingError, UnknownNameError
 
 from . import online
 from .backends import ENGINES, choose
-from .engines import SERVER, Backend, BackendSettings, Outputs, Run
+from .engines import SERVER, Backend, BackendSettings, Outputs, Run, Times
 from .online import States
 from .threads import of_engine
 
@@ -214,6 +214,18 @@ class Engine:
     def retries(self) -> int:
         """How many requests were repeated, because the server that runs the parts was away."""
         return int(getattr(self._backend, "retries", 0))
+
+    def time_calls(self) -> bool:
+        """Let the backend note what runs take; return whether it can."""
+        begin = getattr(self._backend, "time_calls", None)
+        if begin is not None:
+            begin()
+        return begin is not None
+
+    def last_times(self) -> Times | None:
+        """Return what all runs took since it was asked last; None of a backend that cannot tell."""
+        told = getattr(self._backend, "last_times", None)
+        return told() if told is not None else None
 
     def load_parts(self, names: Sequence[str] | None = None) -> None:
         """Load parts now; None is all of them.

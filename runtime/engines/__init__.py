@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from numpy.typing import NDArray
 
@@ -50,8 +50,28 @@ class BackendSettings:
     stopping: Callable[[], bool] = lambda: False
 
 
+class Times(NamedTuple):
+    """What calls took, all parts together, in ms; by the device's own clock but for `enqueue_ms`.
+
+    Attributes:
+        h2d_ms: copies of clips to the device.
+        enqueue_ms: the host's calls that gave the device its work.
+        device_ms: the graphs themselves.
+        d2h_ms: copies of answers back.
+    """
+
+    h2d_ms: float = 0.0
+    enqueue_ms: float = 0.0
+    device_ms: float = 0.0
+    d2h_ms: float = 0.0
+
+
 class Backend(Protocol):
-    """What runs single graphs; it knows nothing of routes."""
+    """What runs single graphs; it knows nothing of routes.
+
+    One that can tell copies from work also has `time_calls()`, from which on it notes what runs
+    take, and `last_times() -> Times`: of all runs since it was asked last.
+    """
 
     def load(self, part: Part) -> Run:
         """Make one part ready to run; what is read of its files is proven first (`check_part`).
