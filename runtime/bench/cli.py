@@ -99,6 +99,7 @@ def _check_plot(settings: BenchSettings) -> None:
     for path in plots.targets(settings.plot) if settings.plot is not None else ():
         if path.exists() and not settings.overwrite:
             raise SettingError(f"{path} exists. Choose another --plot, or say --overwrite.")
+        output.probe(path)
 
 
 def _plot(made: Record, path: Path) -> None:
@@ -126,6 +127,7 @@ def _files(settings: BenchSettings) -> dict[Path, Callable[[Record], str]]:
             raise SettingError(f"{path} is a folder; name a file.")
         if path.exists() and not settings.overwrite:
             raise SettingError(f"{path} exists. Choose another file, or say --overwrite.")
+        output.probe(path)
         files[path] = text
     return files
 

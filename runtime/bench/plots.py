@@ -226,7 +226,7 @@ def _latency(panel: Axes, rows: Sequence[Row], baselines: set[str]) -> None:
     what = {"multi": f"query of {first['streams']} streams", "stream": "label, since its capture"}
     call = what.get(first["scenario"], f"call of {_clips(first['batch'])}")
     high = max(_spread_percentile(first["latency_ms"]), 0.0)
-    panel.set_xlabel(f"latency of a {call}, ms: median, and from the least to p{high:g}")
+    panel.set_xlabel(f"latency of a {call}, ms; mark and number: median; line: least to p{high:g}")
     _legend(panel)
 
 

@@ -108,7 +108,7 @@ def test_the_text_has_the_block_the_table_the_verdicts_and_the_next_command(made
     assert "=== Performance summary: split (split, onnxruntime, fp32) ===" in result.stdout
     assert "Latency: min = " in result.stdout
     assert "percentile(99%) = " in result.stdout
-    assert "| split  | worst route    |" in result.stdout
+    assert "| worst route    |" in result.stdout
     assert "serves latency only" in result.stdout
     assert "no accuracy: speed only" in result.stdout
     assert f"next: vmoe-run {made / 'split'} --source test" in result.stderr

@@ -7,14 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import pytest
 
 from tests import bundles as tiny
+from tests.bundles import BLACK, GREEN, RED, attack
+from tests.bundles import attacked_clips as saved
 from vmoe import adversarial, output
 from vmoe import bundle as bundles
-from vmoe.adversarial import AdversarialClips, Attacked
+from vmoe.adversarial import AdversarialClips
 from vmoe.bundle import Bundle
 from vmoe.clips import ClipSpec
 from vmoe.errors import SettingError, UnknownNameError, VmoeError
@@ -22,29 +22,10 @@ from vmoe.report import wilson
 from vmoe.runtime import engine as engines
 from vmoe.runtime.bench import accuracy
 
-GREEN, BLACK = (0, 200, 0), (0, 0, 0)  # answered `waving`, `still`, both by expert 0
-RED = (255, 0, 0)  # answered `still` by the last expert
-STILL, WAVING = 0, 2
-
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory, spec: ClipSpec) -> Path:
     return tiny.write(tmp_path_factory.mktemp("accuracy") / "split", spec)
-
-
-def saved(spec: ClipSpec, *attacked: Attacked, **more: Any) -> AdversarialClips:
-    """Return four clips that a bundle answers rightly, and what attacks made of them."""
-    clean = tiny.plain_clips(spec, GREEN, GREEN, BLACK, RED)
-    made = AdversarialClips(
-        spec, tiny.LABELS, clean, (WAVING, WAVING, STILL, STILL), (0, 1, 2, 3), attacked,
-        {"data": "tiny test", "twin_sha256": "0" * 64, "engines": {}},
-    )  # fmt: skip
-    return dataclasses.replace(made, **more)
-
-
-def attack(spec: ClipSpec, name: str, *colours: tuple[int, int, int], **more: Any) -> Attacked:
-    eps = more.pop("eps", 8 / 255)
-    return Attacked(name, eps, [], tiny.plain_clips(spec, *colours), **more)
 
 
 def found(path: Path, clips: AdversarialClips) -> accuracy.Accuracy:
@@ -131,18 +112,8 @@ def labelled(path: Path, spec: ClipSpec, labels: tuple[str, ...]) -> Path:
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a data set whose test split has a green and a dark video of each of two classes."""
-    root = tmp_path_factory.mktemp("videos")
-    for split in ("train", "test"):
-        for label, colour in (("still", BLACK), ("waving", GREEN)):
-            (root / split / label).mkdir(parents=True)
-            for name, shown in (("a", colour), ("b", GREEN)):
-                file = str(root / split / label / f"{name}.avi")
-                writer = cv2.VideoWriter(file, cv2.VideoWriter.fourcc(*"MJPG"), 10, (32, 32))
-                for _ in range(8):
-                    writer.write(np.full((32, 32, 3), shown[::-1], np.uint8))
-                writer.release()
-    return root
+    """Return a data set of which the tiny bundles get 3 of 4 test clips right."""
+    return tiny.coloured_videos(tmp_path_factory.mktemp("videos"))
 
 
 def test_clean_accuracy_is_of_the_data_s_test_split(path: Path, videos: Path) -> None:
