@@ -118,7 +118,9 @@ def write(record: Mapping[str, Any], path: Path) -> tuple[list[Path], list[str]]
     import matplotlib as mpl
 
     pictures, left_out = pictures_of(record)
-    written = []
+    written: list[Path] = []
+    if not pictures:
+        return written, left_out
     with mpl.rc_context(STYLE):
         if path.suffix[1:].lower() in KINDS and not path.is_dir():
             _save(pictures, path, record)
