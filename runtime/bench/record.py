@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vmoe import report
+from vmoe.runtime.engines import Times as DeviceTimes
 
 from .certificate import Certificate
 from .forms import Form
@@ -40,23 +41,6 @@ class Streamed:
     windows_incomplete: int
     frames: int
     frames_dropped: int
-
-
-@dataclass(frozen=True)
-class DeviceTimes:
-    """Where a call's time went on a device, medians in ms, where the backend tells.
-
-    Attributes:
-        enqueue_ms: of the host, giving the device its work.
-        h2d_ms: clips to the device.
-        compute_ms: the parts.
-        d2h_ms: answers back.
-    """
-
-    enqueue_ms: float
-    h2d_ms: float
-    compute_ms: float
-    d2h_ms: float
 
 
 @dataclass(frozen=True)
@@ -110,7 +94,7 @@ class Row:
         samples: every call's; None where the row failed.
         why: it failed; one line.
         stream: counts of a stream.
-        device: where the time went, of a backend on a device that tells.
+        device: where a call's time went, medians, of a backend on a device that tells.
         energy: of a clip; None where it was not asked for.
         clean, robust: accuracy; None where it was not asked for.
     """
@@ -154,7 +138,7 @@ class Row:
             "latency_ms": _plain(self.wall),
             "cpu_ms": _plain(self.cpu),
             "stream": _plain(self.stream),
-            "device_ms": _plain(self.device),
+            "device_ms": None if self.device is None else self.device._asdict(),
             "energy": _plain(self.energy),
             "clean": _plain(self.clean),
             "robust": _plain(self.robust),

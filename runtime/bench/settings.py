@@ -27,8 +27,9 @@ class BenchSettings(Settings):
         (SINGLE,), "single: latency of a call; multi: of a query, one window of each stream; "
         "offline: throughput; stream: capture to label, paced as a camera", choices=SCENARIOS,
     )  # fmt: skip
-    batch: tuple[int, ...] = opt((), "clips of a call, several are a sweep; 1 of single and 8 of "
-                                 "offline if not given", at_least=1)  # fmt: skip
+    batch: tuple[int, ...] = opt((), "clips of a call of offline, else of single; several are a "
+                                 "sweep; 8 of offline and 1 of single if not given",
+                                 at_least=1)  # fmt: skip
     streams: tuple[int, ...] = opt((), "streams of multi and stream, several are a sweep; 4 of "
                                    "multi and 1 of stream if not given", at_least=1)  # fmt: skip
     threads: tuple[str, ...] = opt((), "CPU threads of the engine, all for every core; several "
@@ -45,6 +46,10 @@ class BenchSettings(Settings):
     backend: str = opt("auto", "what runs the graphs: auto, onnxruntime, openvino, torch or triton")
     server: str | None = opt(None, "HOST:PORT (HTTP) or grpc://HOST:PORT of a Triton server that "
                              "has all of the bundles: backend triton")  # fmt: skip
+    cuda_graph: bool | None = opt(None, "run the parts as CUDA graphs: backend tensorrt, which "
+                                  "does unless told not to")  # fmt: skip
+    include_transfers: bool = opt(True, "latency from clips on the host to answers there; "
+                                  "without: the GPU's work alone (backend tensorrt)")  # fmt: skip
     out: Path | None = opt(None, "write the record as JSON, with every call's time")
     csv: Path | None = opt(None, "write the rows as CSV")
     md: Path | None = opt(None, "write the table and the verdicts as Markdown")
@@ -72,7 +77,9 @@ class BenchSettings(Settings):
         return _once(self.scenario)
 
     def batches(self, scenario: str) -> tuple[int, ...]:
-        """Return the clips of a call, of single or offline."""
+        """Return the clips of a call, of single or offline; --batch is offline's, of both."""
+        if scenario == SINGLE and OFFLINE in self.scenario:
+            return BATCHES[SINGLE]
         return _once(self.batch) or BATCHES[scenario]
 
     def stream_counts(self, scenario: str) -> tuple[int, ...]:
