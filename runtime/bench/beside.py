@@ -21,6 +21,8 @@ from .subjects import Subject, Wanted
 
 log = logging.getLogger("vmoe")
 
+INTERRUPTED = "the run was interrupted."
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -91,7 +93,7 @@ def measure(
         found = _with_accuracy(asked, subjects, found)
         found, method = _with_energy(asked, calls, found, settings.seed)
     except KeyboardInterrupt:
-        return Found(found, replace(method, why_not=("it was interrupted.",)), True)
+        return Found(found, replace(method, why_not=(INTERRUPTED,)), True)
     return Found(found, method)
 
 

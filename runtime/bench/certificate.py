@@ -21,6 +21,7 @@ from .scenarios import SINGLE
 from .statistics import Ratio, Times, ratio
 
 BOUND = 1.3  # above this, more runs than one expert
+ON_CPU = 0.25  # of the time: with less CPU time, a device did the work
 Measured = Mapping[tuple[str, str], Samples]  # by names of bundle and form
 
 
@@ -61,7 +62,7 @@ class Route:
         alone_ms: sum of the medians of router alone and expert alone.
         ratio: of the two, on the clock.
         cpu: the same of CPU time, which other processes do not stretch; None where the clock of
-            CPU time is too coarse for the parts.
+            CPU time is too coarse for the parts, or another device did the work.
     """
 
     route: int
@@ -194,6 +195,7 @@ def _route(of: Entry, index: int, parts: str | None, measured: Measured) -> Rout
         return Route(index, latency_ms)
     alone = [measured[parts, name] for name in (forms.ROUTER, forms.expert(index))]
     fine = all((samples.cpu_ms > 0).all() for samples in alone)
+    fine = fine and _median(over.cpu_ms) > ON_CPU * over.wall_ms.min()
     return Route(
         route=index,
         latency_ms=latency_ms,

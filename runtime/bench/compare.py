@@ -25,7 +25,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -79,11 +79,13 @@ class Side:
         context: the machine.
         times_ms: every call of each row.
         failed: rows that could not be measured, and why.
+        path: its file, of the older one.
     """
 
     context: Mapping[str, Any]
     times_ms: Mapping[Key, Times]
     failed: Mapping[Key, str]
+    path: Path = Path()
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def load(path: Path, version: int) -> Side:
             f"{version}. {again}"
         )
     try:
-        side = of_json(values)
+        side = replace(of_json(values), path=path)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         why = f"key {e} is missing" if isinstance(e, KeyError) else str(e)
         raise VmoeError(f"--compare {path} is damaged: {why}. {again}") from e
@@ -220,7 +222,7 @@ def of_rows(context: Mapping[str, Any], rows: Iterable[Row]) -> Side:
     return Side(context, times, failed)
 
 
-def check_common(path: Path, old: Side, keys: Sequence[Key]) -> None:
+def check_common(old: Side, keys: Sequence[Key]) -> None:
     """Refuse a record that has nothing in common with what is about to be measured.
 
     Raises:
@@ -228,16 +230,15 @@ def check_common(path: Path, old: Side, keys: Sequence[Key]) -> None:
     """
     if keys and not set(keys) & set(old.times_ms):
         raise VmoeError(
-            f"--compare {path} has no row of this run: it has {next(iter(old.times_ms))}, this run "
+            f"--compare {old.path} has no row of this run: it has {next(iter(old.times_ms))}, this run "
             f"{keys[0]}. Give the bundles and flags of its command."
         )
 
 
-def compare(path: Path, old: Side, new: Side, threshold: float, seed: int = 0) -> Comparison:
+def compare(old: Side, new: Side, threshold: float, seed: int = 0) -> Comparison:
     """Compare a record with an older one.
 
     Args:
-        path: of the older one.
         old: the older one.
         new: this one.
         threshold: what a row may be slower by; 0.05 is 5 %.
@@ -253,7 +254,7 @@ def compare(path: Path, old: Side, new: Side, threshold: float, seed: int = 0) -
         for key in broken
     ]
     return Comparison(
-        old=path,
+        old=old.path,
         threshold=threshold,
         lines=tuple(lines),
         only_old=tuple(key for key in old.times_ms if key not in {*both, *broken}),

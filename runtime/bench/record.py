@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vmoe import report
+from vmoe.runtime.engines import Times as DeviceTimes
 
 from . import accuracy as accuracies
 from . import compare
@@ -48,23 +49,6 @@ class Streamed:
 
 
 @dataclass(frozen=True)
-class DeviceTimes:
-    """Where a call's time went on a device, medians in ms, where the backend tells.
-
-    Attributes:
-        enqueue_ms: of the host, giving the device its work.
-        h2d_ms: clips to the device.
-        compute_ms: the parts.
-        d2h_ms: answers back.
-    """
-
-    enqueue_ms: float
-    h2d_ms: float
-    compute_ms: float
-    d2h_ms: float
-
-
-@dataclass(frozen=True)
 class Row:
     """One form of one bundle, in one scenario; or why it could not be measured.
 
@@ -80,7 +64,7 @@ class Row:
         samples: every call's; None where the row failed.
         why: it failed; one line.
         stream: counts of a stream.
-        device: where the time went, of a backend on a device that tells.
+        device: where a call's time went, medians, of a backend on a device that tells.
         energy: of a clip; None where it is not available, and of parts alone.
         accuracy: clean and robust, of rows that are routed freely; None where not asked for.
     """
@@ -123,7 +107,7 @@ class Row:
             "latency_ms": _plain(self.wall),
             "cpu_ms": _plain(self.cpu),
             "stream": _plain(self.stream),
-            "device_ms": _plain(self.device),
+            "device_ms": None if self.device is None else self.device._asdict(),
             "energy": _plain(self.energy),
             "accuracy": accuracies.to_json(self.accuracy),
         }

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,20 +18,51 @@ from vmoe import cli
 from vmoe.errors import SettingError, VmoeError
 from vmoe.settings import to_mapping
 
-from . import beside, certificate, compare, context, forms, measuring, record, subjects, verdicts
+from . import (
+    beside,
+    certificate,
+    compare,
+    context,
+    device,
+    forms,
+    measuring,
+    record,
+    subjects,
+    verdicts,
+)
 from .certificate import Certificate
-from .compare import Key, parse_threshold
+from .compare import Comparison, Key, Side, parse_threshold
 from .energy import Method
 from .forms import Form
 from .measuring import Plan, Samples
 from .record import SCHEMA_VERSION, About, Record, Row
 from .scenarios import CALLED, MULTI, OFFLINE, SINGLE, STREAM, multi, offline, single, stream
 from .settings import BenchSettings
+from .statistics import Drift, drift
 from .subjects import How, Subject, Wanted
+from .verdicts import Verdict
+from .watch import Watch
 
 log = logging.getLogger("vmoe")
 
 LABELLED = ("scenario", "batch", "streams", "threads")  # of a row, where they differ
+
+
+@dataclass
+class Found:
+    """What a run measured.
+
+    Attributes:
+        rows: of all that was called, and of the streams.
+        measured: samples of what did not fail.
+        drift: how the halves of the measurement compare; None where it was too short.
+        interrupted: the user ended it before its time.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    measured: list[tuple[Form, Samples]] = field(default_factory=list)
+    drift: Drift | None = None
+    interrupted: bool = False
 
 
 @dataclass
@@ -70,35 +101,23 @@ def run(paths: Sequence[Path], baselines: Sequence[Path | str], settings: BenchS
         if not opened.subjects:
             raise opened.failed[0][1]
         calls = [form for subject in opened.subjects for form in _calls(subject, settings)]
-        if old is not None and settings.compare is not None:
-            compare.check_common(settings.compare, old, _keys(opened.subjects, calls, settings))
-        rows, measured, interrupted = _measure(calls, settings)
-        if STREAM in settings.scenarios and not interrupted:
-            more, interrupted = _stream(opened.subjects, settings)
-            rows += more
-        found = beside.Found(rows, Method(why_not=("it was interrupted.",)), interrupted)
-        if not interrupted:
-            called = [form for form, _ in measured]
-            found = beside.measure(asked, opened.subjects, called, rows, settings)
-        rows, interrupted = found.rows, found.interrupted
+        if old is not None:
+            compare.check_common(old, _keys(opened.subjects, calls, settings))
+        watch = Watch(gpu=machine["gpu"] is not None and settings.device != "cpu")
+        found = _measure(calls, settings, watch)
+        if STREAM in settings.scenarios and not found.interrupted:
+            _stream(found, opened.subjects, settings, watch)
+        machine["during"] = watch.found()
+        _ask_devices(found, opened.subjects)
+        method = _beside(found, asked, opened.subjects, settings)
         abouts = tuple(_about(want, opened.subjects) for want in wanted)
         fixed = {s.name: size for s in opened.subjects if (size := _fixed_batch(s)) is not None}
-    rows = [*rows, *(row for row, _ in opened.failed)]
-    rows.sort(key=lambda row: [want.name for want in wanted].index(row.bundle))  # stable
+    order = [want.name for want in wanted]
+    rows = sorted(
+        [*found.rows, *(row for row, _ in opened.failed)], key=lambda row: order.index(row.bundle)
+    )
     entries = [certificate.entry(w.name, w.bundle, baseline=w.baseline) for w in wanted]
-    made = _certificates(entries, measured, settings)
-    said = [
-        *(verdict for one in made for verdict in verdicts.of_certificate(one)),
-        *verdicts.of_rows(_summaries(rows)),
-        *verdicts.of_context(machine),
-        *verdicts.of_pieces(fixed, _largest(settings)),
-        *verdicts.of_accuracy(rows, [entry.name for entry in entries if entry.random]),
-    ]
-    against = None
-    if old is not None and settings.compare is not None:
-        threshold = parse_threshold(settings.fail_over or "0")
-        new = compare.of_rows(machine, rows)
-        against = compare.compare(settings.compare, old, new, threshold, settings.seed)
+    made = _certificates(entries, found, settings)
     return Record(
         command=_command(),
         context=machine,
@@ -106,16 +125,23 @@ def run(paths: Sequence[Path], baselines: Sequence[Path | str], settings: BenchS
         bundles=abouts,
         rows=tuple(rows),
         certificates=made,
-        verdicts=tuple(said),
-        interrupted=interrupted,
-        energy=found.method,
-        comparison=against,
+        verdicts=(
+            *(verdict for one in made for verdict in verdicts.of_certificate(one)),
+            *_judged(rows),
+            *verdicts.of_watch(machine["during"], found.drift),
+            *verdicts.of_context(machine),
+            *verdicts.of_pieces(fixed, _largest(settings)),
+            *verdicts.of_accuracy(rows, [entry.name for entry in entries if entry.random]),
+        ),
+        interrupted=found.interrupted,
+        energy=method,
+        comparison=None if old is None else _compared(old, machine, rows, settings),
     )
 
 
 def _open(stack: ExitStack, wanted: Sequence[Wanted], settings: BenchSettings) -> Opened:
     """Load every bundle, once for each number of threads."""
-    how = How(settings.backend, settings.device, settings.server)
+    how = How(settings.backend, settings.device, settings.server, settings.cuda_graph)
     opened = Opened()
     for want in wanted:
         for threads in settings.thread_counts():
@@ -133,7 +159,17 @@ def _open(stack: ExitStack, wanted: Sequence[Wanted], settings: BenchSettings) -
                 opened.failed.append((record.failure(form, str(e)), e))
             else:
                 opened.subjects.append(subject)
+                _check_tells(subject, settings)
     return opened
+
+
+def _check_tells(subject: Subject, settings: BenchSettings) -> None:
+    """Refuse to leave out copies of a backend that cannot tell them from work."""
+    if not settings.include_transfers and not subject.engine.time_calls():
+        raise SettingError(
+            f"--no-include-transfers: backend {subject.engine.backend_name}, which runs "
+            f"{subject.name}, does not tell copies from work; tensorrt does. Leave it out."
+        )
 
 
 def _largest(settings: BenchSettings) -> int:
@@ -155,15 +191,16 @@ def _calls(subject: Subject, settings: BenchSettings) -> list[Form]:
             made += offline.calls(subject, settings, whole=name == whole)
         elif name == MULTI:
             made += multi.calls(subject, settings)
-    return made
+    if settings.include_transfers:
+        return made
+    return [device.alone(form, subject.engine) for form in made]
 
 
-def _measure(
-    calls: Sequence[Form], settings: BenchSettings
-) -> tuple[list[Row], list[tuple[Form, Samples]], bool]:
-    """Call everything, interleaved; return rows, what was measured, and whether it was cut."""
+def _measure(calls: Sequence[Form], settings: BenchSettings, watch: Watch) -> Found:
+    """Call everything, interleaved."""
+    found = Found()
     if not calls:
-        return [], [], False
+        return found
     whys: dict[int, str] = {}
 
     def failed(at: int, error: Exception) -> None:
@@ -173,42 +210,68 @@ def _measure(
         log.debug("", exc_info=error)
 
     plan = Plan(settings.iterations, settings.duration, settings.warmup / 1000, settings.seed)
-    interrupted = False
+    show = _shown(plan, len(calls))
     try:
         samples = measuring.interleave(
-            [form.call for form in calls], plan, show=_shown(plan, len(calls)), on_error=failed
+            [form.call for form in calls],
+            plan,
+            show=lambda rounds: watch.rounds(show(rounds)),
+            on_error=failed,
         )
     except measuring.Interrupted as e:
-        samples, interrupted = e.samples, True
-    rows = []
+        samples, found.interrupted = e.samples, True
     for at, (form, took) in enumerate(zip(calls, samples, strict=True)):
         if at in whys:
-            rows.append(record.failure(form, whys[at]))
+            found.rows.append(record.failure(form, whys[at]))
         else:
-            rows.append(record.row(form, took, settings.percentile))
-    measured = [
-        (form, took)
-        for at, (form, took) in enumerate(zip(calls, samples, strict=True))
-        if at not in whys
-    ]
-    return rows, measured, interrupted
+            found.rows.append(record.row(form, took, settings.percentile))
+            found.measured.append((form, took))
+    found.drift = drift([took.wall_ms for _, took in found.measured])
+    return found
 
 
-def _stream(subjects: Sequence[Subject], settings: BenchSettings) -> tuple[list[Row], bool]:
-    """Run each bundle's streams, one after another; return rows, and whether it was cut."""
-    rows = []
+def _stream(
+    found: Found, subjects: Sequence[Subject], settings: BenchSettings, watch: Watch
+) -> None:
+    """Run each bundle's streams, one after another; add their rows to what was found."""
     for subject in subjects:
         for streams in settings.stream_counts(STREAM):
+            made = stream.form(subject, streams)
+            log.info("streaming %d x %g s: %s", streams, settings.duration, subject.name)
             try:
-                found, whole = stream.run(subject, streams, settings)
+                row, whole = stream.run(subject, made, settings, watch)
             except Exception as e:
                 log.debug("", exc_info=e)
-                rows.append(record.failure(stream.form(subject, streams), _why(e)))
-                continue
-            rows += [found] if found is not None else []
+                row, whole = record.failure(made, _why(e)), True
+            found.rows += [row] if row is not None else []
             if not whole:
-                return rows, True
-    return rows, False
+                found.interrupted = True
+                return
+
+
+def _beside(
+    found: Found, asked: beside.Asked, subjects: Sequence[Subject], settings: BenchSettings
+) -> Method:
+    """Add accuracy and energy to the rows; return how energy was measured."""
+    if found.interrupted:
+        return Method(why_not=(beside.INTERRUPTED,))
+    called = [form for form, _ in found.measured]
+    made = beside.measure(asked, subjects, called, found.rows, settings)
+    found.rows, found.interrupted = made.rows, made.interrupted
+    return made.method
+
+
+def _ask_devices(found: Found, subjects: Sequence[Subject]) -> None:
+    """Add where calls spend their time, of the backends that tell."""
+    engines = {(subject.name, subject.threads): subject.engine for subject in subjects}
+    rows = {id(took): at for at, row in enumerate(found.rows) if (took := row.samples) is not None}
+    for form, took in found.measured:
+        try:
+            times = device.times(form, engines[form.subject, form.threads])
+        except VmoeError:  # it has failed since: the row stands without
+            continue
+        at = rows[id(took)]
+        found.rows[at] = dataclasses.replace(found.rows[at], device=times)
 
 
 def _keys(opened: Sequence[Subject], calls: Sequence[Form], settings: BenchSettings) -> list[Key]:
@@ -220,6 +283,13 @@ def _keys(opened: Sequence[Subject], calls: Sequence[Form], settings: BenchSetti
     ]
 
 
+def _compared(
+    old: Side, machine: Mapping[str, Any], rows: Sequence[Row], settings: BenchSettings
+) -> Comparison:
+    threshold = parse_threshold(settings.fail_over or "0")
+    return compare.compare(old, compare.of_rows(machine, rows), threshold, settings.seed)
+
+
 def _why(error: Exception) -> str:
     """Return an error as one line; of what is not ours, with its type."""
     text = " ".join(str(error).split())
@@ -228,7 +298,7 @@ def _why(error: Exception) -> str:
 
 def _certificates(
     entries: Sequence[certificate.Entry],
-    measured: Sequence[tuple[Form, Samples]],
+    found: Found,
     settings: BenchSettings,
 ) -> tuple[Certificate, ...]:
     """Certify every bundle of several experts, for each number of threads."""
@@ -241,7 +311,7 @@ def _certificates(
         key = (scenario, batch, threads)
         by_name = {
             (form.subject, form.name): took
-            for form, took in measured
+            for form, took in found.measured
             if (form.scenario, form.batch, form.threads) == key
         }
         made += [
@@ -257,14 +327,23 @@ def _certificates(
     return tuple(made)
 
 
-def _summaries(rows: Sequence[Row]) -> Mapping[str, Any]:
-    """Return the summaries of the calls by what they are, as a verdict names them."""
+def _judged(rows: Sequence[Row]) -> list[Verdict]:
+    """Return what the rows say by themselves."""
     differ = [key for key in LABELLED if len({getattr(row, key) for row in rows}) > 1]
 
     def label(row: Row) -> str:
-        return " ".join([row.bundle, row.form, *(f"{key} {getattr(row, key)}" for key in differ)])
+        return ", ".join(
+            [f"{row.bundle} {row.form}", *(f"{key} {getattr(row, key)}" for key in differ)]
+        )
 
-    return {label(row): row.wall for row in rows if row.wall is not None and row.stream is None}
+    calls = {label(r): r.wall for r in rows if r.wall is not None and r.stream is None}
+    streams = {label(r): (r.stream, r.wall) for r in rows if r.wall and r.stream is not None}
+    devices = {label(r): r.device for r in rows if r.device is not None}
+    return [
+        *verdicts.of_rows(calls),
+        *verdicts.of_streams(streams),
+        *verdicts.of_device(devices),
+    ]
 
 
 def _shown(plan: Plan, forms: int) -> Callable[[Iterable[int]], Iterable[int]]:

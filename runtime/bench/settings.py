@@ -30,8 +30,9 @@ class BenchSettings(Settings):
         (SINGLE,), "single: latency of a call; multi: of a query, one window of each stream; "
         "offline: throughput; stream: capture to label, paced as a camera", choices=SCENARIOS,
     )  # fmt: skip
-    batch: tuple[int, ...] = opt((), "clips of a call, several are a sweep; 1 of single and 8 of "
-                                 "offline if not given", at_least=1)  # fmt: skip
+    batch: tuple[int, ...] = opt((), "clips of a call of offline, else of single; several are a "
+                                 "sweep; 8 of offline and 1 of single if not given",
+                                 at_least=1)  # fmt: skip
     streams: tuple[int, ...] = opt((), "streams of multi and stream, several are a sweep; 4 of "
                                    "multi and 1 of stream if not given", at_least=1)  # fmt: skip
     threads: tuple[str, ...] = opt((), "CPU threads of the engine, all for every core; several "
@@ -57,6 +58,10 @@ class BenchSettings(Settings):
     compare: Path | None = opt(None, "an older record, of --out: which rows became slower")
     fail_over: str | None = opt(None, "with --compare: end with 3 where a row is slower by more, "
                                 "and by more than the noise: 5% or 0.05")  # fmt: skip
+    cuda_graph: bool | None = opt(None, "run the parts as CUDA graphs: backend tensorrt, which "
+                                  "does unless told not to")  # fmt: skip
+    include_transfers: bool = opt(True, "latency from clips on the host to answers there; "
+                                  "without: the GPU's work alone (backend tensorrt)")  # fmt: skip
     out: Path | None = opt(None, "write the record as JSON, with every call's time")
     csv: Path | None = opt(None, "write the rows as CSV")
     md: Path | None = opt(None, "write the table and the verdicts as Markdown")
@@ -90,7 +95,9 @@ class BenchSettings(Settings):
         return _once(self.scenario)
 
     def batches(self, scenario: str) -> tuple[int, ...]:
-        """Return the clips of a call, of single or offline."""
+        """Return the clips of a call, of single or offline; --batch is offline's, of both."""
+        if scenario == SINGLE and OFFLINE in self.scenario:
+            return BATCHES[SINGLE]
         return _once(self.batch) or BATCHES[scenario]
 
     def stream_counts(self, scenario: str) -> tuple[int, ...]:

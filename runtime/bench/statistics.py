@@ -83,6 +83,38 @@ def ratio(over: Times, *under: Times) -> Ratio:
     )
 
 
+@dataclass(frozen=True)
+class Drift:
+    """How the second half of a run compares with the first.
+
+    Attributes:
+        ratio: of the halves' median slowness; 1.1 is 10 % slower at the end.
+        sure: the 95 % intervals of the two medians lie apart.
+    """
+
+    ratio: float
+    sure: bool
+
+
+def drift(forms: Sequence[Times]) -> Drift | None:
+    """Compare the halves of a run by all forms together; None of fewer than 12 rounds.
+
+    A round's slowness is the geometric mean, over the forms, of the form's time in this round over
+    its median: one call that was disturbed hardly moves it.
+
+    Args:
+        forms: times in ms of the same rounds, each [n].
+    """
+    if not forms or len(forms[0]) < 12:
+        return None
+    logs = [np.log(np.maximum(times, 1e-9) / max(float(np.median(times)), 1e-9)) for times in forms]
+    slowness = np.exp(np.mean(logs, axis=0))
+    first, second = np.array_split(slowness, 2)
+    (low1, high1), (low2, high2) = median_interval(first), median_interval(second)
+    apart = None not in (low1, low2) and bool(low2 > high1 or low1 > high2)  # type: ignore[operator]
+    return Drift(float(np.median(second) / np.median(first)), apart)
+
+
 def median_interval(values: Times) -> tuple[float | None, float | None]:
     """Return a 95 % interval of the median, by the sign test; (None, None) of fewer than 6 values.
 

@@ -49,11 +49,13 @@ class How:
         backend: a file of runtime/engines, or auto; of a baseline `torch` it is torch.
         device: auto, cpu or cuda:N.
         server: HOST:PORT of a Triton server; None for none.
+        cuda_graph: whether parts run as CUDA graphs; None is the backend's own choice.
     """
 
     backend: str = "auto"
     device: str = "auto"
     server: str | None = None
+    cuda_graph: bool | None = None
 
     def load(self, wanted: Wanted, threads: int | None) -> Engine:
         """Load every part of a bundle.
@@ -68,6 +70,8 @@ class How:
             threads,
             all_parts=True,
             server=None if wanted.twin else self.server,
+            compiled=wanted.twin and wanted.name == COMPILED,
+            cuda_graph=None if wanted.twin else self.cuda_graph,
         )
 
 

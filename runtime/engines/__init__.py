@@ -1,10 +1,11 @@
 """Backends, one file each: `why_unavailable()` and `open(settings)`.
 
 A file of this folder also names the `FORMATS` of parts that it reads, such as ("onnx",), and the
-`DEVICES` that it runs on, of cpu and cuda. Two formats are no part's, and what reads them is never
-chosen by auto. TWIN: the backend runs the twin that the bundle carries in the place of each part.
-SERVER: a server that the user names has the parts; such a file also says, by `served(bundle)`, as
-which bundle the server answers.
+`DEVICES` that it runs on, of cpu and cuda; one that can run its parts as CUDA graphs says so by
+`CUDA_GRAPHS = True`. Two formats are no part's, and what reads them is never chosen by auto. TWIN:
+the backend runs the twin that the bundle carries in the place of each part. SERVER: a server that
+the user names has the parts; such a file also says, by `served(bundle)`, as which bundle the server
+answers.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class BackendSettings:
         trust: whether parts that are code, as a plan is, are loaded though made elsewhere.
         server: the address of a server that has the parts; None for none.
         stopping: asked while a backend waits for its server: whether to give up.
+        compiled: of torch: compile the twin, anew for each batch.
+        cuda_graph: whether parts run as CUDA graphs; None is the backend's own choice.
     """
 
     folder: Path
@@ -48,6 +51,8 @@ class BackendSettings:
     trust: bool = False
     server: str | None = None
     stopping: Callable[[], bool] = lambda: False
+    compiled: bool = False
+    cuda_graph: bool | None = None
 
 
 class Times(NamedTuple):

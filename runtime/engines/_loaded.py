@@ -46,6 +46,7 @@ class Shared:
         arena: address of the memory that the plan that runs works in.
         arena_bytes: its size.
         clock: what calls take is noted by it; None where nobody asked.
+        graphs: run as CUDA graphs.
     """
 
     trt: Any
@@ -56,6 +57,7 @@ class Shared:
     arena: int = 0
     arena_bytes: int = 0
     clock: Clock | None = None
+    graphs: bool = True
 
     def mark(self, what: str) -> None:
         """Let the stream note the time, where somebody asked for times."""
@@ -182,7 +184,7 @@ class Loaded:
         gpu.wait()
         graph = None
         try:
-            graph = gpu.capture(enqueue)
+            graph = gpu.capture(enqueue) if shared.graphs else None
         except EngineMismatchError as e:
             log.warning("%s, batch %d: runs without a CUDA graph: %s", self.name, size, e)
         self.captured[size] = graph is not None

@@ -38,6 +38,7 @@ from ._trt import checked, constructed
 
 FORMATS = ("plan",)
 DEVICES = ("cuda",)
+CUDA_GRAPHS = True
 LEAST_ARENA = 256  # bytes; a plan may need none, and is given an address nevertheless
 
 
@@ -98,6 +99,7 @@ class TensorRt:
         self._most = max(plan.batch[2] for plan in plans)
         self.gpu = Gpu(_cuda.index(settings.device))
         self._shared = Shared(trt, self.gpu, _trt.logger(trt), bundle.spec.shape)
+        self._shared.graphs = settings.cuda_graph is not False
         try:
             self._here = _plan.machine(trt, self.gpu.facts())
             log = self._shared.log

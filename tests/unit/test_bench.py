@@ -248,10 +248,10 @@ def test_unstable_and_too_few_calls_are_said() -> None:
 
 
 def test_a_busy_machine_and_a_saving_governor_are_said() -> None:
-    quiet = {"load_1min": 0.1, "cores": 4, "governor": None}
+    quiet = {"load_1min": 0.1, "cores": 4, "quota_cores": None, "governor": None}
     assert not verdicts.of_context(quiet)
-    busy = {"load_1min": 5.0, "cores": 4, "governor": "powersave"}
-    assert [v.name for v in verdicts.of_context(busy)] == ["loaded", "governor"]
+    busy = {"load_1min": 5.0, "cores": 4, "quota_cores": 1.5, "governor": "powersave"}
+    assert [v.name for v in verdicts.of_context(busy)] == ["loaded", "quota", "governor"]
 
 
 def test_pieces_and_random_weights_are_said() -> None:

@@ -46,7 +46,7 @@ def side(times: dict[Key, Times], **more: Any) -> Side:
 
 
 def compared(old: Side, new: Side, threshold: float = 0.05) -> Comparison:
-    return compare.compare(Path("old.json"), old, new, threshold)
+    return compare.compare(old, new, threshold)
 
 
 # ---- the threshold
@@ -233,9 +233,9 @@ def test_a_record_is_read_as_out_wrote_it(tmp_path: Path) -> None:
     read = compare.load(path, 2)
     assert read.times_ms[key()].tolist() == [1, 2]
     assert read.failed == {key("route 0"): "it broke"}
-    compare.check_common(path, read, [key("route 1"), key()])
+    compare.check_common(read, [key("route 1"), key()])
     with pytest.raises(VmoeError) as found:
-        compare.check_common(path, read, [key("route 1")])
+        compare.check_common(read, [key("route 1")])
     assert str(found.value) == (
         f"--compare {path} has no row of this run: it has b free single onnxruntime, this run b "
         "route 1 single onnxruntime. Give the bundles and flags of its command."

@@ -18,6 +18,7 @@ from vmoe.runtime.bench.forms import Form
 from vmoe.runtime.bench.record import Row, Streamed
 from vmoe.runtime.bench.settings import BenchSettings
 from vmoe.runtime.bench.subjects import Subject
+from vmoe.runtime.bench.watch import Watch
 from vmoe.runtime.settings import StreamSettings
 from vmoe.runtime.sources.test import TestSource
 from vmoe.runtime.stream import Stream
@@ -34,8 +35,16 @@ def form(subject: Subject, streams: int) -> Form:
                 subject.engine.backend_name)  # fmt: skip
 
 
-def run(subject: Subject, streams: int, settings: BenchSettings) -> tuple[Row | None, bool]:
+def run(
+    subject: Subject, made: Form, settings: BenchSettings, watch: Watch
+) -> tuple[Row | None, bool]:
     """Serve some streams for --duration after the first window and --warmup.
+
+    Args:
+        subject: the bundle.
+        made: what `form` gave.
+        settings: how long.
+        watch: looks at the machine whenever a label was there.
 
     Returns:
         The row, None where nothing was counted before it was interrupted; and whether it was
@@ -44,11 +53,10 @@ def run(subject: Subject, streams: int, settings: BenchSettings) -> tuple[Row | 
     Raises:
         VmoeError: what the pipeline raises.
     """
-    made = form(subject, streams)
     window_s = subject.bundle.spec.window_s
     warm_s = window_s + settings.warmup / 1000
     how = StreamSettings(duration=warm_s + settings.duration + window_s)
-    sources = [TestSource(settings.seed + number) for number in range(streams)]
+    sources = [TestSource(settings.seed + number) for number in range(made.streams)]
     ages: list[float] = []
     whole = True
     with contextlib.ExitStack() as stack:
@@ -61,6 +69,7 @@ def run(subject: Subject, streams: int, settings: BenchSettings) -> tuple[Row | 
         try:
             for result in stream:
                 now = time.monotonic()
+                watch.look()
                 if result.t_s <= warm_s and not ages:
                     began, before = now, _counts(stream)
                     continue
@@ -72,7 +81,7 @@ def run(subject: Subject, streams: int, settings: BenchSettings) -> tuple[Row | 
         after = _counts(stream)
         hop_s = stream.hop_s
     if not ages:
-        why = f"no window was labelled in {how.duration:.1f} s of {streams} streams"
+        why = f"no window was labelled in {how.duration:.1f} s of {made.streams} streams"
         return (record.failure(made, why) if whole else None), whole
     counted = {name: after[name] - before[name] for name in COUNTS}
     counts = Streamed(
