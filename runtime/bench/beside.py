@@ -91,7 +91,8 @@ def measure(
     found, method = list(rows), Method(why_not=asked.why_not)
     try:
         found = _with_accuracy(asked, subjects, found)
-        found, method = _with_energy(asked, calls, found, settings.seed)
+        answer = [form for form in calls if _counted(form, settings.power)]
+        found, method = _with_energy(asked, answer, found, settings.seed)
     except KeyboardInterrupt:
         return Found(found, replace(method, why_not=(INTERRUPTED,)), True)
     return Found(found, method)
@@ -121,11 +122,16 @@ def _with_accuracy(asked: Asked, subjects: Sequence[Subject], rows: list[Row]) -
     ]
 
 
+def _counted(form: Form, power_asked: str) -> bool:
+    """Return whether a form's energy is measured: parts alone answer no clip, and take time."""
+    forced = form.name.startswith(f"{forms.ROUTE} ")
+    return not form.name.endswith("alone") and not (forced and power_asked == power.AUTO)
+
+
 def _with_energy(
-    asked: Asked, calls: Sequence[Form], rows: list[Row], seed: int
+    asked: Asked, answer: Sequence[Form], rows: list[Row], seed: int
 ) -> tuple[list[Row], Method]:
-    """Return the rows with what a clip of theirs draws; parts alone answer no clip."""
-    answer = [form for form in calls if not form.name.endswith("alone")]
+    """Return the rows with what a clip of theirs draws."""
     if not asked.meters or not answer:
         return rows, Method(why_not=asked.why_not)
     seconds = energy.block_s(asked.meters)

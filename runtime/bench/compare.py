@@ -230,8 +230,8 @@ def check_common(old: Side, keys: Sequence[Key]) -> None:
     """
     if keys and not set(keys) & set(old.times_ms):
         raise VmoeError(
-            f"--compare {old.path} has no row of this run: it has {next(iter(old.times_ms))}, this run "
-            f"{keys[0]}. Give the bundles and flags of its command."
+            f"--compare {old.path} has no row of this run: it has {next(iter(old.times_ms))}, this "
+            f"run {keys[0]}. Give the bundles and flags of its command."
         )
 
 

@@ -54,7 +54,9 @@ class BenchSettings(Settings):
     accuracy_clips: int = opt(200, "clips of --accuracy, at most", at_least=1)
     robust: Path | None = opt(None, "folder of vmoe-attack --save-adv, whose clips give robust "
                               "accuracy beside speed")  # fmt: skip
-    power: str = opt(AUTO, "meter of energy; auto: what can be read here", choices=METERS)
+    power: str = opt(AUTO, "meter of energy, read some seconds for each form; auto: what can be "
+                     "read here, of what is used; a named one: of each route, too",
+                     choices=METERS)  # fmt: skip
     compare: Path | None = opt(None, "an older record, of --out: which rows became slower")
     fail_over: str | None = opt(None, "with --compare: end with 3 where a row is slower by more, "
                                 "and by more than the noise: 5% or 0.05")  # fmt: skip

@@ -193,7 +193,7 @@ def test_energy_stands_beside_and_its_method_is_said(
     counters(tmp_path / "powercap", monkeypatch)
     rising(monkeypatch)
     out = tmp_path / "r.json"
-    result = bench(made / "split", *FAST, "--out", out)
+    result = bench(made / "split", *FAST, "--power", "rapl", "--out", out)
     assert result.exit_code == 0, result.stderr
     found = record(out)
     drawn = {row["form"]: row["energy"] for row in found["rows"]}
@@ -208,6 +208,8 @@ def test_energy_stands_beside_and_its_method_is_said(
     assert "energy: CPU (1 package, memory not counted), by RAPL; 3 blocks of 0.01" in result.stdout
     assert "| mJ/clip |" in result.stdout
     assert "J/clip (" in result.stdout
+    used = json.loads(bench(made / "split", *FAST, "--json").stdout)["rows"]
+    assert [row["form"] for row in used if row["energy"]] == ["free", "all experts"]
 
 
 def test_energy_that_cannot_be_read_is_a_remark_and_by_name_an_error(
