@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from vmoe import cli
+from vmoe.bundle import Bundle
 from vmoe.errors import VmoeError
 
 from . import accuracy, energy, forms, power
@@ -63,8 +64,9 @@ def ask(stack: ExitStack, wanted: Sequence[Wanted], settings: BenchSettings) -> 
         VmoeError: a meter that was named cannot be read; or there are no such clips.
         SettingError: labels or clips that a bundle does not know.
     """
-    random = frozenset(w.name for w in wanted if w.bundle.extra.get("weights") == "random")
-    read = [(w.name, w.bundle) for w in wanted if w.name not in random]
+    every = [(want.name, want.bundle) for want in wanted if isinstance(want.bundle, Bundle)]
+    random = frozenset(name for name, b in every if b.extra.get("weights") == "random")
+    read = [(name, bundle) for name, bundle in every if name not in random]
     clips = accuracy.ask(settings.accuracy, settings.accuracy_clips, settings.robust, read)
     found = power.open_meters(stack, settings.power, settings.device)
     return Asked(found.meters, found.why_not, clips, random)

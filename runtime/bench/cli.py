@@ -75,7 +75,7 @@ def main(
         log.info("written: %s", path)
     if chosen.plot is not None:
         _plot(made, chosen.plot)
-    log.info("next: %s", _next_command(paths[0], baseline, made))
+    log.info("next: %s", _next_command(baseline, made))
     _end(made)
 
 
@@ -132,9 +132,10 @@ def _files(settings: BenchSettings) -> dict[Path, Callable[[Record], str]]:
     return files
 
 
-def _next_command(path: Path, baselines: Sequence[str], made: Record) -> str:
+def _next_command(baselines: Sequence[str], made: Record) -> str:
     """Return the command that most would type next."""
-    bundle, about = shlex.quote(str(path)), made.bundles[0]
+    about = made.bundles[0]
+    path, bundle = Path(about.path), shlex.quote(about.path)
     if baselines or about.experts == 1:
         return f"vmoe-run {bundle} --source test --duration 20"
     twin = bundle if (path / TWIN).is_file() else "CKPT"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from vmoe.errors import SettingError, nearest
 
+from .measuring import Clock
 from .scenarios import SINGLE
 from .subjects import Subject
 
@@ -126,6 +127,7 @@ def sweep(
     force_route: str,
     *,
     whole: bool,
+    wall_ns: Clock = time.perf_counter_ns,
 ) -> list[Form]:
     """Return the forms of a bundle at each batch.
 
@@ -140,13 +142,13 @@ def sweep(
     for at, batch in enumerate(batches):
         every = of(subject.at(batch), force_route)
         if at or not whole:
-            slowest = slowest or _slowest(every)
+            slowest = slowest or _slowest(every, wall_ns)
             every = [form for form in every if form.name in (FREE, slowest)]
         made += [replace(form, scenario=scenario) for form in every]
     return made
 
 
-def _slowest(forms: Sequence[Form]) -> str | None:
+def _slowest(forms: Sequence[Form], wall_ns: Clock) -> str | None:
     """Return the name of the route whose fastest call takes longest; a call that fails is one."""
     routes = [form for form in forms if form.name.startswith(f"{ROUTE} ")]
     if len(routes) < 2:
@@ -155,12 +157,12 @@ def _slowest(forms: Sequence[Form]) -> str | None:
     def fastest(form: Form) -> float:
         took = []
         for number in range(PROBES):
-            began = time.perf_counter()
+            began = wall_ns()
             try:
                 form.call(number)
             except Exception:  # it will fail again where it is measured, and its row says why
                 return float("inf")
-            took.append(time.perf_counter() - began)
+            took.append(wall_ns() - began)
         return min(took)
 
     return max(routes, key=fastest).name

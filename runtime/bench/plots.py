@@ -16,7 +16,6 @@ from vmoe.errors import MissingDependencyError, SettingError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import FigureBase
 
 KINDS = ("png", "svg")
 STYLE: Any = {"font.size": 9, "svg.hashsalt": "vmoe", "axes.spines.top": False,
@@ -163,7 +162,7 @@ def _save(pictures: Sequence[Picture], path: Path, record: Mapping[str, Any]) ->
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, sum(p.height for p in pictures)), layout="constrained")
-    parts: Sequence[FigureBase] = figure.subfigures(
+    parts: Any = figure.subfigures(
         len(pictures), 1, squeeze=False, height_ratios=[p.height for p in pictures]
     )[:, 0]
     for picture, part in zip(pictures, parts, strict=True):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from vmoe import cli
+from vmoe.bundle import Bundle
 from vmoe.errors import SettingError, VmoeError
 from vmoe.settings import to_mapping
 
@@ -110,13 +111,14 @@ def run(paths: Sequence[Path], baselines: Sequence[Path | str], settings: BenchS
         machine["during"] = watch.found()
         _ask_devices(found, opened.subjects)
         method = _beside(found, asked, opened.subjects, settings)
-        abouts = tuple(_about(want, opened.subjects) for want in wanted)
+        whole = [want for want in wanted if isinstance(want.bundle, Bundle)]
+        abouts = tuple(_about(want, opened.subjects) for want in whole)
         fixed = {s.name: size for s in opened.subjects if (size := _fixed_batch(s)) is not None}
     order = [want.name for want in wanted]
     rows = sorted(
         [*found.rows, *(row for row, _ in opened.failed)], key=lambda row: order.index(row.bundle)
     )
-    entries = [certificate.entry(w.name, w.bundle, baseline=w.baseline) for w in wanted]
+    entries = [certificate.entry(w.name, w.read(), baseline=w.baseline) for w in whole]
     made = _certificates(entries, found, settings)
     return Record(
         command=_command(),
@@ -277,7 +279,8 @@ def _ask_devices(found: Found, subjects: Sequence[Subject]) -> None:
 def _keys(opened: Sequence[Subject], calls: Sequence[Form], settings: BenchSettings) -> list[Key]:
     """Return what the rows to come are called."""
     streams = settings.stream_counts(STREAM) if STREAM in settings.scenarios else ()
-    every = [*calls, *(stream.form(subject, n) for subject in opened for n in streams)]
+    streamed = [stream.form(subject, n) for subject in opened for n in streams]
+    every: list[Form] = [*calls, *streamed]
     return [
         Key(f.subject, f.name, f.scenario, f.batch, f.streams, f.threads, f.backend) for f in every
     ]
@@ -360,7 +363,7 @@ def _shown(plan: Plan, forms: int) -> Callable[[Iterable[int]], Iterable[int]]:
 
 
 def _about(want: Wanted, opened: Sequence[Subject]) -> About:
-    bundle = want.bundle
+    bundle = want.read()
     subject = next((subject for subject in opened if subject.name == want.name), None)
     return About(
         name=want.name,

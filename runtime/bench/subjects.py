@@ -13,7 +13,7 @@ from vmoe import bundle as bundles
 from vmoe.bundle import Bundle
 from vmoe.clips import Clips, ClipSpec
 from vmoe.data._textures import picture
-from vmoe.errors import EngineMismatchError, SettingError
+from vmoe.errors import BundleError, CorruptBundleError, EngineMismatchError, SettingError
 from vmoe.runtime import engine as engines
 from vmoe.runtime.engine import Engine
 
@@ -30,15 +30,25 @@ class Wanted:
     Attributes:
         name: the folder's name, or its path where two folders have one name; or `torch`,
             `torch-compile`: the first bundle's own twin.
-        bundle: the manifest.
+        bundle: the manifest; of a bundle that is damaged, the error that says how.
         baseline: it was given as --baseline.
         twin: it is run in the place of the bundle's parts.
     """
 
     name: str
-    bundle: Bundle
+    bundle: Bundle | BundleError
     baseline: bool
     twin: bool = False
+
+    def read(self) -> Bundle:
+        """Return the manifest.
+
+        Raises:
+            BundleError: it is damaged.
+        """
+        if isinstance(self.bundle, BundleError):
+            raise self.bundle
+        return self.bundle
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,7 @@ class How:
             VmoeError: as `vmoe.runtime.engine.load`.
         """
         return engines.load(
-            wanted.bundle,
+            wanted.read(),
             TORCH if wanted.twin else self.backend,
             self.device,
             threads,
@@ -129,7 +139,9 @@ def random_clips(spec: ClipSpec, n: int, seed: int) -> Clips:
 
 
 def wanted(paths: Sequence[Path], baselines: Sequence[Path | str]) -> list[Wanted]:
-    """Read the manifests of bundles and baselines: what is no bundle is refused before any work.
+    """Read the manifests of bundles and baselines.
+
+    What is no bundle is refused before any work; what is one, but damaged, when it is loaded.
 
     Args:
         paths: folders, at least one.
@@ -145,7 +157,7 @@ def wanted(paths: Sequence[Path], baselines: Sequence[Path | str]) -> list[Wante
         if words.count(word) > 1:
             raise SettingError(f"--baseline {word} is given twice; what is compared must differ.")
     names = _names([*paths, *folders], taken=words)
-    read = [bundles.read(path) for path in [*paths, *folders]]
+    read = [_read(path) for path in [*paths, *folders]]
     _check_baselines(read[: len(paths)], read[len(paths) :])
     found = [
         Wanted(name, bundle, i >= len(paths))
@@ -163,7 +175,7 @@ def open_one(
         VmoeError: as `vmoe.runtime.engine.load`.
     """
     engine = stack.enter_context(how.load(want, threads))
-    clips = random_clips(want.bundle.spec, CALLS * batch, seed)
+    clips = random_clips(engine.bundle.spec, CALLS * batch, seed)
 
     def reopen(threads: int) -> Engine:
         return how.load(want, threads)
@@ -193,6 +205,13 @@ def open_all(
     return [open_one(stack, want, how, threads, batch, seed) for want in wanted(paths, baselines)]
 
 
+def _read(path: Path) -> Bundle | BundleError:
+    try:
+        return bundles.read(path)
+    except (CorruptBundleError, EngineMismatchError) as e:
+        return e
+
+
 def _names(paths: Sequence[Path], taken: Sequence[str]) -> list[str]:
     folders = [path.resolve() for path in paths]
     for path, folder in zip(paths, folders, strict=True):
@@ -205,10 +224,12 @@ def _names(paths: Sequence[Path], taken: Sequence[str]) -> list[str]:
     ]
 
 
-def _check_baselines(read: Sequence[Bundle], baselines: Sequence[Bundle]) -> None:
-    shapes = {bundle.spec.shape for bundle in read}
+def _check_baselines(
+    read: Sequence[Bundle | BundleError], baselines: Sequence[Bundle | BundleError]
+) -> None:
+    shapes = {bundle.spec.shape for bundle in read if isinstance(bundle, Bundle)}
     for baseline in baselines:
-        if baseline.spec.shape not in shapes:
+        if isinstance(baseline, Bundle) and shapes and baseline.spec.shape not in shapes:
             wanted = " or ".join(_clip(shape) for shape in sorted(shapes))
             raise EngineMismatchError(
                 f"baseline {baseline.path} takes clips of {_clip(baseline.spec.shape)}, the bundle "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ import numpy as np
 import pytest
 
 from tests import bundles as tiny
+from tests.planted import FakeClock, PlantedBackend
 from vmoe import bundle as bundles
-from vmoe.bundle import Part
-from vmoe.clips import Clips, ClipSpec
+from vmoe.clips import ClipSpec
 from vmoe.errors import EngineMismatchError, SettingError
 from vmoe.runtime.bench import certificate, context, forms, measuring, subjects, verdicts
 from vmoe.runtime.bench.certificate import Against, Certificate, Entry, Measured, Route
@@ -21,10 +20,6 @@ from vmoe.runtime.bench.measuring import Plan, Samples
 from vmoe.runtime.bench.statistics import Ratio, median_interval, ratio, summarise
 from vmoe.runtime.bench.subjects import Subject
 from vmoe.runtime.engine import Engine
-from vmoe.runtime.engines import Outputs, Run
-
-MS = 1_000_000
-
 
 # ---- statistics
 
@@ -72,19 +67,6 @@ def test_a_ratio_is_of_medians_of_minima_and_of_rounds() -> None:
 
 
 # ---- measuring
-
-
-class FakeClock:
-    """Time that passes only when somebody works."""
-
-    def __init__(self) -> None:
-        self.ns = 0
-
-    def __call__(self) -> int:
-        return self.ns
-
-    def work(self, ms: float) -> None:
-        self.ns += round(ms * MS)
 
 
 def test_every_form_is_called_once_a_round_and_every_time_is_kept() -> None:
@@ -269,36 +251,6 @@ def test_the_machine_can_be_read() -> None:
 
 
 # ---- a planted engine, through the real engine, forms and measuring
-
-
-class PlantedBackend:
-    """Parts that only take time: the router 1 ms, an expert 10 ms, a graph in one file `moe_ms`."""
-
-    def __init__(self, clock: FakeClock, bundle: bundles.Bundle, moe_ms: float) -> None:
-        self.clock, self.bundle, self.moe_ms = clock, bundle, moe_ms
-
-    def load(self, part: Part) -> Run:
-        name = next(name for name, own in self.bundle.parts.items() if own is part)
-        ms = {"router": 1.0, "moe": self.moe_ms}.get(name, 10.0)
-
-        def run(inputs: Mapping[str, Any]) -> Outputs:
-            self.clock.work(ms)
-            n = len(inputs["clip"])
-            route = np.full(n, int(inputs.get("force_route", 0)))
-            every = {
-                "logits": np.zeros((n, len(self.bundle.labels)), np.float32),
-                "scores": np.zeros((n, self.bundle.experts), np.float32),
-                "route": route,
-            }
-            return {port.name: every[port.name] for port in part.outputs}
-
-        return run
-
-    def put(self, clips: Clips) -> Clips:
-        return clips
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.mark.parametrize(

@@ -382,7 +382,7 @@ def test_auto_on_a_jetson_is_the_whole_module_alone(tool: Callable[[str], None])
         assert [meter.covers for meter in found.meters] == [
             "the whole module (VDD_IN), by tegrastats"
         ]
-    assert found.meters[0]._process.returncode is not None  # type: ignore[attr-defined]
+    assert found.meters[0]._process.returncode is not None
 
 
 def test_the_choices_are_the_files() -> None:
@@ -441,7 +441,7 @@ def test_energy_is_of_blocks_in_turn_total_and_above_idle() -> None:
 def test_blocks_last_many_readings_of_the_slowest_meter() -> None:
     slow = SimpleNamespace(step_s=0.1)
     assert energy.block_s([World()]) == energy.MIN_BLOCK_S
-    assert energy.block_s([World(), slow]) == pytest.approx(2)  # type: ignore[list-item]
+    assert energy.block_s([World(), slow]) == pytest.approx(2)
 
 
 def test_the_line_says_how_or_why_not() -> None:

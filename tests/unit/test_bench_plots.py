@@ -63,11 +63,11 @@ def test_every_form_has_its_median_and_spread() -> None:
     names = [label.get_text() for label in panel.get_yticklabels()]
     assert names == ["b", "free", "route 0", "router alone", "all experts", "dense"]
     marks = {
-        names[int(line.get_ydata()[0])]: line.get_xdata()[0]  # type: ignore[index]
-        for line in panel.get_lines() if len(line.get_xdata()) == 1  # type: ignore[arg-type]
+        names[int(line.get_ydata()[0])]: line.get_xdata()[0]
+        for line in panel.get_lines() if len(line.get_xdata()) == 1
     }  # fmt: skip
     assert marks == {"free": 4, "route 0": 3.9, "router alone": 0.5, "all experts": 16, "dense": 8}
-    spans = [list(line.get_xdata()) for line in panel.get_lines()[::2]]  # type: ignore[arg-type]
+    spans = [list(line.get_xdata()) for line in panel.get_lines()[::2]]
     assert spans[0] == pytest.approx([3.2, 8])  # from the least to p90, the highest up to p95
     assert "p90" in panel.get_xlabel()
     assert panel.get_xlim()[0] == 0
@@ -78,15 +78,15 @@ def test_every_form_has_its_median_and_spread() -> None:
 def test_throughput_is_of_free_routing_by_batch() -> None:
     panel = drawn(record(*SINGLE, *SWEEP))["throughput"]
     (line,) = panel.get_lines()
-    assert list(line.get_xdata()) == [1, 2, 8]  # type: ignore[arg-type]
-    assert list(line.get_ydata()) == pytest.approx([250, 1000 / 3, 1000 / 3])  # type: ignore[arg-type]
+    assert list(line.get_xdata()) == [1, 2, 8]
+    assert list(line.get_ydata()) == pytest.approx([250, 1000 / 3, 1000 / 3])
     assert [label.get_text() for label in panel.get_xticklabels()] == ["1", "2", "8"]
     assert panel.get_ylim()[0] == 0
 
 
 def test_accuracy_stands_at_the_latency_of_a_clip() -> None:
     panel = drawn(record(*SINGLE, *SWEEP))["accuracy"]
-    joined = {line.get_xdata()[0]: list(line.get_ydata()) for line in panel.get_lines()  # type: ignore[index, arg-type]
+    joined = {line.get_xdata()[0]: list(line.get_ydata()) for line in panel.get_lines()
               if line.get_linestyle() == ":"}  # fmt: skip
     assert joined == {4: pytest.approx([95, 60]), 8: pytest.approx([90, 30])}
     assert "4/255" in panel.get_title()
@@ -104,7 +104,7 @@ def test_accuracy_stands_at_the_latency_of_a_clip() -> None:
 def test_saved_clips_clean_stand_for_data_that_was_not_given() -> None:
     found = {**judged(1, ("4/255", 60)), "clean": None, "saved_clean": share(90)}
     panel = drawn(record(row("b", "free", 4, accuracy=found)))["accuracy"]
-    assert list(panel.get_lines()[0].get_ydata()) == pytest.approx([90, 60])  # type: ignore[arg-type]
+    assert list(panel.get_lines()[0].get_ydata()) == pytest.approx([90, 60])
 
 
 def test_what_has_no_rows_is_left_out_and_said() -> None:

@@ -53,7 +53,7 @@ class Tegrastats:
         self._sum = Integral()
         self._first = threading.Event()
         self._line = ""
-        self._rail: str | None = None
+        self._rail = ""
         self._process = subprocess.Popen(
             [TOOL, "--interval", str(STEP_MS)],
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, errors="replace",
@@ -61,7 +61,7 @@ class Tegrastats:
         self._thread = threading.Thread(target=self._read, name=TOOL, daemon=True)
         self._thread.start()
         self._first.wait(FIRST_LINE_S)
-        if self._rail is None:
+        if not self._rail:
             self.close()
             raise VmoeError(self._why())
         self.covers = f"the whole module ({self._rail}), by {TOOL}"
@@ -87,7 +87,7 @@ class Tegrastats:
                 found = rails(line)
                 if not self._first.is_set():
                     self._line = line
-                    self._rail = next((name for name in WHOLE if name in found), None)
+                    self._rail = next((name for name in WHOLE if name in found), "")
                 if self._rail in found:
                     self._sum.add(found[self._rail])
                 self._first.set()

@@ -2,8 +2,8 @@
 
 Windows that are due together are stacked, routed by one run of the router, and each expert runs
 once on those that are its own (runtime/batches.py). How well that goes depends on the routes:
-`free` takes those of the clips, `mixed routes` deals the streams out to all experts in turn, the
-least that can be shared.
+`free` takes those of the clips; `mixed routes` deals two or more streams out to all experts in
+turn, the least that they can share.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def calls(subject: Subject, settings: BenchSettings) -> list[Form]:
         sized = subject.at(streams)
         made.append(_query(sized, forms.FREE, None))
         experts = subject.bundle.experts
-        if experts > 1 and not subject.baseline:
+        if experts > 1 and streams > 1 and not subject.baseline:
             routes = [stream % experts for stream in range(streams)]
             made.append(_query(sized, forms.MIXED, routes))
     return made
