@@ -13,7 +13,9 @@ so that drift widens the interval; where there is none, single calls.
 A row is slower where the ratio exceeds 1 + threshold, the interval lies above 1, and the ratio of
 the minima exceeds 1 + threshold, too. That last is for what no interval of two runs can know: that
 others used the machine in one of them. They stretch medians at will, and leave the fastest calls
-nearly alone. Where medians and minima disagree, the row is unclear, and fails nothing.
+nearly alone. Where medians and minima disagree, the row is unclear, and fails nothing. Calls that
+last longer than a turn of the scheduler are stretched to the last on a busy machine: the ratio of
+CPU times is shown beside, and judges nothing, since a GPU's work has none.
 
 Source: Politis and Romano, "A circular block-resampling procedure for stationary data", 1992.
 """
@@ -25,7 +27,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -79,12 +81,14 @@ class Side:
         context: the machine.
         times_ms: every call of each row.
         failed: rows that could not be measured, and why.
+        cpu_ms: median CPU time of a call of each row; none of streams.
         path: its file, of the older one.
     """
 
     context: Mapping[str, Any]
     times_ms: Mapping[Key, Times]
     failed: Mapping[Key, str]
+    cpu_ms: Mapping[Key, float] = field(default_factory=dict)
     path: Path = Path()
 
 
@@ -98,6 +102,7 @@ class Line:
         ratio: new over old.
         low, high: its interval; None of too few calls.
         minima: ratio of the minima: what is left when nothing else runs on the machine.
+        cpu: ratio of the medians of CPU time; None where there is none.
         found: slower, faster, same, unclear, few calls, or fails now.
     """
 
@@ -108,6 +113,7 @@ class Line:
     low: float | None
     high: float | None
     minima: float | None
+    cpu: float | None
     found: str
 
 
@@ -197,6 +203,7 @@ def of_json(values: Mapping[str, Any]) -> Side:
     """Return what is compared of a record's JSON; rows without samples are left out."""
     times: dict[Key, Times] = {}
     failed: dict[Key, str] = {}
+    cpu: dict[Key, float] = {}
     for row in values["rows"]:
         key = Key(**{name: row[name] for name in Key._fields})
         if row.get("why") is not None:
@@ -205,21 +212,25 @@ def of_json(values: Mapping[str, Any]) -> Side:
             times[key] = np.asarray(row["samples_ms"]["wall"], np.float64)
             if times[key].ndim != 1 or not (np.isfinite(times[key]) & (times[key] > 0)).all():
                 raise ValueError(f"the samples of {key} are no times")
+            if row.get("cpu_ms") is not None:
+                cpu[key] = float(row["cpu_ms"]["median"])
     times = {key: each for key, each in times.items() if len(each)}
-    return Side(dict(values["context"]), times, failed)
+    return Side(dict(values["context"]), times, failed, cpu)
 
 
 def of_rows(context: Mapping[str, Any], rows: Iterable[Row]) -> Side:
     """Return what is compared of the rows of a run."""
     times: dict[Key, Times] = {}
     failed: dict[Key, str] = {}
+    cpu: dict[Key, float] = {}
     for row in rows:
         key = Key(*(getattr(row, name) for name in Key._fields))
         if row.why is not None:
             failed[key] = row.why
         elif row.samples is not None:
             times[key] = row.samples.wall_ms
-    return Side(context, times, failed)
+            cpu |= {} if row.cpu is None else {key: row.cpu.median}
+    return Side(context, times, failed, cpu)
 
 
 def check_common(old: Side, keys: Sequence[Key]) -> None:
@@ -248,11 +259,8 @@ def compare(old: Side, new: Side, threshold: float, seed: int = 0) -> Comparison
     broken = [key for key in new.failed if key in old.times_ms]
     z = NormalDist().inv_cdf(1 - (1 - LEVEL) / 2 / max(1, len(both)))
     rng = np.random.default_rng(seed)
-    lines = [_line(key, old.times_ms[key], new.times_ms[key], threshold, z, rng) for key in both]
-    lines += [
-        Line(key, float(np.median(old.times_ms[key])), None, None, None, None, None, FAILED)
-        for key in broken
-    ]
+    lines = [_line(key, old, new, threshold, z, rng) for key in both]
+    lines += [Line(key, float(np.median(old.times_ms[key])), *[None] * 6, FAILED) for key in broken]
     return Comparison(
         old=old.path,
         threshold=threshold,
@@ -264,20 +272,22 @@ def compare(old: Side, new: Side, threshold: float, seed: int = 0) -> Comparison
 
 
 def _line(
-    key: Key, old: Times, new: Times, threshold: float, z: float, rng: np.random.Generator
+    key: Key, old: Side, new: Side, threshold: float, z: float, rng: np.random.Generator
 ) -> Line:
-    before, after = float(np.median(old)), float(np.median(new))
-    ratio, minima = after / before, float(new.min() / old.min())
-    if min(len(old), len(new)) < LEAST:
-        return Line(key, before, after, ratio, None, None, minima, FEW)
-    half = z * math.hypot(standard_error(old, rng), standard_error(new, rng))
+    was, now = old.times_ms[key], new.times_ms[key]
+    before, after = float(np.median(was)), float(np.median(now))
+    ratio, minima = after / before, float(now.min() / was.min())
+    cpu = new.cpu_ms[key] / old.cpu_ms[key] if old.cpu_ms.get(key) and key in new.cpu_ms else None
+    if min(len(was), len(now)) < LEAST:
+        return Line(key, before, after, ratio, None, None, minima, cpu, FEW)
+    half = z * math.hypot(standard_error(was, rng), standard_error(now, rng))
     low, high, most = ratio * math.exp(-half), ratio * math.exp(half), 1 + threshold
     found = SAME
     if ratio > most and low > 1:
         found = SLOWER if minima > most else UNCLEAR
     elif ratio < 1 / most and high < 1:
         found = FASTER if minima < 1 / most else UNCLEAR
-    return Line(key, before, after, ratio, low, high, minima, found)
+    return Line(key, before, after, ratio, low, high, minima, cpu, found)
 
 
 def standard_error(times: Times, rng: np.random.Generator) -> float:
@@ -331,14 +341,14 @@ def _remarks(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         load, cores = context.get("load_1min"), context.get("cores") or 1
         if load is not None and load > 0.7 * cores:
             said.append(
-                f"load {load} on {cores} cores {when}: others were running; see the minima."
+                f"load {load} on {cores} cores {when}: others were running; see minima and CPU."
             )
     return said
 
 
 def to_table(made: Comparison) -> str:
     """Return the rows of both as a table."""
-    columns = ["bundle", "form", "scenario", "old ms", "new ms", "new / old", "interval", "minima",
+    columns = ["bundle", "form", "scenario", "old ms", "new ms", "new / old", "interval", "minima", "CPU",
                "found"]  # fmt: skip
     cells = []
     for line in made.lines:
@@ -346,7 +356,7 @@ def to_table(made: Comparison) -> str:
         span = None if line.low is None else f"{line.low:.3f}-{line.high:.3f}"
         scenario = ", ".join([key.scenario, *key.sizes(), key.backend])
         cells.append([key.bundle, key.form, scenario, line.old_ms, line.new_ms,
-                      _ratio(line.ratio), span, _ratio(line.minima), line.found])  # fmt: skip
+                      _ratio(line.ratio), span, _ratio(line.minima), _ratio(line.cpu), line.found])  # fmt: skip
     return report.table(cells, columns)
 
 
@@ -400,7 +410,7 @@ def to_json(made: Comparison) -> dict[str, Any]:
         "threshold": made.threshold,
         "rows": [
             {**line.key._asdict(), "old_ms": line.old_ms, "new_ms": line.new_ms,
-             "ratio": line.ratio, "low": line.low, "high": line.high, "minima": line.minima,
+             "ratio": line.ratio, "low": line.low, "high": line.high, "minima": line.minima, "cpu": line.cpu,
              "found": line.found}
             for line in made.lines
         ],

@@ -33,6 +33,7 @@ HIGH = 95.0  # the percentile to which a spread is drawn
 
 BESIDE: Any = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 7.5,
                "color": "0.35"}  # fmt: skip
+MEET = 4.0  # points of accuracy, within which two texts would lie on each other
 CLOSE = 0.15  # of the axis: so near to its right, a point's text would meet the next one
 
 Row = Mapping[str, Any]
@@ -283,6 +284,8 @@ def _throughput(panel: Axes, swept: Mapping[str, Sequence[Row]]) -> None:
     panel.set_ylim(bottom=0)
     panel.set_xlabel("batch, clips of a call")
     panel.set_ylabel("throughput, clips/s")
+    alone = f", {next(iter(swept))}" if len(swept) == 1 else ""
+    panel.set_title(f"throughput against batch{alone}, routed freely", fontsize=9)
     _legend(panel)
 
 
@@ -349,15 +352,32 @@ def _accuracy(panel: Axes, judged: Sequence[Judged]) -> None:
                 markersize=7, markerfacecolor="white" if clean else colour, elinewidth=1,
                 capsize=2, zorder=4, label=each.name if what == next(iter(each.points)) else None,
             )  # fmt: skip
-            text = "clean" if clean else f"eps {what}" if len(budgets) > 1 else "robust"
-            panel.annotate(text, (each.ms, share), **beside)
+        for at, text in _texts(each, several=len(budgets) > 1):
+            panel.annotate(text, (each.ms, at), **beside)
     panel.set_xlim(0, 1.18 * widest)
     panel.set_ylim(0, 100)
     panel.set_xlabel("latency of a clip, ms (median)")
     one = f", robust at eps {budgets[0]}" if len(budgets) == 1 else ""
     panel.set_ylabel("accuracy, %")
-    panel.set_title(f"accuracy against speed{one}; 95 % intervals", fontsize=9)
+    panel.set_title(f"accuracy against speed{_alone(judged)}{one}; 95 % intervals", fontsize=9)
     _legend(panel)
+
+
+def _texts(of: Judged, *, several: bool) -> list[tuple[float, str]]:
+    """Return what stands beside the points, and at which accuracy: one text for those that meet."""
+    texts: list[tuple[float, list[str]]] = []
+    for what, (share, _, _) in sorted(of.points.items(), key=lambda point: -point[1][0]):
+        said = "clean" if what == "clean" else f"eps {what}" if several else "robust"
+        if texts and texts[-1][0] - share < MEET:
+            texts[-1][1].append(said)
+        else:
+            texts.append((share, [said]))
+    return [(at, ", ".join(said)) for at, said in texts]
+
+
+def _alone(judged: Sequence[Judged]) -> str:
+    """Return the name of the only one, which has no legend."""
+    return f", {judged[0].name}" if len(judged) == 1 else ""
 
 
 # ---- what all share

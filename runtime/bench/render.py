@@ -17,7 +17,7 @@ from . import context as contexts
 from .accuracy import Share
 from .certificate import Certificate
 from .record import About, Record, Row
-from .scenarios import STREAM
+from .scenarios import MULTI, STREAM
 from .statistics import Ratio, Summary
 from .verdicts import Verdict
 
@@ -172,7 +172,7 @@ def _called(made: Record, about: About, rows: Sequence[Row], baselines: Sequence
     dense = any(a.dense and a.same_lowering for c in certified for a in c.against)
     alone = any(r.ratio is not None for c in certified for r in c.routes)
     every = [*_with_worst(made, rows), *baselines]
-    differ, percentiles = _differ(every, SIZES), _percentiles(made)
+    differ, percentiles = _differ(every, _sizes(every)), _percentiles(made)
     drawn = any(row.energy is not None for row in every)
     columns = ["form", *differ, "min ms", "median ms", *(f"p{p} ms" for p in percentiles),
                "CPU ms", "CV %", "clips/s", *["/ alone"] * alone, *["/ dense"] * dense,
@@ -285,11 +285,16 @@ def _ratios(made: Record, row: Row) -> dict[str, str | None]:
 
 def _named(what: str, rows: Sequence[Row]) -> str:
     """Return a title with the sizes that all rows share, where they say something."""
-    shared = [name for name in SIZES if len({getattr(row, name) for row in rows}) == 1]
+    shared = [name for name in _sizes(rows) if len({getattr(row, name) for row in rows}) == 1]
     sizes = [
         f"{name} {value}" for name in shared if (value := getattr(rows[0], name)) not in (1, None)
     ]
     return ", ".join([what, *sizes])
+
+
+def _sizes(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Return what sizes say something: a query of multi has one clip of each stream."""
+    return SIZES[1:] if {row.scenario for row in rows} == {MULTI} else SIZES
 
 
 def _differ(rows: Sequence[Row], names: Iterable[str]) -> list[str]:

@@ -41,8 +41,8 @@ def noisy(median: float, seed: int, n: int = 200, spread: float = 0.05) -> Times
 
 
 def side(times: dict[Key, Times], **more: Any) -> Side:
-    failed = more.pop("failed", {})
-    return Side({**CONTEXT, **more}, times, failed)
+    failed, cpu = more.pop("failed", {}), more.pop("cpu_ms", {})
+    return Side({**CONTEXT, **more}, times, failed, cpu)
 
 
 def compared(old: Side, new: Side, threshold: float = 0.05) -> Comparison:
@@ -149,6 +149,18 @@ def test_a_hundred_unchanged_rows_are_all_the_same() -> None:
     assert compared(old, new, 0.0).regressions == ()
 
 
+def test_cpu_times_are_shown_and_judge_nothing() -> None:
+    busy = (
+        side({key(): noisy(5, 0)}, cpu_ms={key(): 4.0}),
+        side({key(): noisy(9, 1)}, cpu_ms={key(): 4.1}),
+    )
+    (line,) = compared(*busy).lines
+    assert line.cpu == pytest.approx(1.025)
+    assert line.found == SLOWER
+    (coarse,) = compared(side({key(): noisy(5, 0)}, cpu_ms={key(): 0.0}), busy[1]).lines
+    assert coarse.cpu is None
+
+
 def test_too_few_calls_are_said_and_never_fail() -> None:
     made = compared(side({key(): np.full(5, 5.0)}), side({key(): np.full(50, 50.0)}))
     (line,) = made.lines
@@ -195,7 +207,7 @@ def test_other_machines_versions_and_loads_are_said() -> None:
         "the machines differ: cpu AMD EPYC (was Cortex-A78AE), cores 2 (was 6): the ratios are "
         "theirs, too.",
         "the versions differ: openvino 2026.1 (was none), onnxruntime none (was 1.20).",
-        "load 5.9 on 6 cores then: others were running; see the minima.",
+        "load 5.9 on 6 cores then: others were running; see minima and CPU.",
     )
     assert compared(old, old).remarks[0].startswith("load")
 
@@ -204,7 +216,7 @@ def test_the_table_reads_old_new_ratio_and_interval() -> None:
     made = compared(side({key(batch=4): np.full(50, 4.0)}), side({key(batch=4): np.full(50, 5.0)}))
     assert compare.to_table(made).splitlines()[2] == (
         "| b      | free | single, batch 4, onnxruntime |      4 |      5 |     1.250 "
-        "| 1.250-1.250 |  1.250 | slower |"
+        "| 1.250-1.250 |  1.250 |   - | slower |"
     )
     (row,) = compare.to_json(made)["rows"]
     for name, value in {
