@@ -348,15 +348,16 @@ def _remarks(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def to_table(made: Comparison) -> str:
     """Return the rows of both as a table."""
-    columns = ["bundle", "form", "scenario", "old ms", "new ms", "new / old", "interval", "minima", "CPU",
-               "found"]  # fmt: skip
+    columns = ["bundle", "form", "scenario", "old ms", "new ms", "new / old", "interval",
+               "minima", "CPU", "found"]  # fmt: skip
     cells = []
     for line in made.lines:
         key = line.key
         span = None if line.low is None else f"{line.low:.3f}-{line.high:.3f}"
         scenario = ", ".join([key.scenario, *key.sizes(), key.backend])
         cells.append([key.bundle, key.form, scenario, line.old_ms, line.new_ms,
-                      _ratio(line.ratio), span, _ratio(line.minima), _ratio(line.cpu), line.found])  # fmt: skip
+                      _ratio(line.ratio), span, _ratio(line.minima), _ratio(line.cpu),
+                      line.found])  # fmt: skip
     return report.table(cells, columns)
 
 
@@ -410,8 +411,8 @@ def to_json(made: Comparison) -> dict[str, Any]:
         "threshold": made.threshold,
         "rows": [
             {**line.key._asdict(), "old_ms": line.old_ms, "new_ms": line.new_ms,
-             "ratio": line.ratio, "low": line.low, "high": line.high, "minima": line.minima, "cpu": line.cpu,
-             "found": line.found}
+             "ratio": line.ratio, "low": line.low, "high": line.high, "minima": line.minima,
+             "cpu": line.cpu, "found": line.found}
             for line in made.lines
         ],
         "only_old": [key._asdict() for key in made.only_old],

@@ -216,7 +216,7 @@ def test_the_table_reads_old_new_ratio_and_interval() -> None:
     made = compared(side({key(batch=4): np.full(50, 4.0)}), side({key(batch=4): np.full(50, 5.0)}))
     assert compare.to_table(made).splitlines()[2] == (
         "| b      | free | single, batch 4, onnxruntime |      4 |      5 |     1.250 "
-        "| 1.250-1.250 |  1.250 |   - | slower |"
+        "| 1.250-1.250 |  1.250 | -   | slower |"
     )
     (row,) = compare.to_json(made)["rows"]
     for name, value in {

@@ -93,11 +93,12 @@ def test_accuracy_stands_at_the_latency_of_a_clip() -> None:
     assert panel.get_ylim() == (0, 100)
     assert [text.get_text() for text in panel.texts] == ["clean", "robust"] * 2
     assert {text.get_ha() for text in panel.texts} == {"left"}
-    near = (row("b", "free", 4, accuracy=judged(95, ("2/255", 9), ("L2 2.0", 8))),
+    near = (row("b", "free", 4, accuracy=judged(95, ("2/255", 49), ("L2 2.0", 8), ("L2 3.0", 7))),
             row("c", "free", 4.2, accuracy=judged(95)))  # fmt: skip
     texts = drawn(record(*near))["accuracy"].texts
     assert [(t.get_text(), t.get_ha()) for t in texts] == [
-        ("clean", "right"), ("eps 2/255", "right"), ("eps L2 2.0", "right"), ("clean", "left"),
+        ("clean", "right"), ("eps 2/255", "right"), ("eps L2 2.0, eps L2 3.0", "right"),
+        ("clean", "left"),
     ]  # fmt: skip
 
 

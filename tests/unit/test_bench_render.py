@@ -76,8 +76,8 @@ def test_what_all_rows_share_stands_in_the_title() -> None:
     made = tables(*(row("b", form, 4, scenario="multi", batch=16, streams=16, threads=2)
                     for form in ("free", "mixed routes")))  # fmt: skip
     assert list(made) == [
-        "As used, routed freely, batch 16, streams 16, threads 2",
-        "b: multi, batch 16, streams 16, threads 2",
+        "As used, routed freely, streams 16, threads 2",
+        "b: multi, streams 16, threads 2",
     ]
 
 
