@@ -29,7 +29,9 @@ FAILED, INTERRUPTED = 1, 130  # exit codes
     "vmoe-bench",
     "vmoe-bench",
     "vmoe-bench runs/split runs/if --baseline runs/dense --duration 20 --md bench.md",
-    "vmoe-bench runs/bundle --accuracy camera-motion --robust clips --power auto --plot bench.png",
+    "vmoe-bench --scenario single,offline --batch 1,2,4,8 --threads 1,all --baseline torch",
+    "vmoe-bench runs/bundle --scenario multi,stream --streams 1,4 --duration 30",
+    "vmoe-bench runs/bundle --accuracy camera-motion --robust clips --plot bench.png",
     "vmoe-bench runs/bundle --out new.json --compare old.json --fail-over 5%",
     "vmoe-bench runs/bundle --scenario offline --batch 16 --json | jq .certificates",
 )
@@ -53,9 +55,26 @@ def main(
     """Measure what a clip costs on each route, and certify that only one expert is paid for.
 
     BUNDLE is a folder that vmoe-export wrote; the newest under runs/ if not given, else the one
-    that ships. All that is compared is called in turn, in one run. The record's JSON is described
-    by runtime/bench/schema.json.
-    """
+    that ships. All calls that are compared are made in turn, in one run. What cannot be loaded, or
+    fails, has a row that says why; the rest goes on, and the exit code is 1. Ctrl-C ends the run,
+    gives what was measured until then, and 130. docs/bench.md says what each verdict means; the
+    record's JSON is described by runtime/bench/schema.json.
+
+    \b
+    Scenarios (--scenario), of which the first of single and offline has all forms (each forced
+    route, router alone, each expert alone, all experts), the others two (free, slowest route):
+      single   one clip a call: latency
+      offline  --batch clips a call: throughput
+      multi    a call answers one window of each of --streams streams: latency of the query
+      stream   the pipeline of vmoe-run over --streams paced test sources: capture to label, drops
+
+    \b
+    Baselines (--baseline), all of one checkpoint:
+      the dense counterpart      vmoe-export CKPT --counterpart --out DIR
+      as everybody exports it    vmoe-export CKPT --lowering dense --optimize none --out DIR
+      another lowering           vmoe-export CKPT --lowering if --out DIR
+      the twin in PyTorch        --baseline torch, and compiled: --baseline torch-compile
+    """  # noqa: D301  # a backspace keeps click from filling the lines below it
     chosen = cli.resolve(BenchSettings, flags, config)
     files = _files(chosen)
     _check_plot(chosen)

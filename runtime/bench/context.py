@@ -63,7 +63,7 @@ def gpu_now() -> tuple[float | None, float | None]:
 def line(context: dict[str, Any]) -> str:
     """Return the machine as one line."""
     cpu = f"{context['cpu']}, {context['cores']} cores"
-    if context["quota_cores"] is not None:
+    if context.get("quota_cores") is not None:  # older records do not say
         cpu += f" (a container may use {context['quota_cores']:g})"
     gpu = f"; {context['gpu']}" if context["gpu"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in context["versions"].items())

@@ -10,16 +10,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from vmoe import cli
 from vmoe.bundle import Bundle
 from vmoe.errors import SettingError, VmoeError
-from vmoe.settings import to_mapping
 
 from . import (
+    about,
     beside,
     certificate,
     compare,
@@ -36,7 +33,7 @@ from .compare import Comparison, Key, Side, parse_threshold
 from .energy import Method
 from .forms import Form
 from .measuring import Plan, Samples
-from .record import SCHEMA_VERSION, About, Record, Row
+from .record import SCHEMA_VERSION, Record, Row
 from .scenarios import CALLED, MULTI, OFFLINE, SINGLE, STREAM, multi, offline, single, stream
 from .settings import BenchSettings
 from .statistics import Drift, drift
@@ -112,8 +109,8 @@ def run(paths: Sequence[Path], baselines: Sequence[Path | str], settings: BenchS
         _ask_devices(found, opened.subjects)
         method = _beside(found, asked, opened.subjects, settings)
         whole = [want for want in wanted if isinstance(want.bundle, Bundle)]
-        abouts = tuple(_about(want, opened.subjects) for want in whole)
-        fixed = {s.name: size for s in opened.subjects if (size := _fixed_batch(s)) is not None}
+        abouts = tuple(about.of(want, opened.subjects) for want in whole)
+        fixed = about.fixed_batches(opened.subjects)
     order = [want.name for want in wanted]
     rows = sorted(
         [*found.rows, *(row for row, _ in opened.failed)], key=lambda row: order.index(row.bundle)
@@ -123,7 +120,7 @@ def run(paths: Sequence[Path], baselines: Sequence[Path | str], settings: BenchS
     return Record(
         command=_command(),
         context=machine,
-        settings=_resolved(settings),
+        settings=settings.resolved(),
         bundles=abouts,
         rows=tuple(rows),
         certificates=made,
@@ -360,56 +357,6 @@ def _shown(plan: Plan, forms: int) -> Callable[[Iterable[int]], Iterable[int]]:
         return rounds
 
     return show
-
-
-def _about(want: Wanted, opened: Sequence[Subject]) -> About:
-    bundle = want.read()
-    subject = next((subject for subject in opened if subject.name == want.name), None)
-    return About(
-        name=want.name,
-        path=str(bundle.path),
-        lowering=bundle.lowering,
-        precision=certificate.precision(bundle),
-        backend="" if subject is None else subject.engine.backend_name,
-        experts=bundle.experts,
-        clip=bundle.spec.shape,
-        baseline=want.baseline,
-        weights=str(bundle.extra.get("weights", "trained")),
-        twin=bundle.twin.get("sha256"),
-        routes=() if subject is None else _routes(subject),
-    )
-
-
-def _routes(subject: Subject) -> tuple[int, ...]:
-    """Return how many of a bundle's clips each expert answers."""
-    try:
-        answered = [
-            int(route)
-            for clip in subject.clips
-            for route in subject.engine.infer(clip[np.newaxis]).route
-        ]
-    except Exception:  # its rows say why
-        return ()
-    return tuple(int(n) for n in np.bincount(answered, minlength=subject.bundle.experts))
-
-
-def _fixed_batch(subject: Subject) -> int | None:
-    """Return the batch that a bundle's parts were made for, or None where it is free."""
-    shapes = [port.shape for part in subject.bundle.parts.values() for port in part.inputs]
-    return next((shape[0] for shape in shapes if len(shape) == 5), None)
-
-
-def _resolved(settings: BenchSettings) -> dict[str, Any]:
-    """Return the flags, with what they resolved to."""
-    asked = settings.scenarios
-    batches = [settings.batches(name) for name in CALLED if name in asked]
-    streams = [settings.stream_counts(name) for name in (MULTI, STREAM) if name in asked]
-    return {
-        **to_mapping(settings),
-        "batch": list(dict.fromkeys(n for some in batches for n in some)),
-        "streams": list(dict.fromkeys(n for some in streams for n in some)),
-        "threads": list(settings.thread_counts()),
-    }
 
 
 def _command() -> str:

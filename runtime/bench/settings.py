@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from vmoe.errors import SettingError
-from vmoe.settings import Settings, opt
+from vmoe.settings import Settings, opt, to_mapping
 
 from . import context
 from .compare import parse_threshold
@@ -110,6 +110,18 @@ class BenchSettings(Settings):
         """Return CPU threads of the engines; None is their own choice."""
         asked = [context.cores() if n == ALL_CORES else int(n) for n in self.threads]
         return _once(asked) or (None,)
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the flags as JSON can hold them, with what they resolved to."""
+        batches = [self.batches(name) for name in CALLED if name in self.scenario]
+        streams = [self.stream_counts(name) for name in STREAMED if name in self.scenario]
+        return {
+            **to_mapping(self),
+            "scenario": list(self.scenarios),
+            "batch": list(_once(n for some in batches for n in some)),
+            "streams": list(_once(n for some in streams for n in some)),
+            "threads": list(self.thread_counts()),
+        }
 
 
 def _once(values: Iterable[T]) -> tuple[T, ...]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 Times = NDArray[np.float64]  # one value for each round, in ms
 LEVEL = 0.95
+BLOCKS = 12
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Summary:
         min, max, mean, median: in ms.
         percentiles: in ms, by the percentile's name: "50", "99.9".
         cv: coefficient of variation: deviation over mean; 0 of a single call.
+        low, high: 95 % interval of the median (`spread`); None below 6 calls.
     """
 
     n: int
@@ -31,6 +33,8 @@ class Summary:
     median: float
     percentiles: dict[str, float]
     cv: float
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ def summarise(times: Times, percentiles: Sequence[float] = (50, 90, 95, 99)) -> 
     """Summarise times in ms, at least one; percentiles between two samples are interpolated."""
     mean = float(times.mean())
     deviation = float(times.std(ddof=1)) if len(times) > 1 else 0.0
+    low, high = spread(times)
     return Summary(
         n=len(times),
         min=float(times.min()),
@@ -61,7 +66,20 @@ def summarise(times: Times, percentiles: Sequence[float] = (50, 90, 95, 99)) -> 
         median=float(np.median(times)),
         percentiles={f"{p:g}": float(np.percentile(times, p)) for p in percentiles},
         cv=deviation / mean if mean > 0 else 0.0,
+        low=low,
+        high=high,
     )
+
+
+def spread(times: Times) -> tuple[float | None, float | None]:
+    """Return a 95 % interval of the median of calls in their order; (None, None) below 6.
+
+    Calls that follow each other share what happens to the machine, so that each is no evidence of
+    its own. The interval is that of the medians of up to BLOCKS stretches of the run: batch means,
+    with medians.
+    """
+    stretches = np.array_split(times, min(BLOCKS, len(times)))
+    return median_interval(np.array([np.median(stretch) for stretch in stretches]))
 
 
 def ratio(over: Times, *under: Times) -> Ratio:

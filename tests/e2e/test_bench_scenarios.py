@@ -150,6 +150,16 @@ def test_the_twin_eager_and_compiled_are_baselines(
     assert baselines == ["torch", "torch-compile"]
 
 
+def test_the_model_as_everybody_exports_it_is_a_baseline(
+    path: Path, tmp_path: Path, spec: ClipSpec
+) -> None:
+    naive = tiny.write(tmp_path / "naive", spec, lowering="dense")
+    found = read(bench(path, "--baseline", naive, *FAST, "--json"))
+    assert [r["form"] for r in found["rows"] if r["bundle"] == "naive"] == ["free"]
+    (against,) = found["certificates"][0]["against"]
+    assert (against["baseline"], against["dense"]) == ("naive", False)
+
+
 def test_a_bundle_without_its_twin_says_why_it_is_no_baseline(path: Path) -> None:
     result = bench(path, "--baseline", "torch", *FAST, "--json")
     found = read(result, 1)
