@@ -142,12 +142,9 @@ def ask(data: str | None, n: int, robust: Path | None, read: Sequence[tuple[str,
     """
     for name, bundle in read if data is not None else ():
         _fitting(name, bundle, _opened(data or "", bundle.spec), data or "")
-    saved = adversarial.load(robust) if robust is not None else None
-    if saved is not None:
-        if not saved.attacked:
-            raise VmoeError(f"{robust} holds clean clips alone: make them with some --attack.")
-        for name, bundle in read:
-            _refuse_others(f"--robust {robust}", saved, name, bundle)
+    saved = None if robust is None else _saved(robust)
+    for name, bundle in read if saved is not None else ():
+        _refuse_others(f"--robust {robust}", saved, name, bundle)
     return Asked(data, n, saved)
 
 
@@ -191,6 +188,18 @@ def to_json(found: Accuracy | None) -> dict[str, Any] | None:
     for said, robust in zip(values["robust"], found.robust, strict=True):
         said["budget"] = budget(robust)
     return values
+
+
+def _saved(path: Path) -> AdversarialClips:
+    if not (path / adversarial.MANIFEST).is_file():
+        raise VmoeError(
+            f"--robust {path} has no {adversarial.MANIFEST}: make it by vmoe-attack BUNDLE "
+            "--save-adv DIR."
+        )
+    saved = adversarial.load(path)
+    if not saved.attacked:
+        raise VmoeError(f"{path} holds clean clips alone: make them with some --attack.")
+    return saved
 
 
 def _opened(data: str, spec: ClipSpec) -> DataSet:

@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 
 from vmoe import cli
 from vmoe.bundle import Bundle
-from vmoe.errors import VmoeError
 
-from . import accuracy, energy, forms, power
+from . import accuracy, energy, forms, power, record
 from .accuracy import Accuracy
 from .energy import Energy, Method
 from .forms import Form
@@ -114,8 +113,8 @@ def _with_accuracy(asked: Asked, subjects: Sequence[Subject], rows: list[Row]) -
             known[key] = accuracy.measure(subject.engine, asked.accuracy)
         except Exception as e:
             log.debug("", exc_info=e)
-            log.warning("%s: no accuracy: %s", subject.name, _why(e))
-            known[key] = Accuracy(why=_why(e))
+            log.warning("%s: no accuracy: %s", subject.name, record.why(e))
+            known[key] = Accuracy(why=record.why(e))
     return [
         replace(row, accuracy=known.get((row.bundle, row.backend)))
         if row.form == forms.FREE and row.why is None
@@ -155,8 +154,8 @@ def _with_energy(
         )  # fmt: skip
     except Exception as e:
         log.debug("", exc_info=e)
-        log.warning("no energy: %s", _why(e))
-        return rows, Method(why_not=(_why(e), *asked.why_not))
+        log.warning("no energy: %s", record.why(e))
+        return rows, Method(why_not=(record.why(e), *asked.why_not))
     covers = tuple(meter.covers for meter in asked.meters)
     method = Method(covers, asked.why_not, idle, seconds, energy.TURNS)
     by_key = {_key(form): each for form, each in zip(answer, found, strict=True)}
@@ -171,9 +170,3 @@ def _key(form: Form) -> tuple[object, ...]:
 def _of(row: Row, by_key: dict[tuple[object, ...], Energy]) -> Energy | None:
     return by_key.get((row.bundle, row.form, row.scenario, row.batch, row.streams, row.threads,
                        row.backend))  # fmt: skip
-
-
-def _why(error: Exception) -> str:
-    """Return an error as one line; of what is not ours, with its type."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, VmoeError) else f"{type(error).__name__}: {text}"

@@ -353,7 +353,7 @@ def to_table(made: Comparison) -> str:
     cells = []
     for line in made.lines:
         key = line.key
-        span = None if line.low is None else f"{line.low:.3f}-{line.high:.3f}"
+        span = None if line.low is None else f"{line.low:.4g}-{line.high:.4g}"
         scenario = ", ".join([key.scenario, *key.sizes(), key.backend])
         cells.append([key.bundle, key.form, scenario, line.old_ms, line.new_ms,
                       _ratio(line.ratio), span, _ratio(line.minima), _ratio(line.cpu),
@@ -381,8 +381,17 @@ def notes(made: Comparison) -> list[str]:
     lines = list(made.remarks)
     for what, keys in (("only in the old one", made.only_old), ("only in this one", made.only_new)):
         if keys:
-            lines.append(f"{what}: {'; '.join(map(str, keys))}.")
+            lines.append(f"{what}: {_listed(keys)}.")
     return [*lines, summary(made)]
+
+
+def _listed(keys: Sequence[Key]) -> str:
+    """Return rows by what they are of: `b single onnxruntime: free, route 0; ...`."""
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        where = " ".join([key.bundle, key.scenario, *key.sizes(), key.backend])
+        groups.setdefault(where, []).append(key.form)
+    return "; ".join(f"{where}: {', '.join(forms)}" for where, forms in groups.items())
 
 
 def summary(made: Comparison) -> str:
@@ -398,7 +407,7 @@ def summary(made: Comparison) -> str:
         return f"none of {len(made.lines)} rows is slower {over}{aside}."
     worst = max(found, key=lambda line: math.inf if line.ratio is None else line.ratio)
     how = "fails now" if worst.ratio is None else (
-        f"{worst.ratio:.3f} ({worst.low:.3f}-{worst.high:.3f})"
+        f"{worst.ratio:.4g} ({worst.low:.4g}-{worst.high:.4g})"
     )  # fmt: skip
     rows = f"{len(found)} of {len(made.lines)} rows {'is' if len(found) == 1 else 'are'} slower"
     return f"{rows} {over}; the worst: {worst.key}: {how}{aside}."
@@ -422,7 +431,7 @@ def to_json(made: Comparison) -> dict[str, Any]:
 
 
 def _ratio(value: float | None) -> str | None:
-    return None if value is None else f"{value:.3f}"
+    return None if value is None else f"{value:.4g}"
 
 
 def _percent(share: float) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vmoe import report
+from vmoe.errors import VmoeError
 from vmoe.runtime.engines import Times as DeviceTimes
 
 from . import accuracy as accuracies
@@ -205,6 +206,12 @@ def row(form: Form, took: Samples, percentiles: Sequence[float]) -> Row:
         cpu=summarise(took.cpu_ms, percentiles),
         samples=took,
     )
+
+
+def why(error: Exception) -> str:
+    """Return an error as one line; of what is not ours, with its type."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, VmoeError) else f"{type(error).__name__}: {text}"
 
 
 def failure(form: Form, why: str) -> Row:

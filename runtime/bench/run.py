@@ -204,7 +204,7 @@ def _measure(calls: Sequence[Form], settings: BenchSettings, watch: Watch) -> Fo
     whys: dict[int, str] = {}
 
     def failed(at: int, error: Exception) -> None:
-        whys[at] = _why(error)
+        whys[at] = record.why(error)
         name = f"{calls[at].subject} {calls[at].name}"
         log.warning("%s, batch %d: failed: %s", name, calls[at].batch, whys[at])
         log.debug("", exc_info=error)
@@ -242,7 +242,7 @@ def _stream(
                 row, whole = stream.run(subject, made, settings, watch)
             except Exception as e:
                 log.debug("", exc_info=e)
-                row, whole = record.failure(made, _why(e)), True
+                row, whole = record.failure(made, record.why(e)), True
             found.rows += [row] if row is not None else []
             if not whole:
                 found.interrupted = True
@@ -289,12 +289,6 @@ def _compared(
 ) -> Comparison:
     threshold = parse_threshold(settings.fail_over or "0")
     return compare.compare(old, compare.of_rows(machine, rows), threshold, settings.seed)
-
-
-def _why(error: Exception) -> str:
-    """Return an error as one line; of what is not ours, with its type."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, VmoeError) else f"{type(error).__name__}: {text}"
 
 
 def _certificates(

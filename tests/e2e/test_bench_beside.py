@@ -147,8 +147,8 @@ def test_a_bundle_that_cannot_answer_says_why_and_the_rest_goes_on(
         (("--accuracy", "camera-motion"), 2, "the label 'static', which split does not know"),
         (("--accuracy", "{}/nowhere"), 2, "is no folder: give a folder with one per class"),
         (("--accuracy-clips", "0"), 2, "--accuracy-clips is 0; it must be at least 1."),
-        (("--robust", "{}/nowhere"), 1, "no adversarial clips"),
-        (("--robust", "{}/split"), 1, "no adversarial clips"),
+        (("--robust", "{}/nowhere"), 1, "has no manifest.json: make it by vmoe-attack BUNDLE"),
+        (("--robust", "{}/split"), 1, "has no manifest.json: make it by vmoe-attack BUNDLE"),
         (("--power", "nvlm"), 2, "did you mean 'nvml'"),
         (("--compare", "{}/nowhere"), 1, "No such file or directory. Measure again"),
         (("--compare", "{}/split/vmoe.json"), 1, "is no record of vmoe-bench"),
@@ -289,7 +289,10 @@ def test_what_is_faster_passes_and_a_row_that_is_gone_is_named(
     assert result.exit_code == 0, result.stderr
     assert "none of 1 rows is slower by more than 5 %." in result.stdout
     assert "cores" in result.stdout.partition("the machines differ: ")[2].splitlines()[0]
-    assert "only in the old one: split route 0 single threads 1 onnxruntime; " in result.stdout
+    assert (
+        "only in the old one: split single threads 1 onnxruntime: route 0, route 1, "
+        in result.stdout
+    )
 
 
 @pytest.mark.parametrize(

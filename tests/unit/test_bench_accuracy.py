@@ -171,7 +171,7 @@ def test_saved_clips_of_another_model_are_refused(
 
 def test_saved_clips_that_are_none_are_refused(tmp_path: Path, spec: ClipSpec, path: Path) -> None:
     read = [("split", bundle(path))]
-    with pytest.raises(VmoeError, match="no adversarial clips"):
+    with pytest.raises(VmoeError, match=r"has no manifest.json: make it by vmoe-attack BUNDLE"):
         accuracy.ask(None, 1, tmp_path / "nowhere", read)
     adversarial.save(saved(spec), tmp_path / "clean")
     with pytest.raises(VmoeError, match="holds clean clips alone: make them with some --attack"):

@@ -196,8 +196,8 @@ def test_rows_of_one_side_are_named() -> None:
                     side({key(): noisy(5, 2), other: noisy(5, 3)}))  # fmt: skip
     assert (made.only_old, made.only_new) == ((one,), (other,))
     text = compare.to_text(made)
-    assert "only in the old one: b route 0 single onnxruntime." in text
-    assert "only in this one: b free offline batch 8 threads 2 onnxruntime." in text
+    assert "only in the old one: b single onnxruntime: route 0." in text
+    assert "only in this one: b offline batch 8 threads 2 onnxruntime: free." in text
 
 
 def test_other_machines_versions_and_loads_are_said() -> None:
@@ -214,10 +214,9 @@ def test_other_machines_versions_and_loads_are_said() -> None:
 
 def test_the_table_reads_old_new_ratio_and_interval() -> None:
     made = compared(side({key(batch=4): np.full(50, 4.0)}), side({key(batch=4): np.full(50, 5.0)}))
-    assert compare.to_table(made).splitlines()[2] == (
-        "| b      | free | single, batch 4, onnxruntime |      4 |      5 |     1.250 "
-        "| 1.250-1.250 |  1.250 | -   | slower |"
-    )
+    cells = [cell.strip() for cell in compare.to_table(made).splitlines()[2].split("|")[1:-1]]
+    assert cells == ["b", "free", "single, batch 4, onnxruntime", "4", "5", "1.25", "1.25-1.25",
+                     "1.25", "-", "slower"]  # fmt: skip
     (row,) = compare.to_json(made)["rows"]
     for name, value in {
         "old_ms": 4,
