@@ -1,10 +1,11 @@
 # make demo: set up everything and do the main job. make test: set up everything and run the tests.
+# make docs: the documentation as a site in site/, which is read from the disk; a warning is an error.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test dist lint check
+.PHONY: demo test dist lint docs check
 
 demo: $(VENV)/.ready
 	$(BIN)/vmoe demo $(if $(SOURCE),--source "$(SOURCE)")
@@ -21,7 +22,11 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint test
+# What the theme says of mkdocs 2, which is not installed, is no warning of ours.
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+check: lint docs test
 
 # Whatever a failed attempt left in .venv is replaced; a VENV of your own is never cleared.
 CLEAR = $(if $(filter .venv,$(VENV)),--clear)

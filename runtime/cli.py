@@ -23,10 +23,9 @@ from vmoe import cli, latest
 from vmoe.errors import SettingError
 from vmoe.settings import opt
 
-from . import addresses
+from . import addresses, topics
 from .frames import Stop
 from .settings import StreamSettings
-from .topics import TOPICS
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -108,7 +107,7 @@ class RunSettings(StreamSettings):
     "vmoe-run --source street.mp4 --save labelled.mp4 --jsonl labels.jsonl",
     "vmoe-run --source rtsp://user:password@camera.local/stream1 --page",
     "vmoe-run runs/bundle --source test --duration 10 --json | jq .label",
-    topics=TOPICS,
+    topics=topics.RUN,
 )
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @cli.options(RunSettings)

@@ -1,8 +1,8 @@
-"""The topics under which `vmoe-run --help` sets its options."""
+"""The topics under which `vmoe-run --help` and `vmoe-bench --help` set their options."""
 
 from __future__ import annotations
 
-TOPICS = {
+RUN = {
     "Sources": (
         "camera", "source", "list", "replay", "sampling", "duration", "loop", "fps", "raw",
         "reconnect", "read_timeout", "rtsp_transport", "seed",
@@ -18,4 +18,15 @@ TOPICS = {
         "guard", "guard_profile", "on_alarm", "vote_share", "guard_calibrate", "guard_filter",
         "false_alarms",
     ),
+}  # fmt: skip
+
+BENCH = {
+    "What is measured": (
+        "baseline", "scenario", "batch", "streams", "threads", "force_route", "cuda_graph",
+        "include_transfers", "seed",
+    ),
+    "How long": ("warmup", "duration", "iterations", "percentile"),
+    "Engine": ("backend", "server", "device"),
+    "Beside the speed": ("accuracy", "accuracy_clips", "robust", "power"),
+    "Report": ("out", "csv", "md", "plot", "as_json", "overwrite", "compare", "fail_over"),
 }  # fmt: skip

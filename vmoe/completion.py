@@ -110,9 +110,9 @@ def _data() -> list[str]:
 
 VALUES: dict[str, Callable[[], list[str]]] = {
     "bundle": latest.offered, "target": latest.offered, "checkpoint": latest.offered,
-    "baseline": latest.offered, "compare": latest.offered, "twin": latest.offered,
-    "init_from": latest.offered,
-    "data": _data, "calib": _data, "verify_data": _data,
+    "compare": latest.offered, "twin": latest.offered, "init_from": latest.offered,
+    "baseline": lambda: ["torch", "torch-compile", *latest.offered()],
+    "data": _data, "accuracy": _data, "calib": _data, "verify_data": _data,
     "attack": _files("attacks/methods"), "method": _files("train/recipes"),
     "arch": _files("models/experts"), "lowering": _files("export/lowerings"),
     "backend": lambda: ["auto", *_files("runtime/engines")()],
@@ -120,5 +120,5 @@ VALUES: dict[str, Callable[[], list[str]]] = {
     "source": lambda: ["test", "-"],
     "shell": lambda: list(SHELLS), "command": lambda: ["vmoe", *pages()],
 }  # fmt: skip
-TEXTS_OR_PATHS = {"source", "data", "calib", "verify_data"}
+TEXTS_OR_PATHS = {"source", "data", "accuracy", "baseline", "calib", "verify_data"}
 NO_PATHS = {"shell", "command"}  # arguments

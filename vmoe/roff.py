@@ -40,14 +40,13 @@ def text(name: str, about: Page, others: Iterable[str], parts: Mapping[str, Page
     lines += [".SH NAME", rf"{_dashed(name)} \- {_plain(_sentence(first))}"]
     lines += [".SH SYNOPSIS", rf"\fB{_dashed(name)}\fR {_plain(about.usage)}"]
     lines += [".SH DESCRIPTION", _plain(first)]
-    for paragraph in rest:
-        lines += [".PP", _plain(paragraph)]
+    lines += [line for paragraph in rest for line in (".PP", *_lines(paragraph))]
     lines += [".SH OPTIONS", *_options(about.options)]
     if parts:
         lines += [".SH COMMANDS"]
         for part, of_part in parts.items():
             lines += [f'.SS "{_dashed(name)} {part} {_plain(of_part.usage)}"']
-            lines += [line for p in _paragraphs(of_part.help) for line in (_plain(p), ".PP")]
+            lines += [line for p in _paragraphs(of_part.help) for line in (*_lines(p), ".PP")]
             lines += _entries(of_part.options)
     lines += [".SH EXIT STATUS"]
     lines += [line for code, says in EXIT_CODES.items() for line in _entry(str(code), says)]
@@ -76,7 +75,14 @@ def _entry(term: str, says: str) -> list[str]:
 
 
 def _paragraphs(text: str) -> list[str]:
-    return [" ".join(p.split()) for p in text.split("\n\n")]
+    r"""Return paragraphs as one line each, but those whose lines are to stay (click's `\b`)."""
+    return [p if p.startswith("\b") else " ".join(p.split()) for p in text.split("\n\n")]
+
+
+def _lines(paragraph: str) -> list[str]:
+    if not paragraph.startswith("\b"):
+        return [_plain(paragraph)]
+    return [".nf", *map(_plain, paragraph.splitlines()[1:]), ".fi"]
 
 
 def _sentence(text: str) -> str:

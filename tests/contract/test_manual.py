@@ -32,7 +32,7 @@ def test_help_from_the_table_is_the_commands_own(name: str) -> None:
     assert manual.help_text(name, manual.pages()[name]) == own
 
 
-@pytest.mark.parametrize("name", ["vmoe-train", "vmoe-export", "vmoe-run", "vmoe-attack"])
+@pytest.mark.parametrize("name", DOORS)
 def test_long_help_is_by_topic_and_every_topic_names_what_there_is(name: str) -> None:
     command = _real(name)
     names = [name for names in command.topics.values() for name in names]
