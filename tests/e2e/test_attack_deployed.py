@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from tests import videos
 from tests.twins import lively, random_clips
 from vmoe import adversarial, checkpoint
-from vmoe.attacks import cli
+from vmoe.attacks import cli, on_video
 from vmoe.attacks.asked import OF_VIDEO
 from vmoe.attacks.on_video import read
 from vmoe.attacks.straight import source
@@ -222,6 +222,9 @@ def test_what_cannot_be_compared(tiny_bundle: Path) -> None:
     assert "tiny-split twice; name every bundle once" in refused(
         tiny_bundle, "--compare", tiny_bundle, *QUICK
     )
+    named = other_export(tiny_bundle, Path("twin"))
+    said = refused(tiny_bundle, "--compare", named, *QUICK)
+    assert "a bundle called twin cannot be told from the twin: rename its folder" in said
     assert "unknown backend 'onnxruntme': did you mean" in refused(
         tiny_bundle, "--backend", "onnxruntme", *QUICK
     )
@@ -304,7 +307,14 @@ def test_whatever_has_no_effect_on_a_video_is_refused_with_it(tiny_bundle: Path)
     assert {"seed", "sanity", "queries", "md"} < refuses
 
 
-def test_video_that_cannot_be_attacked(tiny_bundle: Path) -> None:
+def test_a_video_is_attacked_on_one_engine(tiny_bundle: Path) -> None:
+    pytest.importorskip("openvino")
+    video = ["--video", videos.write(Path("in.mkv"), frames=8), "--save-adv", "out.mkv"]
+    said = refused(tiny_bundle, *video, "--backend", "all", "--dry-run")
+    assert "--video attacks one engine: leave --compare and --backend all out" in said
+
+
+def test_video_that_cannot_be_attacked(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = videos.write(Path("in.mkv"), frames=3)
     to = ["--save-adv", "out.mkv"]
     video = [tiny_bundle, "--video", source]
@@ -333,7 +343,16 @@ def test_video_that_cannot_be_attacked(tiny_bundle: Path) -> None:
     assert "--eps is 0.001" in refused(*video, *to, "--eps", "0.001")
     said = refused(tiny_bundle, "--video", "none.mp4", *to, code=4)
     assert "none.mp4: No such file or directory" in said
-    Path("out.mkv").write_text("mine")
+    with monkeypatch.context() as patched:
+        patched.setattr(on_video, "MOST_BYTES", 1 << 20)
+        long = videos.write(Path("long.mkv"), frames=40)
+        said = refused(tiny_bundle, "--video", long, *to)
+        assert "long.mkv has more than 1 MiB of frames (29 are 1.4 s): cut it with ffmpeg" in said
+    with monkeypatch.context() as patched:
+        lossy = iter([(clean := read(long)[0], 20.0), (255 - clean, 20.0)])
+        patched.setattr(on_video, "read", lambda path: next(lossy))
+        said = refused(tiny_bundle, "--video", long, *to, "--steps", "1", code=1)
+        assert "out.mkv does not read back as it was written: FFV1 is lossy here" in said
     assert "out.mkv exists. Choose another --save-adv" in refused(*video, *to)
 
 
