@@ -138,16 +138,26 @@ class _Unroll:
         """Split the clip where its channels are moved to the front."""
         if node.op_type != "Transpose" or attributes(node).get("perm") != TO_CHANNELS_FIRST:
             return False
-        for value in self.graph.input:
-            if value.name == node.input[0]:
-                count = value.type.tensor_type.shape.dim[1].dim_value
-                if not count:
-                    raise UnknownLayerError(f"{value.name} has a free number of frames")
-                self.frames[node.output[0]] = [
-                    self._first(value.name, node.output[0], t) for t in range(count)
-                ]
-                return True
-        return False
+        clip = node.input[0]
+        sizes = self._clips().get(clip)
+        if sizes is None:
+            return False
+        if len(sizes) < 5 or not sizes[1]:
+            raise UnknownLayerError(f"{clip} has a free number of frames")
+        self.frames[node.output[0]] = [
+            self._first(clip, node.output[0], t) for t in range(sizes[1])
+        ]
+        return True
+
+    def _clips(self) -> dict[str, list[int]]:
+        """Return the sizes of what may be a clip: inputs, and what is reshaped before any layer."""
+        sizes = {
+            v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in self.graph.input
+        }
+        for node in self.build.nodes:
+            if node.op_type == "Reshape" and node.input[1] in self.constants:
+                sizes[node.output[0]] = self.constants[node.input[1]].tolist()
+        return sizes
 
     def _first(self, clip: str, name: str, t: int) -> str:
         """Take frame t out of a clip, [N, T, H, W, C], and move its channels to the front."""
