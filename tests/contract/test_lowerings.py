@@ -185,7 +185,7 @@ def test_if_has_each_experts_weights_inside_its_branch_and_no_deep_branch(expert
     outside = sum(graphs.weight_bytes(scope) for scope in around)
     assert outside <= graphs.weight_bytes(parts.router.graph) + 64
     depth = max(path_length(graph, leaf) for leaf in found)
-    assert depth == 1 + int(np.ceil(np.log2(experts)))  # the loop, then the tree
+    assert depth == 1  # the loop; each level more costs half of the time of loading
     names = [o for scope in graphs.walk(graph) for node in scope.node for o in node.output if o]
     assert len(names) == len(set(names)), "one name means two values"
 
