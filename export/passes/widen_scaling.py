@@ -1,7 +1,7 @@
 """Write what pixels are scaled and shifted by as whole rows, for graphs that will be int8.
 
-before: Add(Mul(x, a), b)     x [N, 3, H, W], a and b [1, 3, 1, 1]
-after:  Add(Mul(x, a), b)                     a and b [1, 3, 1, W]
+before: Add(Mul(x, a), b)     x [N, 3, T, H, W], a and b [1, 3, 1, 1, 1]
+after:  Add(Mul(x, a), b)                        a and b [1, 3, 1, 1, W]
 
 ONNX Runtime moves the channels of what an int8 convolution reads last, through the scaling to the
 pixels. A constant of one pixel is then applied three numbers at a time: ten times as slow.
@@ -15,7 +15,7 @@ from onnx import GraphProto, numpy_helper
 from vmoe.export.passes._builder import Constants, attributes, readers
 
 APART = ("Concat", "Gather", "Slice")  # what the clip goes through before its channels come first
-CHANNELS_FIRST = [0, 3, 1, 2]
+CHANNELS_FIRST = ([0, 3, 1, 2], [0, 4, 1, 2, 3])
 
 
 def apply(graph: GraphProto) -> bool:
@@ -34,7 +34,7 @@ def apply(graph: GraphProto) -> bool:
 
 
 def _constants(graph: GraphProto, clip: str, width: int) -> dict[str, int]:
-    """Return the constants [1, C, 1, 1] that change pixels, and nothing else, with the width."""
+    """Return the constants [1, C, 1, 1, 1] that change pixels, and nothing else, with the width."""
     constants, reading = Constants(graph), readers(graph)
     pixels: dict[str, int] = {clip: width}  # widths, by what has its channels last
     planes: dict[str, int] = {}  # the same of what has them first
@@ -45,7 +45,7 @@ def _constants(graph: GraphProto, clip: str, width: int) -> dict[str, int]:
         if node.op_type == "Reshape" and first in pixels and node.input[1] in constants:
             pixels[out] = constants[node.input[1]].tolist()[-2]
         elif node.op_type == "Transpose" and first in pixels:
-            first_channels = attributes(node).get("perm") == CHANNELS_FIRST
+            first_channels = attributes(node).get("perm") in CHANNELS_FIRST
             (planes if first_channels else pixels)[out] = pixels[first]
         elif node.op_type in APART and first in pixels:
             pixels[out] = pixels[first]
@@ -67,4 +67,4 @@ def _constants(graph: GraphProto, clip: str, width: int) -> dict[str, int]:
 
 
 def _is_pixel(shape: tuple[int, ...]) -> bool:
-    return len(shape) == 4 and shape[1] > 1 and shape == (1, shape[1], 1, 1)
+    return len(shape) in (4, 5) and shape[1] > 1 and shape == (1, shape[1], 1, 1, 1)[: len(shape)]

@@ -298,13 +298,15 @@ def test_widen_scaling_gives_the_same_pixels_by_whole_rows(shared: bool) -> None
     fold_scaling.apply(model.graph)
     unroll_frames.apply(model.graph)
     if shared:  # a layer that needs the constant as it is
-        scale = next(t.name for t in model.graph.initializer if t.name.endswith("scale/frame"))
+        scale = next(t.name for t in model.graph.initializer if t.name.endswith("/scale"))
         model.graph.node.append(helper.make_node("Relu", [scale], ["other"]))
     made = copy(model)
     assert widen_scaling.apply(made.graph)
     assert not widen_scaling.apply(made.graph)
-    shapes = {t.name: t.dims for t in made.graph.initializer if t.name.endswith("/frame")}
-    assert sorted(map(list, shapes.values())) == [[1, 3, 1, 1 if shared else 8], [1, 3, 1, 8]]
+    shapes = {t.name: t.dims for t in made.graph.initializer if t.name.endswith(("scale", "shift"))}
+    assert sorted(map(list, shapes.values())) == [
+        [1, 3, 1, 1, 1 if shared else 8], [1, 3, 1, 1, 8],
+    ]  # fmt: skip
     clips = clips_for(model)
     assert np.array_equal(run(model, clips), run(made, clips))
 
@@ -315,8 +317,8 @@ def test_widen_scaling_knows_how_wide_an_image_of_blocks_is() -> None:
     assert unroll_frames.apply(model.graph)
     made = copy(model)
     assert widen_scaling.apply(made.graph)
-    shapes = [list(t.dims) for t in made.graph.initializer if t.name.endswith("/frame")]
-    assert shapes == [[1, 12, 1, 4]]
+    shapes = [list(t.dims) for t in made.graph.initializer if t.name.endswith("shift/blocks")]
+    assert shapes == [[1, 12, 1, 1, 4]]
     clips = clips_for(model)
     assert np.array_equal(run(model, clips), run(made, clips))
 
