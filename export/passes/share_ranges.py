@@ -21,29 +21,35 @@ from vmoe.export.passes._builder import Constants, prune, readers
 
 Range = tuple[str, str]  # names of a scale and a zero point
 MOST = 3  # times a range may become as wide: more would cost a value two bits
+PAIR = ("QuantizeLinear", "DequantizeLinear")
 BIASED = ("Conv", "Gemm")
 
 
 def apply(graph: GraphProto) -> bool:
     """Widen the ranges of what is joined to their union, and scale the biases by it."""
     constants = Constants(graph)
-    given: dict[str, NDArray[Any]] = {}
+    shared: dict[Range, Range] = {}
     for group in _groups(graph, constants):
-        ranges = [(constants[scale], constants[zero]) for scale, zero in sorted(group)]
+        ranges = [(constants[scale], constants[zero]) for scale, zero in group]
         scale, zero = _union(ranges)
         alike = all(MOST * held >= scale for held, _ in ranges)
         if alike and len({(float(held), int(at)) for held, at in ranges}) > 1:
-            given |= {name: scale for name, _ in group} | {name: zero for _, name in group}
-    if not given:
-        return False
-    for tensor in graph.initializer:
-        if tensor.name in given:
-            tensor.CopyFrom(numpy_helper.from_array(given[tensor.name], tensor.name))
-    _scale_biases(graph)
-    return True
+            first = group[0][0]
+            names = f"{first}/shared", f"{first}/shared/zero"
+            graph.initializer.extend(
+                numpy_helper.from_array(value, name)
+                for name, value in zip(names, (scale, zero), strict=True)
+            )
+            shared |= dict.fromkeys(group, names)
+    for node in graph.node:
+        if node.op_type in PAIR and tuple(node.input[1:]) in shared:
+            node.input[1], node.input[2] = shared[node.input[1], node.input[2]]
+    if shared:
+        _scale_biases(graph)
+    return bool(shared)
 
 
-def _groups(graph: GraphProto, constants: Constants) -> Iterator[set[Range]]:
+def _groups(graph: GraphProto, constants: Constants) -> Iterator[list[Range]]:
     """Return the ranges that must be one: those that meet in a Concat, directly or over others."""
     made = {name: node for node in graph.node for name in node.output}
     reading = readers(graph)
@@ -57,13 +63,13 @@ def _groups(graph: GraphProto, constants: Constants) -> Iterator[set[Range]]:
         if None in ranges or kinds != {"QuantizeLinear"}:
             continue
         joined = set().union(*(groups.get(one, {one}) for one in ranges if one))
-        groups |= dict.fromkeys(joined, joined)
-    return iter({id(group): group for group in groups.values()}.values())
+        groups |= dict.fromkeys(sorted(joined), joined)
+    return (sorted(group) for group in {id(group): group for group in groups.values()}.values())
 
 
 def _range(node: NodeProto | None, constants: Constants) -> Range | None:
     """Return the range of a Q or DQ node that has one for all of its values, not stored ones."""
-    if node is None or node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+    if node is None or node.op_type not in PAIR:
         return None
     if node.input[0] in constants:
         return None
@@ -123,7 +129,8 @@ def _scaled(
         numpy_helper.from_array(held, f"{out}/held"),
         numpy_helper.from_array(scale.reshape(constants[bias.input[1]].shape), f"{out}/scale"),
     ])  # fmt: skip
-    made = NodeProto.FromString(bias.SerializeToString())
+    made = NodeProto()
+    made.CopyFrom(bias)
     made.name, made.output[0] = out, out
     made.input[0], made.input[1] = f"{out}/held", f"{out}/scale"
     return made

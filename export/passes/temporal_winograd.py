@@ -118,7 +118,7 @@ def _fits(conv: Convolution) -> bool:
 
 def _is_narrow(conv: Convolution) -> bool:
     """Return whether a layer's input is pixels, that are in no blocked layout."""
-    return conv.weight.shape[1] * conv.weight.shape[2] < ALIGN
+    return bool(conv.weight.shape[1] * conv.weight.shape[2] < ALIGN)
 
 
 def _pays(tile: Cost, others: tuple[Cost, ...], conv: Convolution, added: bool) -> bool:

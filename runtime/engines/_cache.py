@@ -153,7 +153,7 @@ def checksum(path: Path) -> int:
     unwritten or exchanged are found; not two words of one row that are exchanged.
     """
     words = np.zeros(BLOCK_BYTES // 8, np.uint64)
-    block, rows, found = memoryview(words).cast("B"), words.reshape(-1, ROW_WORDS), 0
+    block, rows, found = words.data.cast("B"), words.reshape(-1, ROW_WORDS), 0
     with path.open("rb", buffering=0) as file:
         while read := file.readinto(block):
             block[read:] = bytes(BLOCK_BYTES - read)
