@@ -46,8 +46,8 @@ class BenchSettings(Settings):
     backend: str = opt("auto", "what runs the graphs: auto, onnxruntime, openvino, torch or triton")
     server: str | None = opt(None, "HOST:PORT (HTTP) or grpc://HOST:PORT of a Triton server that "
                              "has all of the bundles: backend triton")  # fmt: skip
-    cuda_graph: bool | None = opt(None, "run the parts as CUDA graphs: backend tensorrt, which "
-                                  "does unless told not to")  # fmt: skip
+    cuda_graph: bool | None = opt(None, "run the parts as CUDA graphs: onnxruntime on CUDA; and "
+                                  "tensorrt, which does unless told not to")  # fmt: skip
     include_transfers: bool = opt(True, "latency from clips on the host to answers there; "
                                   "without: the GPU's work alone (backend tensorrt)")  # fmt: skip
     out: Path | None = opt(None, "write the record as JSON, with every call's time")
