@@ -308,7 +308,8 @@ def test_cuda_graphs_can_be_left_out(trt: Fake, path: Path, gpu: Any) -> None:
 @pytest.mark.parametrize(
     ("flag", "says"),
     [
-        ("--cuda-graph", "--cuda-graph: backend onnxruntime runs no CUDA graphs. Leave it out."),
+        ("--cuda-graph",
+         "--cuda-graph: onnxruntime runs on the CPU here, which has no CUDA graphs. Leave it out."),
         ("--no-include-transfers",
          "--no-include-transfers: backend onnxruntime, which runs split, does not tell copies from "
          "work; tensorrt does. Leave it out."),
@@ -319,3 +320,11 @@ def test_what_a_cpu_cannot_do_is_a_usage_error(path: Path, flag: str, says: str)
     assert result.exit_code == 2
     assert result.stderr == f"vmoe-bench: {says}\n"
     assert bench(path, "--include-transfers", "--no-cuda-graph", *FAST).exit_code == 0
+
+
+def test_a_backend_without_cuda_graphs_is_a_usage_error(path: Path) -> None:
+    result = bench(with_twin(path), "--cuda-graph", "--backend", "torch", *FAST)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "vmoe-bench: --cuda-graph: backend torch runs no CUDA graphs. Leave it out.\n"
+    )
