@@ -87,6 +87,8 @@ def run(paths: Sequence[Path], baselines: Sequence[Path | str], settings: BenchS
         found = _measure(calls, settings, watch)
         if STREAM in settings.scenarios and not found.interrupted:
             _stream(found, opened.subjects, settings, watch)
+        if not found.rows:
+            raise KeyboardInterrupt
         machine["during"] = watch.found()
         _ask_devices(found, opened.subjects)
         whole = [want for want in wanted if isinstance(want.bundle, Bundle)]
@@ -218,6 +220,8 @@ def _stream(
             log.info("streaming %d x %g s: %s", streams, settings.duration, subject.name)
             try:
                 row, whole = stream.run(subject, made, settings, watch)
+            except KeyboardInterrupt:
+                row, whole = None, False
             except Exception as e:
                 log.debug("", exc_info=e)
                 row, whole = record.failure(made, _why(e)), True
