@@ -263,19 +263,27 @@ def test_ctrl_c_before_anything_was_measured_gives_nothing(
     assert not result.stdout
 
 
-def test_ctrl_c_in_a_stream_keeps_its_windows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at", [2, 5])
+def test_ctrl_c_in_a_stream_keeps_its_windows(
+    path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
     from vmoe.runtime.bench.watch import Watch
 
     looks = [0]
 
     def look(self: Watch) -> None:
         looks[0] += 1
-        if looks[0] == 5:  # once for the beginning, then after each label
+        if looks[0] == at:  # once for the beginning, then after each label; the first warms up
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Watch, "look", look)
-    found = read(bench(path, "--scenario", "stream", "--duration", "60", *FAST[4:], "--json"), 130)
-    (row,) = found["rows"]
+    result = bench(path, "--scenario", "stream", "--duration", "60", *FAST[4:], "--json")
+    if at == 2:
+        assert result.exit_code == 130
+        assert result.stderr.splitlines()[-1] == "vmoe-bench: interrupted."
+        assert not result.stdout
+        return
+    (row,) = read(result, 130)["rows"]
     assert 1 <= row["stream"]["windows"] <= 3
 
 
