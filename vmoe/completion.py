@@ -90,7 +90,7 @@ class _Values(click.ParamType):  # type: ignore[type-arg]
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:  # type: ignore[type-arg]
+    ) -> list[CompletionItem]:
         """Return what begins as what was typed does; a path is the shell's own to complete."""
         done, comma, last = incomplete.rpartition(",") if self._many else ("", "", incomplete)
         known = self._known() if self._known is not None else []

@@ -139,11 +139,13 @@ def pages() -> dict[str, Page]:
 
 
 def _page(value: dict[str, Any]) -> Page:
-    options = (
-        Option(**{k: tuple(v) if isinstance(v, list) else v for k, v in option.items()})
-        for option in value["options"]
-    )
-    return Page(**{**value, "examples": tuple(value["examples"]), "options": tuple(options)})
+    options = tuple(Option(**_tuples(option)) for option in value["options"])
+    return Page(**{**_tuples(value), "options": options})
+
+
+def _tuples(value: dict[str, Any]) -> dict[str, Any]:
+    """Return values as a page has them: JSON knows no tuple."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
 
 
 def help_text(name: str, about: Page) -> str:
