@@ -143,8 +143,9 @@ def ask(data: str | None, n: int, robust: Path | None, read: Sequence[tuple[str,
     for name, bundle in read if data is not None else ():
         _fitting(name, bundle, _opened(data or "", bundle.spec), data or "")
     saved = None if robust is None else _saved(robust)
-    for name, bundle in read if saved is not None else ():
-        _refuse_others(f"--robust {robust}", saved, name, bundle)
+    if saved is not None:
+        for name, bundle in read:
+            _refuse_others(f"--robust {robust}", saved, name, bundle)
     return Asked(data, n, saved)
 
 

@@ -22,6 +22,7 @@ from .subjects import Subject, Wanted
 log = logging.getLogger("vmoe")
 
 INTERRUPTED = "the run was interrupted."
+NO_CALLS = "it is measured of calls, and none could be made (of a stream there are none)."
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,10 @@ def _with_energy(
     asked: Asked, answer: Sequence[Form], rows: list[Row], seed: int
 ) -> tuple[list[Row], Method]:
     """Return the rows with what a clip of theirs draws."""
-    if not asked.meters or not answer:
+    if not asked.meters:
         return rows, Method(why_not=asked.why_not)
+    if not answer:
+        return rows, Method(why_not=(NO_CALLS,))
     seconds = energy.block_s(asked.meters)
 
     def show(turns: Iterable[int]) -> Iterable[int]:

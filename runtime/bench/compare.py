@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 DRAWS = 500  # of a bootstrap: they give an SE, no far percentile
 AT_ONCE = 1 << 20  # values drawn in one piece
 LEAST = 6  # calls of a row, below which it has no interval
-MACHINE = ("cpu", "cores", "gpu", "board", "virtual")  # of the context
+MACHINE = ("cpu", "cores", "quota_cores", "gpu", "board", "virtual")  # of the context
 SLOWER, FASTER, SAME, UNCLEAR = "slower", "faster", "same", "unclear"
 FEW, FAILED = "few calls", "fails now"
 
@@ -98,23 +98,23 @@ class Line:
 
     Attributes:
         key: which one.
+        found: slower, faster, same, unclear, few calls, or fails now.
         old_ms, new_ms: medians; None of a row that fails now.
         ratio: new over old.
         low, high: its interval; None of too few calls.
         minima: ratio of the minima: what is left when nothing else runs on the machine.
         cpu: ratio of the medians of CPU time; None where there is none.
-        found: slower, faster, same, unclear, few calls, or fails now.
     """
 
     key: Key
-    old_ms: float
-    new_ms: float | None
-    ratio: float | None
-    low: float | None
-    high: float | None
-    minima: float | None
-    cpu: float | None
     found: str
+    old_ms: float
+    new_ms: float | None = None
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
+    minima: float | None = None
+    cpu: float | None = None
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ def compare(old: Side, new: Side, threshold: float, seed: int = 0) -> Comparison
     z = NormalDist().inv_cdf(1 - (1 - LEVEL) / 2 / max(1, len(both)))
     rng = np.random.default_rng(seed)
     lines = [_line(key, old, new, threshold, z, rng) for key in both]
-    lines += [Line(key, float(np.median(old.times_ms[key])), *[None] * 6, FAILED) for key in broken]
+    lines += [Line(key, FAILED, float(np.median(old.times_ms[key]))) for key in broken]
     return Comparison(
         old=old.path,
         threshold=threshold,
@@ -279,7 +279,7 @@ def _line(
     ratio, minima = after / before, float(now.min() / was.min())
     cpu = new.cpu_ms[key] / old.cpu_ms[key] if old.cpu_ms.get(key) and key in new.cpu_ms else None
     if min(len(was), len(now)) < LEAST:
-        return Line(key, before, after, ratio, None, None, minima, cpu, FEW)
+        return Line(key, FEW, before, after, ratio, minima=minima, cpu=cpu)
     half = z * math.hypot(standard_error(was, rng), standard_error(now, rng))
     low, high, most = ratio * math.exp(-half), ratio * math.exp(half), 1 + threshold
     found = SAME
@@ -287,7 +287,7 @@ def _line(
         found = SLOWER if minima > most else UNCLEAR
     elif ratio < 1 / most and high < 1:
         found = FASTER if minima < 1 / most else UNCLEAR
-    return Line(key, before, after, ratio, low, high, minima, cpu, found)
+    return Line(key, found, before, after, ratio, low, high, minima, cpu)
 
 
 def standard_error(times: Times, rng: np.random.Generator) -> float:

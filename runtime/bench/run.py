@@ -106,6 +106,8 @@ def run(paths: Sequence[Path], baselines: Sequence[Path | str], settings: BenchS
         found = _measure(calls, settings, watch)
         if STREAM in settings.scenarios and not found.interrupted:
             _stream(found, opened.subjects, settings, watch)
+        if not found.rows:
+            raise KeyboardInterrupt
         machine["during"] = watch.found()
         _ask_devices(found, opened.subjects)
         method = _beside(found, asked, opened.subjects, settings)
@@ -240,6 +242,8 @@ def _stream(
             log.info("streaming %d x %g s: %s", streams, settings.duration, subject.name)
             try:
                 row, whole = stream.run(subject, made, settings, watch)
+            except KeyboardInterrupt:
+                row, whole = None, False
             except Exception as e:
                 log.debug("", exc_info=e)
                 row, whole = record.failure(made, record.why(e)), True

@@ -49,6 +49,10 @@ class BenchSettings(Settings):
     backend: str = opt("auto", "what runs the graphs: auto, onnxruntime, openvino, torch or triton")
     server: str | None = opt(None, "HOST:PORT (HTTP) or grpc://HOST:PORT of a Triton server that "
                              "has all of the bundles: backend triton")  # fmt: skip
+    cuda_graph: bool | None = opt(None, "run the parts as CUDA graphs: onnxruntime on CUDA; and "
+                                  "tensorrt, which does unless told not to")  # fmt: skip
+    include_transfers: bool = opt(True, "latency from clips on the host to answers there; "
+                                  "without: the GPU's work alone (backend tensorrt)")  # fmt: skip
     accuracy: str | None = opt(None, "data whose split `test` gives accuracy beside speed: "
                                "camera-motion, a folder of folders, NAME:/path")  # fmt: skip
     accuracy_clips: int = opt(200, "clips of --accuracy, at most", at_least=1)
@@ -60,10 +64,6 @@ class BenchSettings(Settings):
     compare: Path | None = opt(None, "an older record, of --out: which rows became slower")
     fail_over: str | None = opt(None, "with --compare: end with 3 where a row is slower by more, "
                                 "and by more than the noise: 5% or 0.05")  # fmt: skip
-    cuda_graph: bool | None = opt(None, "run the parts as CUDA graphs: backend tensorrt, which "
-                                  "does unless told not to")  # fmt: skip
-    include_transfers: bool = opt(True, "latency from clips on the host to answers there; "
-                                  "without: the GPU's work alone (backend tensorrt)")  # fmt: skip
     out: Path | None = opt(None, "write the record as JSON, with every call's time")
     csv: Path | None = opt(None, "write the rows as CSV")
     md: Path | None = opt(None, "write the table and the verdicts as Markdown")

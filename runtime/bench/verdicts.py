@@ -127,14 +127,18 @@ def of_streams(rows: Mapping[str, tuple[Streamed, Summary]]) -> list[Verdict]:
     if not rows:
         return []
     said = []
-    lost = {name: s.windows_dropped + s.frames_dropped for name, (s, _) in rows.items()}
+    lost = {
+        name: s.windows_dropped + s.windows_incomplete + s.frames_dropped
+        for name, (s, _) in rows.items()
+    }
     top = max(lost, key=lambda name: lost[name])
     counts, ages = rows[top]
     if lost[top]:
         says = (
             f"{sum(map(bool, lost.values()))} of {len(rows)} rows lost something (most: {top}, "
-            f"{counts.windows_dropped} windows and {counts.frames_dropped} frames beside "
-            f"{counts.windows} windows labelled): too slow for its cameras."
+            f"{counts.windows_dropped} windows, {counts.windows_incomplete} that were incomplete, "
+            f"{counts.frames_dropped} frames; {counts.windows} windows labelled): too slow for "
+            "its cameras, or the machine was."
         )
         said.append(Verdict("dropped", None, False, says))
     else:

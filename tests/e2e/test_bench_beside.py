@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.resources import files
@@ -23,7 +24,19 @@ from vmoe.runtime.bench import energy
 from vmoe.runtime.bench.cli import main
 from vmoe.runtime.bench.power import nvml, rapl, tegrastats
 
-FAST = ("--iterations", "8", "--duration", "0", "--warmup", "0", "--threads", "1")
+FAST = (
+    "--iterations",
+    "8",
+    "--duration",
+    "0",
+    "--warmup",
+    "0",
+    "--threads",
+    "1",
+    "--power",
+    "none",
+)
+AUTO = ("--power", "auto")  # of two, the last counts
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +89,7 @@ def test_accuracy_stands_in_the_row_of_the_speed(made: Path, tmp_path: Path) -> 
     out, rows, page = tmp_path / "r.json", tmp_path / "r.csv", tmp_path / "r.md"
     result = bench(
         made / "split", "--baseline", made / "dense", "--accuracy", made / "videos", "--robust",
-        made / "clips", *FAST, "--power", "none", "--out", out, "--csv", rows, "--md", page,
+        made / "clips", *FAST, "--out", out, "--csv", rows, "--md", page,
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     found = record(out)
@@ -159,7 +172,7 @@ def test_a_bundle_that_cannot_answer_says_why_and_the_rest_goes_on(
     ],
 )
 def test_bad_input_is_one_line(made: Path, args: tuple[str, ...], code: int, says: str) -> None:
-    one_line(bench(made / "split", *(arg.format(made) for arg in args), *FAST), code, says)
+    one_line(bench(made / "split", *FAST, *(arg.format(made) for arg in args)), code, says)
 
 
 # ---- energy
@@ -208,7 +221,7 @@ def test_energy_stands_beside_and_its_method_is_said(
     assert "energy: CPU (1 package, memory not counted), by RAPL; 3 blocks of 0.01" in result.stdout
     assert "| mJ/clip |" in result.stdout
     assert "J/clip (" in result.stdout
-    used = json.loads(bench(made / "split", *FAST, "--json").stdout)["rows"]
+    used = json.loads(bench(made / "split", *FAST, *AUTO, "--json").stdout)["rows"]
     assert [row["form"] for row in used if row["energy"]] == ["free", "all experts"]
 
 
@@ -217,14 +230,14 @@ def test_energy_that_cannot_be_read_is_a_remark_and_by_name_an_error(
 ) -> None:
     counters(tmp_path / "powercap", monkeypatch)
     (tmp_path / "powercap" / "intel-rapl:0" / "energy_uj").unlink()
-    result = bench(made / "split", *FAST)
+    result = bench(made / "split", *FAST, *AUTO)
     assert result.exit_code == 0
     assert "energy: not available: NVML (libno-such-thing.so.1) is not here" in result.stdout
     assert "mJ/clip" not in result.stdout
-    one_line(bench(made / "split", "--power", "rapl", *FAST), 1, "energy_uj: No such file")
-    one_line(bench(made / "split", "--power", "nvml", *FAST), 5, "NVML (libno-such-thing.so.1)")
-    one_line(bench(made / "split", "--power", "tegrastats", *FAST), 5, "comes with JetPack")
-    nothing = bench(made / "split", "--power", "none", *FAST)
+    one_line(bench(made / "split", *FAST, "--power", "rapl"), 1, "energy_uj: No such file")
+    one_line(bench(made / "split", *FAST, "--power", "nvml"), 5, "NVML (libno-such-thing.so.1)")
+    one_line(bench(made / "split", *FAST, "--power", "tegrastats"), 5, "comes with JetPack")
+    nothing = bench(made / "split", *FAST, "--power", "none")
     assert "energy: not available: not asked for (--power none)" in nothing.stdout
 
 
@@ -233,9 +246,48 @@ def test_a_meter_that_breaks_costs_no_measurement(
 ) -> None:
     counters(tmp_path / "powercap", monkeypatch)
     monkeypatch.setattr(energy, "measure", lambda *_, **__: 1 / 0)
-    result = bench(made / "split", *FAST)
+    result = bench(made / "split", *FAST, *AUTO)
     assert result.exit_code == 0
     assert "energy: not available: ZeroDivisionError: division by zero" in result.stdout
+
+
+def test_streams_alone_have_no_energy_and_say_so(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counters(tmp_path / "powercap", monkeypatch)
+    result = bench(made / "split", "--scenario", "stream", "--duration", "0.3", "--warmup", "0")
+    assert "energy: not available: it is measured of calls, and none could be" in result.stdout
+
+
+@pytest.mark.parametrize("when", ["accuracy.measure", "energy.measure"])
+def test_an_interrupt_beside_the_times_keeps_them(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    counters(tmp_path / "powercap", monkeypatch)
+    monkeypatch.setattr(f"vmoe.runtime.bench.{when}", interrupt)
+    result = bench(made / "split", "--accuracy", made / "videos", *FAST, *AUTO, "--json")
+    assert result.exit_code == 130
+    found = json.loads(result.stdout)
+    assert found["interrupted"]
+    assert all(row["latency_ms"]["n"] >= 8 for row in found["rows"])
+    assert found["energy"]["why_not"] == ["the run was interrupted."]
+    assert bool(found["rows"][0]["accuracy"]) is (when == "energy.measure")
+
+
+def test_what_stands_beside_needs_neither_torch_nor_onnx(made: Path) -> None:
+    args = [made / "split", "--accuracy", made / "videos", "--robust", made / "clips", *FAST]
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'onnx', 'matplotlib'): sys.modules[name] = None\n"
+        "from vmoe.runtime.bench.cli import main\n"
+        f"main({[str(arg) for arg in args]!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Robust accuracy, eps 8/255" in done.stdout
 
 
 # ---- comparison
@@ -244,7 +296,7 @@ def test_a_meter_that_breaks_costs_no_measurement(
 @pytest.fixture(scope="module")
 def old(made: Path) -> Path:
     path = made / "old.json"
-    assert bench(made / "split", *FAST, "--power", "none", "--out", path).exit_code == 0
+    assert bench(made / "split", *FAST, "--out", path).exit_code == 0
     return path
 
 
@@ -316,7 +368,7 @@ def test_a_record_that_cannot_be_compared_is_refused_before_measuring(
 
 def test_plots_are_written_and_never_replaced_unasked(made: Path, tmp_path: Path) -> None:
     file, folder = tmp_path / "bench.png", tmp_path / "plots"
-    args = (made / "split", "--batch", "1,2", "--robust", made / "clips", *FAST, "--power", "none")
+    args = (made / "split", "--batch", "1,2", "--robust", made / "clips", *FAST)
     result = bench(*args, "--plot", file)
     assert result.exit_code == 0, result.stderr
     assert file.read_bytes()[:4] == b"\x89PNG"

@@ -263,19 +263,27 @@ def test_ctrl_c_before_anything_was_measured_gives_nothing(
     assert not result.stdout
 
 
-def test_ctrl_c_in_a_stream_keeps_its_windows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at", [2, 5])
+def test_ctrl_c_in_a_stream_keeps_its_windows(
+    path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
     from vmoe.runtime.bench.watch import Watch
 
     looks = [0]
 
     def look(self: Watch) -> None:
         looks[0] += 1
-        if looks[0] == 5:  # once for the beginning, then after each label
+        if looks[0] == at:  # once for the beginning, then after each label; the first warms up
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Watch, "look", look)
-    found = read(bench(path, "--scenario", "stream", "--duration", "60", *FAST[4:], "--json"), 130)
-    (row,) = found["rows"]
+    result = bench(path, "--scenario", "stream", "--duration", "60", *FAST[4:], "--json")
+    if at == 2:
+        assert result.exit_code == 130
+        assert result.stderr.splitlines()[-1] == "vmoe-bench: interrupted."
+        assert not result.stdout
+        return
+    (row,) = read(result, 130)["rows"]
     assert 1 <= row["stream"]["windows"] <= 3
 
 
@@ -308,7 +316,8 @@ def test_cuda_graphs_can_be_left_out(trt: Fake, path: Path, gpu: Any) -> None:
 @pytest.mark.parametrize(
     ("flag", "says"),
     [
-        ("--cuda-graph", "--cuda-graph: backend onnxruntime runs no CUDA graphs. Leave it out."),
+        ("--cuda-graph",
+         "--cuda-graph: onnxruntime runs on the CPU here, which has no CUDA graphs. Leave it out."),
         ("--no-include-transfers",
          "--no-include-transfers: backend onnxruntime, which runs split, does not tell copies from "
          "work; tensorrt does. Leave it out."),
@@ -319,3 +328,11 @@ def test_what_a_cpu_cannot_do_is_a_usage_error(path: Path, flag: str, says: str)
     assert result.exit_code == 2
     assert result.stderr == f"vmoe-bench: {says}\n"
     assert bench(path, "--include-transfers", "--no-cuda-graph", *FAST).exit_code == 0
+
+
+def test_a_backend_without_cuda_graphs_is_a_usage_error(path: Path) -> None:
+    result = bench(with_twin(path), "--cuda-graph", "--backend", "torch", *FAST)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "vmoe-bench: --cuda-graph: backend torch runs no CUDA graphs. Leave it out.\n"
+    )

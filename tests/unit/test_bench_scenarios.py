@@ -219,7 +219,7 @@ def test_streams_that_lose_something_and_those_that_keep_up() -> None:
     (lost,) = verdicts.of_streams({"b free": (good, many), "c free": (bad, many)})
     assert lost.name == "dropped"
     assert "1 of 2 rows" in lost.says
-    assert "c free, 4 windows and 30 frames beside 15 windows labelled" in lost.says
+    assert "c free, 4 windows, 0 that were incomplete, 30 frames; 15 windows labelled" in lost.says
     assert verdicts.of_streams({}) == []
 
 
