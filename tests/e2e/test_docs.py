@@ -33,17 +33,25 @@ OURS = re.compile(
 )
 # Flags of benchmarks/ and of other programs.
 OTHERS = {"--quick", "--large", "--jobs", "--seeds", "--only", "--models", "--ablations",
-          "--model-repository", "--exit-timeout-secs"}  # fmt: skip
+          "--model-repository", "--exit-timeout-secs", "--group-add"}  # fmt: skip
 FOR_SHELL = re.compile(r"[|><&;$]")
 RUN_HERE = [page for page in pages.pages() if any(
     block.language in (pages.SHELL, pages.PYTHON) and not (block.not_run or block.run_by)
     for block in pages.blocks(page)
 )]  # fmt: skip
+BESIDE = [  # pages outside of docs/
+    pages.ROOT / name
+    for name in ("README.md", "CONTRIBUTING.md", "docker/README.md", "vmoe/shipped/README.md")
+]
 BLOCKS = [block for page in pages.pages() for block in pages.blocks(page)]
 
 
 def name_of(page: Path) -> str:
     return page.relative_to(pages.DOCS).as_posix()
+
+
+def where(page: Path) -> str:
+    return page.relative_to(pages.ROOT).as_posix()
 
 
 # --- what a page asks for is run ----------------------------------------------------------------
@@ -255,8 +263,9 @@ def typed(text: str) -> Iterator[tuple[str, list[str]]]:
         yield found[1], re.findall(r"(?<![\w-])--?[a-z][\w-]*", rest)
 
 
-@pytest.mark.parametrize("page", [*pages.pages(), pages.ROOT / "README.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [*pages.pages(), *BESIDE], ids=where)
 def test_every_flag_is_one_of_its_command(page: Path) -> None:
+    """Of the README, whose commands are excerpts of long runs, this is all that is looked up."""
     known = {name: flags_of(command) for name, command in commands_of().items()}
     every = set().union(*known.values())
     text = page.read_text(encoding="utf-8")
@@ -269,7 +278,7 @@ def test_every_flag_is_one_of_its_command(page: Path) -> None:
         assert flag in every | OTHERS, f"{page.name}: nothing has {flag}"
 
 
-@pytest.mark.parametrize("page", pages.pages(), ids=name_of)
+@pytest.mark.parametrize("page", [*pages.pages(), *BESIDE], ids=where)
 def test_links_and_anchors_lead_somewhere(page: Path) -> None:
     for link in pages.links(page):
         if re.match(r"\w+:", link):
