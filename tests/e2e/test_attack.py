@@ -183,7 +183,7 @@ def test_config_file_and_seed(twin: Path) -> None:
         (["--attack", "tlga"], "unknown attack 'tlga': did you mean 'tlga-r'?"),
         (["--eps", "strong"], "eps 'strong' is not a number"),
         (["--eps", "8,"], "eps '' is not a number"),
-        (["--eps", "-1"], "eps '-1' is not a number"),
+        (["--eps", "-1"], "eps '-1' is negative"),
         (["--eps", "300"], "is above 1"),
         (["--attack", "pgd", "--gamma1", "2"], "--gamma1 has no effect: none of pgd takes it"),
         (["--attack", "pgd-r", "--route-grad", "soft"], "--route-grad has no effect"),
