@@ -20,6 +20,10 @@ KEPT = (
     "camera_size", "eot", "seed", "device",
 )  # fmt: skip
 PATHS = ("twin", "save_adv", "md")
+OF_VIDEO = {  # the others have no effect on it
+    "target", "twin", "video", "save_adv", "to_label", "dry_run", "device", "config", "as_json",
+    "eps", "steps", "step", "route_grad", "batch", "mode", "backend",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,19 @@ class Asked:
     as_json: bool
     flags: dict[str, Any]
 
+    @property
+    def given(self) -> set[str]:
+        """What stands on the command line, and the settings of the --config file."""
+        source = click.get_current_context().get_parameter_source
+        own = (field.name for field in dataclasses.fields(self) if field.name != "flags")
+        given = {name for name in own if source(name) is not ParameterSource.DEFAULT}
+        return given | {name for name, value in self.flags.items() if value is not None}
+
     def refuse_contradictions(self) -> None:
-        """Refuse options that exclude each other, before any work."""
+        """Refuse options that exclude each other or have no effect, before any work."""
+        if self.video is not None:
+            why = "--video attacks all windows of one video together"
+            given_by.refuse(self.given - OF_VIDEO, why)
         if self.save_adv is not None and self.load_adv is not None:
             raise SettingError(
                 "--save-adv and --load-adv exclude each other: make clips, or replay."

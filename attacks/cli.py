@@ -10,7 +10,7 @@ import click
 
 from vmoe import cli
 from vmoe.attacks import flags as given_by
-from vmoe.attacks import presets, ranks, run
+from vmoe.attacks import heap, presets, ranks, run
 from vmoe.attacks.asked import Asked, as_before, compared
 from vmoe.attacks.flags import RunSettings
 
@@ -73,6 +73,7 @@ def main(**given: Any) -> None:
     own = [field.name for field in dataclasses.fields(Asked) if field.name != "flags"]
     asked = Asked(**{name: given.pop(name) for name in own}, flags=given)
     asked.refuse_contradictions()
+    heap.keep()
     run.attack(as_before(asked) if asked.resume else asked, ranks.here())
 
 

@@ -45,9 +45,10 @@ def _walk(search: Search, clip: Tensor, shape: Shape | None) -> None:
         direction = ball.steepest(gradient, settings.norm)
         if isinstance(settings, TemporalSettings) and settings.temporal != "off":
             size, velocity = temporal_step(gradient, velocity, settings)
-            direction = size[:, None, :, None, None] * direction
+            direction.mul_(size[:, None, :, None, None])
         else:
-            direction = settings.step * settings.eps * direction
+            direction.mul_(settings.step * settings.eps)
+        del gradient  # else it is held while the next is made
         clip = search.project(direction.add_(clip))
     search.judge(clip)
 

@@ -155,6 +155,12 @@ def read(
     asking: tuple[str, ...] = ()
     if bundle and QUERY in settings.modes:
         asking = tuple(name for name in attacks if asks(name)) or ASKING
+        lost = [name for name in attacks if not asks(name)]
+        if settings.modes == (QUERY,) and "attack" in given and lost:
+            raise SettingError(
+                f"--mode query asks for answers alone: it has no use for {', '.join(lost)}. Leave "
+                "that out, or add adaptive."
+            )
     followed = not bundle or settings.modes != (QUERY,)
     every = dict.fromkeys((*(attacks if followed else ()), *asking))
     methods = [load(name).Settings for name in every]

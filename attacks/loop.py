@@ -188,7 +188,7 @@ class Search:
         """
         how, begun = self.settings, self.clip.clone()
         if self._given is not None and self.number == 0:
-            return self.project(self._given)
+            return self.project(self._given.clone())
         if random:
             rows = self._rows()
             numbers = self.indices[rows.cpu()]
@@ -197,9 +197,9 @@ class Search:
         return begun
 
     def project(self, moved: Tensor) -> Tensor:
-        """Return clips within the ball and in [0, 1]."""
+        """Return clips within the ball and in [0, 1]; those that are given may be overwritten."""
         if self.settings.norm == "linf":
-            return moved.clamp(*self._ends)
+            return moved.clamp_(*self._ends)
         return ball.project(self.clip, moved, self.settings.eps, self.settings.norm)
 
     def slope(self, clip: Tensor, *, probe: bool = False) -> tuple[Tensor, Tensor]:
@@ -214,7 +214,8 @@ class Search:
         with torch.enable_grad(), self._autocast(at):
             judged = self._objective(at, rows)
             found = _gradient(judged.loss, at)
-        largest = found.abs().flatten(1).amax(dim=1)
+        low, high = found.flatten(1).amin(dim=1), found.flatten(1).amax(dim=1)
+        largest = torch.maximum(-low, high)
         alive = (largest > 0) & (largest < torch.inf)
         if not alive.all():
             found = found.nan_to_num()  # one that overflowed must not lead out of [0, 1]
@@ -319,8 +320,10 @@ class Search:
             success, route = self._confirm(clip, rows, judged)
         held, least = self.success[rows], self.loss[rows]
         better = improves(success, loss, held, least)
-        at = rows[better]
-        self.best[at], self.loss[at], self.route[at] = clip[better], loss[better], route[better]
+        those = torch.nonzero(better).flatten()
+        at = rows[those]
+        self.best.index_copy_(0, at, clip.index_select(0, those))  # masks are slower
+        self.loss[at], self.route[at] = loss[those], route[those]
         self.success[rows] = held | success
         if self.settings.early_stop:
             self.standing[rows] = ~success

@@ -33,7 +33,6 @@ from vmoe.settings import format_eps
 
 SUFFIX = ".mkv"  # the only one of vmoe.video that is lossless
 MOST_BYTES = 1 << 30  # of decoded frames; about 5 times as much is held
-TAKES = {"eps", "steps", "step", "route_grad", "batch", "mode", "backend"}  # flags with an effect
 
 
 @dataclass(frozen=True)
@@ -66,23 +65,14 @@ def attack(asked: Asked, source: Path, path: Path, which: str, say: Callable[[st
         say: says a line.
 
     Raises:
-        SettingError: flags that have no effect, an output that cannot be written, a label that is
-            none of the model's, or a video that cannot be attacked.
+        SettingError: an output that cannot be written, a label that is none of the model's, or a
+            video that cannot be attacked.
         SourceError: a video that cannot be read.
         VmoeError: what was read back is not what was written.
     """
-    given = {name for name, value in asked.flags.items() if value is not None}
-    also = {
-        "load_adv", "md", "out", "curve", "resume", "preset", "compare", "gate_robust", "codec",
-        "camera_size", "eot", "overwrite",
-    }  # fmt: skip
-    given_by.refuse(
-        (given - TAKES) | {name for name in also if getattr(asked, name)},
-        "--video attacks all windows of one video together",
-    )
     settings = cli.resolve(RunSettings, {**asked.flags, "step": None, "steps": None}, asked.config)
     if not path.is_dir():
-        given_by.refuse(given & {"mode", "backend"}, "a checkpoint has no engine")
+        given_by.refuse(asked.given & {"mode", "backend"}, "a checkpoint has no engine")
     _refuse(source, asked.save_adv, settings.mode)
     assert asked.save_adv is not None  # refused above
     if len(settings.eps) > 1:

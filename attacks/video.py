@@ -19,14 +19,14 @@ from torch import Tensor
 
 from vmoe import clips
 from vmoe.attacks.grid import radius
-from vmoe.attacks.judge import Judge
+from vmoe.attacks.judge import Bools, Judge
 from vmoe.attacks.loop import as_found
-from vmoe.attacks.losses import answer, margin
+from vmoe.attacks.losses import answer, margin, silent
 from vmoe.attacks.modes import Deployed
 from vmoe.batches import to_tensor
 from vmoe.cli import progress
 from vmoe.clips import ClipSpec
-from vmoe.errors import SettingError
+from vmoe.errors import SettingError, VmoeError
 from vmoe.models import VideoMoE
 from vmoe.runtime.engine import Prediction
 from vmoe.runtime.frames import Frame
@@ -166,6 +166,7 @@ def perturb(
     Raises:
         SourceError: its frames are too far apart for the model.
         SettingError: it is shorter than one window, or nothing can be changed within eps.
+        VmoeError: a model answers NaN; names the window.
     """
     most = radius(settings.eps)
     if not most:
@@ -225,6 +226,7 @@ def _look(
         at = slice(start, start + batch)
         clip = to_tensor(prepared[windows[at]], device).requires_grad_()
         out, hard = answer(model, clip, way)
+        _refuse_silent(silent(hard, out.scores).cpu().numpy(), start)
         loss = goal.of(out.logits, at).clamp_max(SURE).sum()
         (found,) = torch.autograd.grad(loss, clip)
         each = found.cpu().permute(0, 2, 1, 3, 4).flatten(0, 1)  # by window, then frame
@@ -247,4 +249,16 @@ def _stepped(moved: Frames, clean: Frames, slope: Tensor, size: int, most: int) 
 def _answers(judge: Judge, prepared: Frames, windows: NDArray[np.int64], batch: int) -> Prediction:
     """Return what is said of every window."""
     parts = [judge(prepared[windows[i : i + batch]]) for i in range(0, len(windows), batch)]
-    return Prediction(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+    found = Prediction(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+    answers = np.concatenate([found.logits, found.scores], axis=1)
+    _refuse_silent(np.asarray(np.isnan(answers).any(axis=1)), 0)
+    return found
+
+
+def _refuse_silent(which: Bools, first: int) -> None:
+    """Refuse windows, numbered from the first, that a model answers NaN to."""
+    if which.any():
+        raise VmoeError(
+            f"window {first + int(np.flatnonzero(which)[0])}: the model answers NaN to it or near "
+            "it; no label of this model would mean anything. Look at its weights."
+        )

@@ -95,7 +95,6 @@ VARIANTS: dict[str, tuple[str, Trial]] = {
     "plus: margin 0": ("j-tlat-plus", Trial({"margin": 0.0})),
     "plus: margin 8": ("j-tlat-plus", Trial({"margin": 8.0})),
 }
-ROUNDS = 5  # of the throughput's measurement
 
 
 @dataclass(frozen=True)
@@ -303,7 +302,7 @@ def main(
         tasks.prepare(data, place, size, max(numbers), jobs)
         phases(run, methods.split(","), numbers, jobs)
         if not large:
-            speed = [throughput.figure(run.task(numbers[0]), 1 if quick else ROUNDS)]
+            speed = [throughput.figure(quick=quick)]
     trials = {name: TRIALS[name][: size.trials] for name in METHODS}
     found = reproduce_tables.gather(place, [*METHODS, *VARIANTS], numbers, trials, size)
     found |= {"data": data}

@@ -1,4 +1,4 @@
-"""Adversarial clips for calibration and for the gate `robust`: PGD on the twin, on the grid."""
+"""Adversarial clips for calibration: PGD on the twin, rounded to the grid."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
     parity     logits and scores against the twin's, largest and mean difference  (parity.py)
     route      clips routed as the twin routes them
     clean      accuracy lost against the twin                                     (accuracy.py)
-    robust     adversarial clips that break the engine, and not the twin that they were made on
+    robust     adversarial clips, made on the twin, that break the engine alone
     sparsity   what a routed clip costs, over router alone + expert alone         (sparsity.py)
     precision  layers that are not what was asked, or do not run as that          (precision.py,
                                                                                    executed.py)

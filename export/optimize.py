@@ -3,8 +3,8 @@
     none      as exported
     flat      pixels moved while they are bytes, for an expert that takes frames as a batch (tsm)
     direct    frames unrolled: 3-D convolutions as sums of 2-D ones
-    joined    frames unrolled, the taps of a convolution stacked on its channels: for int8, where
-              a sum of taps would be rounded after each
+    joined    frames unrolled, the taps of a convolution stacked on its channels, and the stride
+              over pixels too: for int8, where a sum of taps would be rounded after each
     winograd  frames unrolled with fewer multiplications; fp32 alone, as its sums widen the ranges
 
 An expert that a form is not for stays as exported. The router stays as exported:
@@ -35,8 +35,10 @@ from .passes import (
     cast_first,
     flat_pixels,
     fold_scaling,
+    fold_stride,
     join_taps,
     pad_channels,
+    share_ranges,
     sink_initializers,
     strip_metadata,
     temporal_winograd,
@@ -54,10 +56,11 @@ FORMS: dict[str, tuple[Pass, ...]] = {  # over each expert
     "none": (),
     "flat": (fold_scaling.apply, flat_pixels.apply),
     "direct": (*_BEFORE, unroll_frames.apply),
-    "joined": (*_BEFORE, join_taps.apply),
+    "joined": (fold_scaling.apply, fold_stride.apply, pad_channels.apply, join_taps.apply),
     "winograd": (*_BEFORE, temporal_winograd.apply),
 }
 QUANTISED: tuple[Pass, ...] = (widen_scaling.apply,)  # over each part that becomes int8, before
+RANGED: tuple[Pass, ...] = (strip_metadata.apply, share_ranges.apply)  # ... and once it is int8
 LOWERED: tuple[Pass, ...] = (sink_initializers.apply, annotate_batch.apply)  # over what is written
 TENSORRT: tuple[Pass, ...] = (cast_first.apply,)  # over each part that a plan is built of
 

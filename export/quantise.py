@@ -31,7 +31,6 @@ from onnx import GraphProto, ModelProto
 from vmoe.clips import Clips
 
 from . import graphs, layers, optimize
-from .passes import strip_metadata
 from .passes._builder import Constants
 from .precision import PrecisionSettings
 
@@ -76,7 +75,8 @@ def quantise(model: ModelProto, part: str, clips: Clips, settings: PrecisionSett
             extra_options=options,
         )  # fmt: skip
         made = onnx.load(path)
-    strip_metadata.apply(made.graph)
+    for apply in optimize.RANGED:
+        apply(made.graph)
     return graphs.model(made.graph, model)
 
 

@@ -78,7 +78,7 @@ def _choice(pick: Sequence[NodeProto] | None) -> list[NodeProto]:
     return [
         *([most] if pick is None else pick),
         _node("GreaterOrEqual", ["force_route", "zero"], ["is_forced"]),
-        _node("Min", ["force_route", "last"], ["forced"]),  # the expert that the tree ends at
+        _node("Min", ["force_route", "last"], ["forced"]),  # no clip is without an expert
         _node("Where", ["is_forced", "forced", "free_route"], ["route"]),
     ]
 

@@ -1,14 +1,15 @@
-"""`if`: one file that routes by itself; per clip, only the branch of its expert runs.
+"""`if`: one file that routes by itself; an expert runs if a clip is its own, for those clips alone.
 
-    clip, route -- Loop over the clips of the batch: an If tree over its route -- logits
-                     If(route < 2)  then If(route < 1) then expert0 else expert1
-                                    else If(route < 3) then expert2 else expert3
+    clip, route -- for each expert i: the rows where route is i
+                                      Loop over them, which may be none: expert i -- its logits
+                -- all logits, in the order of the clips
 
-An expert's weights are initializers inside its branch. Outside of it, ONNX Runtime cannot lay
-them out for the CPU's vectors, and a clip costs 1.75x.
+An expert's weights are initializers inside its loop. Outside of it, ONNX Runtime cannot lay them
+out for the CPU's vectors, and a clip costs 1.75x.
 
-A tree of depth log2(M), not a chain: every expert is equally far, and no branch is deep. The Loop
-makes any batch right, and each clip pays for its own expert alone.
+A Loop of no trips is what an If would be. Not If inside If inside one Loop: ONNX Runtime checks
+and infers what is in a subgraph once more for each graph around it, and loads three levels half as
+fast as one. And not an expert's clips as one batch: what it needs in memory would grow with that.
 """
 
 from __future__ import annotations
@@ -36,55 +37,51 @@ def lower(router: ModelProto | None, experts: Sequence[ModelProto]) -> dict[str,
 
 
 def dispatch(experts: Sequence[GraphProto]) -> list[NodeProto]:
-    """Return the nodes that make `logits` of `clip` and `route` (int64), clip after clip."""
+    """Return the nodes that make `logits` of `clip` and `route` (int64), expert after expert."""
+    nodes = [_node("Constant", [], ["axis"], value=ints("", [0]))]
+    every = range(len(experts))
+    for i, expert in enumerate(experts):
+        own = f"own{i}"
+        nodes += [
+            _node("Constant", [], [f"{own}/expert"], value=ints("", i)),
+            _node("Equal", ["route", f"{own}/expert"], [f"{own}/is"]),
+            _node("NonZero", [f"{own}/is"], [f"{own}/found"]),
+            _node("Squeeze", [f"{own}/found", "axis"], [f"{own}/rows"]),
+            _node("Size", [f"{own}/rows"], [f"{own}/count"]),
+            _node("Loop", [f"{own}/count", ""], [f"{own}/logits"], name=f"clips{i}",
+                  body=_body(expert, i)),
+        ]  # fmt: skip
     return [
-        _node("Shape", ["clip"], ["batch"], start=0, end=1),
-        _node("Squeeze", ["batch"], ["trips"]),
-        _node("Loop", ["trips", ""], ["logits"], name="clips", body=_body(experts)),
+        *nodes,
+        _node("Concat", [f"own{i}/logits" for i in every], ["grouped"], axis=0),
+        _node("Concat", [f"own{i}/rows" for i in every], ["order"], axis=0),
+        _node("Shape", ["order"], ["clips"]),
+        _node("TopK", ["order", "clips"], ["sorted", "back"], axis=0, largest=0, sorted=1),
+        _node("Gather", ["grouped", "back"], ["logits"], axis=0),
     ]
 
 
-def _body(experts: Sequence[GraphProto]) -> GraphProto:
-    """Return the loop's body: clip number i alone, [1, T, H, W, 3], to its logits, [K]."""
+def _body(expert: GraphProto, i: int) -> GraphProto:
+    """Return a loop's body: the expert on clip rows[n] alone, [1, T, H, W, 3], to its logits, [K].
+
+    Its weights are inside.
+    """
+    name, one = f"expert{i}", f"own{i}"
+    graph = graphs.renamed(expert, f"{name}/", {"clip": f"{one}/clip", "logits": f"{one}/answer"})
+    del graph.value_info[:]  # its batch is N; here it is 1, which ONNX Runtime infers
+    row = _value(f"{one}/row", TensorProto.FLOAT, [_one_file.classes_of(expert)])
     nodes = [
-        _node("Identity", ["go"], ["go_on"]),
-        _node("Unsqueeze", ["i", "body/axis"], ["at"]),
-        _node("Gather", ["clip", "at"], ["one_clip"], axis=0),
-        _node("Gather", ["route", "i"], ["its_route"], axis=0),
-        *_tree(experts, 0, len(experts), "its_logits"),
-        _node("Squeeze", ["its_logits", "body/axis"], ["row"]),
+        _node("Identity", [f"{one}/go"], [f"{one}/go_on"]),
+        _node("Unsqueeze", [f"{one}/n", "axis"], [f"{one}/at"]),
+        _node("Gather", [f"{one}/rows", f"{one}/at"], [f"{one}/row_at"], axis=0),
+        _node("Gather", ["clip", f"{one}/row_at"], [f"{one}/clip"], axis=0),
+        *graph.node,
+        _node("Squeeze", [f"{one}/answer", "axis"], [f"{one}/row"]),
     ]
-    row = _value("row", TensorProto.FLOAT, [_one_file.classes_of(experts[0])])
     return helper.make_graph(
         nodes,
-        "body",
-        [_value("i", TensorProto.INT64, []), _value("go", TensorProto.BOOL, [])],
-        [_value("go_on", TensorProto.BOOL, []), row],
-        [ints("body/axis", [0])],
+        name,
+        [_value(f"{one}/n", TensorProto.INT64, []), _value(f"{one}/go", TensorProto.BOOL, [])],
+        [_value(f"{one}/go_on", TensorProto.BOOL, []), row],
+        graph.initializer,
     )
-
-
-def _tree(experts: Sequence[GraphProto], low: int, high: int, out: str) -> list[NodeProto]:
-    """Return the nodes that run expert low <= route < high; out: its logits, [1, K]."""
-    middle = (low + high) // 2
-    name = f"experts{low}-{high - 1}"
-    bound = _node("Constant", [], [f"{name}/bound"], value=ints("", middle))
-    less = _node("Less", ["its_route", f"{name}/bound"], [f"{name}/is_low"])
-    branch = _node(
-        "If", [f"{name}/is_low"], [out], name=name,
-        then_branch=_branch(experts, low, middle, f"{name}/low"),
-        else_branch=_branch(experts, middle, high, f"{name}/high"),
-    )  # fmt: skip
-    return [bound, less, branch]
-
-
-def _branch(experts: Sequence[GraphProto], low: int, high: int, out: str) -> GraphProto:
-    """Return a branch: one expert with its weights inside, or the tree of several."""
-    if high - low > 1:
-        value = _value(out, TensorProto.FLOAT, [1, _one_file.classes_of(experts[low])])
-        return helper.make_graph(_tree(experts, low, high, out), out, [], [value])
-    branch = graphs.renamed(experts[low], f"expert{low}/", {"clip": "one_clip", "logits": out})
-    del branch.input[:]  # a branch sees one_clip in the scope around it
-    del branch.value_info[:]  # its batch is N; here it is 1, which ONNX Runtime infers
-    branch.output[0].type.tensor_type.shape.dim[0].dim_value = 1
-    return branch

@@ -1,8 +1,9 @@
 """A clip taken apart into its frames: what unroll_frames and temporal_winograd have in common.
 
-Every value [N, C, T, H, W] becomes T values [N, C, H, W]. N stays free, T must be known. What is
-done to a convolution is the pass's own matter; all other layers are treated here. A layer that is
-not known here raises UnknownLayerError, and the pass leaves the graph as it is.
+Every value [N, C, T, H, W] becomes T values [N, C, H, W], once a layer reads it: pixels are scaled
+before, in one node for all frames. N stays free, T must be known. What is done to a convolution is
+the pass's own matter; all other layers are treated here. A layer that is not known here raises
+UnknownLayerError, and the pass leaves the graph as it is.
 """
 
 from __future__ import annotations
@@ -117,6 +118,7 @@ class _Unroll:
         self.readers = readers(graph)
         self.build = Layer(graph)
         self.frames: dict[str, Frames] = {}
+        self.whole: dict[str, int] = {}  # clips that are not apart yet: how many frames they have
         self.waiting: dict[str, Convolution] = {}  # for the Add that reads them, by their output
         self.waiting_on: dict[str, Frames] = {}
 
@@ -124,8 +126,11 @@ class _Unroll:
         for node in self.graph.node:
             if outer_names(node):
                 raise UnknownLayerError(f"{node.op_type} {node.name} has a subgraph")
-            inner = [name for name in node.input if name in self.frames or name in self.waiting]
-            if inner:
+            known = (self.frames, self.waiting, self.whole)
+            if self._is_scaling(node):
+                self.build.nodes.append(node)
+                self.whole[node.output[0]] = self.whole[node.input[0]]
+            elif any(name in some for name in node.input for some in known):
                 self._layer(node)
             elif not self._enter(node):
                 self.build.nodes.append(node)
@@ -138,22 +143,42 @@ class _Unroll:
         """Split the clip where its channels are moved to the front."""
         if node.op_type != "Transpose" or attributes(node).get("perm") != TO_CHANNELS_FIRST:
             return False
-        for value in self.graph.input:
-            if value.name == node.input[0]:
-                count = value.type.tensor_type.shape.dim[1].dim_value
-                if not count:
-                    raise UnknownLayerError(f"{value.name} has a free number of frames")
-                self.frames[node.output[0]] = [
-                    self._first(value.name, node.output[0], t) for t in range(count)
-                ]
-                return True
-        return False
+        clip = node.input[0]
+        sizes = self._clips().get(clip)
+        if sizes is None:
+            return False
+        if len(sizes) < 5 or not sizes[1]:
+            raise UnknownLayerError(f"{clip} has a free number of frames")
+        self.build.nodes.append(node)
+        self.whole[node.output[0]] = sizes[1]
+        return True
 
-    def _first(self, clip: str, name: str, t: int) -> str:
-        """Take frame t out of a clip, [N, T, H, W, C], and move its channels to the front."""
-        index = self.build.constant(f"frame{t}", np.asarray(t, np.int64))
-        frame = self.build.node("Gather", [clip, index], f"{clip}/t{t}", axis=1)
-        return self.build.node("Transpose", [frame], f"{name}/t{t}", perm=[0, 3, 1, 2])
+    def _clips(self) -> dict[str, list[int]]:
+        """Return the sizes of what may be a clip: inputs, and what is reshaped before any layer."""
+        sizes = {
+            v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in self.graph.input
+        }
+        for node in self.build.nodes:
+            if node.op_type == "Reshape" and node.input[1] in self.constants:
+                sizes[node.output[0]] = self.constants[node.input[1]].tolist()
+        return sizes
+
+    def _is_scaling(self, node: NodeProto) -> bool:
+        """Return whether a node scales or shifts a clip that is whole: one node for all frames."""
+        steps = node.op_type in ("Cast", "Add", "Sub", "Mul", "Div")
+        first, *others = [*node.input] or [""]
+        return steps and first in self.whole and all(name in self.constants for name in others)
+
+    def _apart(self, clip: str) -> Frames:
+        """Take every frame out of a clip, [N, C, T, H, W]."""
+        at = [
+            self.build.constant(f"frame{t}", np.asarray(t, np.int64))
+            for t in range(self.whole.pop(clip))
+        ]
+        return [
+            self.build.node("Gather", [clip, one], f"{clip}/t{t}", axis=TIME)
+            for t, one in enumerate(at)
+        ]
 
     def _layer(self, node: NodeProto) -> None:
         op = node.op_type
@@ -171,6 +196,8 @@ class _Unroll:
         if name in self.waiting:
             conv = self.waiting.pop(name)
             self.frames[name] = self.convolve(self.build, conv, self.waiting_on.pop(name), None)
+        if name in self.whole:
+            self.frames[name] = self._apart(name)
         if name not in self.frames:
             raise UnknownLayerError(f"{name} has no frames")
         return self.frames[name]

@@ -8,9 +8,10 @@ after:  four frames y_0 .. y_3 of six frames d_0 .. d_5 by F(4, 3): 6 Conv2d ins
         two frames that are left by F(2, 3): 4 instead of 6; a clip of two frames: 3 instead of 4
 
 A sum a x + y is a depthwise 1x1 convolution and an Add, which ONNX Runtime fuses into one pass
-over the frame in its blocked layout; Sub and Neg would leave that layout. A frame in the padding
-is left out of the sums. Where the sums would cost more than they spare, frames are unrolled
-directly.
+over the frame in its blocked layout; Sub and Neg would leave that layout. Pixels are in none: a
+tile's frames are stacked on their channels, and all its sums are one 1x1 convolution. A frame in
+the padding is left out of the sums. Where the sums would cost more than they spare, frames are
+unrolled directly.
 
 Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016, for the
 matrices; along one axis only, float32's error is that of the plain form.
@@ -18,6 +19,7 @@ matrices; along one axis only, float32's error is that of the plain form.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +37,10 @@ SUM_FLOPS = 64  # what a sum a x + y costs for each number, in FLOPs of a convol
 FOUR_U = np.array(
     [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6],
      [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 4]]
+)  # fmt: skip
+FOUR_V = np.array(
+    [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
+     [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 1, 0, -5 / 4, 0, 1 / 4]]
 )  # fmt: skip
 TWO_U = np.array([[-1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, -1]])
 PAIR_U = np.array([[0, 1, 0], [0, -1, 1], [1, -1, 0]])
@@ -90,6 +96,10 @@ def convolve(build: Layer, conv: Convolution, frames: Frames, residual: Frames |
         four, two = (_Tile(build, conv, frames, residual, t, size) for size in (4, 2))
         if left >= 4 and four.is_inside and _pays(FOUR, (TWO, ONE), conv, added):
             out += four.by_four()
+        elif _is_narrow(conv):
+            out.append(
+                unroll_frames.frame(build, conv, frames, t, residual[t] if residual else None)
+            )
         elif left >= 2 and two.is_alone and _pays(PAIR, (PAIR_ONE,), conv, added):
             out += two.by_pair()
         elif left >= 2 and two.is_inside and not two.is_alone and _pays(TWO, (ONE,), conv, added):
@@ -102,8 +112,13 @@ def convolve(build: Layer, conv: Convolution, frames: Frames, residual: Frames |
 
 def _fits(conv: Convolution) -> bool:
     outer, inner, taps = conv.weight.shape[:3]
-    aligned = outer % ALIGN == inner % ALIGN == 0 and conv.group == 1
+    aligned = outer % ALIGN == 0 and (inner % ALIGN == 0 or _is_narrow(conv)) and conv.group == 1
     return aligned and taps == 3 and conv.stride == conv.dilation == 1
+
+
+def _is_narrow(conv: Convolution) -> bool:
+    """Return whether a layer's input is pixels, that are in no blocked layout."""
+    return bool(conv.weight.shape[1] * conv.weight.shape[2] < ALIGN)
 
 
 def _pays(tile: Cost, others: tuple[Cost, ...], conv: Convolution, added: bool) -> bool:
@@ -137,17 +152,13 @@ class _Tile:
         return self.is_inside and self.d[0] is None and self.d[-1] is None
 
     def by_four(self) -> Frames:
-        d0, d1, d2, d3, d4, d5 = self.d
-        e, o = self._in(-4, d2, d4, "e"), self._in(-4, d1, d3, "o")
-        p, q = self._in(-1, d2, d4, "p"), self._in(-1, d1, d3, "q")
-        m0 = self._times("four0", FOUR_U[0], self._in(4, d0, self._in(-5, d2, d4, "v0-"), "v0"))
-        m1 = self._times("four1", FOUR_U[1], self._in(1, o, e, "v1"), self.conv.bias)
-        m2 = self._times("four2", FOUR_U[2], self._in(-1, o, e, "v2"))
-        m3 = self._times("four3", FOUR_U[3], self._in(2, q, p, "v3"))
-        m4 = self._times("four4", FOUR_U[4], self._in(-2, q, p, "v4"))
-        m5 = self._times(
-            "four5", FOUR_U[5], self._in(1 / 4, d5, self._in(-5 / 4, d3, d1, "v5-"), "v5")
-        )
+        v0, v1, v2, v3, v4, v5 = self._mixed() if _is_narrow(self.conv) else self._summed()
+        m0 = self._times("four0", FOUR_U[0], v0)
+        m1 = self._times("four1", FOUR_U[1], v1, self.conv.bias)
+        m2 = self._times("four2", FOUR_U[2], v2)
+        m3 = self._times("four3", FOUR_U[3], v3)
+        m4 = self._times("four4", FOUR_U[4], v4)
+        m5 = self._times("four5", FOUR_U[5], v5)
         s1, s3 = self._add(m2, m1, "s1"), self._add(m4, m3, "s3")  # m1 + m2, m3 + m4
         s2, s4 = self._out(-2, m2, s1, "s2"), self._out(-2, m4, s3, "s4")  # m1 - m2, m3 - m4
         r = self.residual
@@ -156,6 +167,40 @@ class _Tile:
             self._out(2, s4, self._add(r[1], s2, "y1-"), "y1"),
             self._out(4, s3, self._add(r[2], s1, "y2-"), "y2"),
             self._add(self._out(8, s4, self._add(r[3], s2, "y3-"), "y3+"), m5, "y3"),
+        ]
+
+    def _summed(self) -> Frames:
+        """Return FOUR_V d, in as few sums as there are."""
+        d0, d1, d2, d3, d4, d5 = self.d
+        e, o = self._in(-4, d2, d4, "e"), self._in(-4, d1, d3, "o")
+        p, q = self._in(-1, d2, d4, "p"), self._in(-1, d1, d3, "q")
+        return [
+            self._in(4, d0, self._in(-5, d2, d4, "v0-"), "v0"),
+            self._in(1, o, e, "v1"), self._in(-1, o, e, "v2"),
+            self._in(2, q, p, "v3"), self._in(-2, q, p, "v4"),
+            self._in(1 / 4, d5, self._in(-5 / 4, d3, d1, "v5-"), "v5"),
+        ]  # fmt: skip
+
+    def _mixed(self) -> Frames:
+        """Return FOUR_V d of frames of pixels: one product of matrices instead of 24 small sums."""
+        inside = [i for i, frame in enumerate(self.d) if frame is not None]
+        channels, kind = self.conv.weight.shape[1], self.conv.weight.dtype
+        frames = [self.d[i] or "" for i in inside]
+        stacked = self.build.node("Concat", frames, f"{self.name}/d", axis=1)
+        mix = np.kron(FOUR_V[:, inside], np.eye(channels))[..., None, None].astype(kind)
+        weight = f"four_v/{''.join(map(str, inside))}/{channels}/{kind}"
+        made = self.build.node(
+            "Conv", [stacked, self.build.constant(weight, mix)], f"{self.name}/v",
+            kernel_shape=[1, 1],
+        )  # fmt: skip
+        axis = self.build.constant("channels", np.array([1], np.int64))
+        ends = [
+            self.build.constant(f"channel{at}", np.array([at], np.int64))
+            for at in range(0, 6 * channels + 1, channels)
+        ]
+        return [
+            self.build.node("Slice", [made, *pair, axis], f"{self.name}/v{i}")
+            for i, pair in enumerate(pairwise(ends))
         ]
 
     def by_two(self) -> Frames:

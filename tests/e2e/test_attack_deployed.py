@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner, Result
 
 from tests import videos
-from tests.twins import lively
+from tests.twins import lively, random_clips
 from vmoe import adversarial, checkpoint
-from vmoe.attacks import cli
+from vmoe.attacks import cli, on_video
+from vmoe.attacks.asked import OF_VIDEO
 from vmoe.attacks.on_video import read
+from vmoe.attacks.straight import source
+from vmoe.bundle import read as read_bundle
 from vmoe.bundle import sha256
 from vmoe.checkpoint import Checkpoint
 from vmoe.data.camera_motion import LABELS
+from vmoe.export.precision import PrecisionSettings
+from vmoe.export.quantise import quantise
 from vmoe.runtime.cli import command as watch
 from vmoe.runtime.frames import Stop
 
@@ -32,11 +41,13 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def run(*args: str | Path, code: int = 0, main: Any = cli.main, obj: object = None) -> Result:
+def run(
+    *args: str | Path, code: int | None = 0, main: Any = cli.main, obj: object = None
+) -> Result:
     result = CliRunner().invoke(main, [str(arg) for arg in args], obj=obj)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
-    assert result.exit_code == code, result.output
+    assert code is None or result.exit_code == code, result.output
     return result
 
 
@@ -60,6 +71,89 @@ def swap_experts(bundle: Path) -> None:
     parts = manifest["parts"]
     parts["expert0"], parts["expert1"] = parts["expert1"], parts["expert0"]
     (bundle / "vmoe.json").write_text(json.dumps(manifest))
+
+
+def as_int8(bundle: Path, path: Path) -> Path:
+    """Copy a bundle, its experts in int8, with a manifest that says so."""
+    other_export(bundle, path)
+    manifest = json.loads((path / "vmoe.json").read_text())
+    for name, part in manifest["parts"].items():
+        if name != "router":
+            plain = onnx.load(path / part["file"])
+            clips = random_clips(16, spec=read_bundle(bundle).spec)
+            made = quantise(plain, name, clips, PrecisionSettings(int8=True))
+            for file in part["sha256"]:
+                (path / file).unlink()
+            onnx.save(made, path / part["file"])
+            part["sha256"] = {part["file"]: sha256(path / part["file"])}
+            part["precision"] = {"asked": "int8", "found": "int8"}
+    (path / "vmoe.json").write_text(json.dumps(manifest))
+    return path
+
+
+def test_int8_is_attacked_through_its_own_graph(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    int8 = as_int8(tiny_bundle, Path("int8"))
+    flags = [*QUICK, "--attack", "pgd", "--route-grad", "frozen", "--mode", "transfer,adaptive"]
+    shown = run(tiny_bundle, "--compare", int8, *flags, "--out", "one").stdout
+    straight = (
+        "split, fp32, int8, on onnxruntime: gradients from its fake-quantised graph, straight"
+    )
+    assert straight in shown
+    rows = json.loads(Path("one/report.json").read_text())["deployed"]["rows"]
+    assert [row["engine"] for row in rows] == ["tiny-split", "int8"]
+    assert rows[1]["adaptive"]["hits"] <= rows[1]["transfer"]["hits"]
+    video = [
+        "--video",
+        videos.write(Path("in.mkv"), frames=10),
+        "--eps",
+        "16",
+        "--steps",
+        "2",
+        "--json",
+    ]
+    found = json.loads(run(int8, *video, "--save-adv", "out.mkv").stdout)
+    assert (found["mode"], found["frames"]) == ("adaptive", 10)
+    assert 0 < found["linf"] <= 16
+    run(int8, "--source", "out.mkv", "--jsonl", "seen.jsonl", main=watch, obj=Stop())
+    seen = [json.loads(line) for line in Path("seen.jsonl").read_text().splitlines()]
+    labels = [line["label"] for line in seen if "label" in line]
+    assert labels == [window["after"] for window in found["said"]]
+    model = onnx.load(int8 / "expert2.onnx")
+    model.graph.node.append(onnx.helper.make_node("Erf", [model.graph.output[0].name], ["odd"]))
+    onnx.save(model, int8 / "expert2.onnx")
+    manifest = json.loads((int8 / "vmoe.json").read_text())
+    manifest["parts"]["expert2"]["sha256"] = {"expert2.onnx": sha256(int8 / "expert2.onnx")}
+    (int8 / "vmoe.json").write_text(json.dumps(manifest))
+    shown = run(int8, *flags, "--dry-run").stdout
+    assert "gradients from the float twin: Erf of its int8 graphs is not known here" in shown
+    whole = dataclasses.replace(read_bundle(int8), lowering="if")
+    twin = checkpoint.load(int8 / "twin.safetensors").twin
+    assert source(whole, twin) == (
+        twin, "gradients from the float twin: its int8 graphs cannot be read part by part",
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert refused(int8, *flags, code=5).endswith(
+        "onnx, which reads int8 parts for --mode adaptive, is not installed: pip install "
+        "'vmoe[train]'."
+    )
+
+
+def test_clips_of_another_engine_of_the_same_name_are_told_apart(tiny_bundle: Path) -> None:
+    flags = [*QUICK, "--attack", "pgd", "--route-grad", "frozen", "--mode", "adaptive"]
+    run(tiny_bundle, *flags, "--save-adv", "clips", "--out", "one")
+    other = other_export(tiny_bundle, Path("swapped"))
+    swap_experts(other)  # alone, both are called `engine`
+    replayed = ["--load-adv", "clips", "--json", "--out"]
+    own, foreign = (
+        json.loads(run(bundle, *replayed, out).stdout)
+        for bundle, out in ((tiny_bundle, "two"), (other, "three"))
+    )
+    assert {row["made_on"] for row in own["rows"]} == {"engine"}
+    assert {row["made_on"] for row in foreign["rows"]} == {"another engine"}
+    assert own["deployed"]["rows"][0]["adaptive"] is not None
+    assert foreign["deployed"]["rows"][0]["adaptive"] is None, "they were made on another engine"
 
 
 def test_bundles_side_by_side_in_every_mode_then_replayed(tiny_bundle: Path) -> None:
@@ -128,6 +222,9 @@ def test_what_cannot_be_compared(tiny_bundle: Path) -> None:
     assert "tiny-split twice; name every bundle once" in refused(
         tiny_bundle, "--compare", tiny_bundle, *QUICK
     )
+    named = other_export(tiny_bundle, Path("twin"))
+    said = refused(tiny_bundle, "--compare", named, *QUICK)
+    assert "a bundle called twin cannot be told from the twin: rename its folder" in said
     assert "unknown backend 'onnxruntme': did you mean" in refused(
         tiny_bundle, "--backend", "onnxruntme", *QUICK
     )
@@ -146,8 +243,10 @@ def test_what_cannot_be_compared(tiny_bundle: Path) -> None:
     assert "--eot has no effect: no attack that is made follows a gradient" in said
     said = refused(tiny_bundle, "--load-adv", "clips", "--codec", "mjpeg:80", "--eot", "2")
     assert "--eot has no effect: --load-adv clips replays clips as they are" in said
-    shown = run(*query, "--attack", "pgd,square", "--dry-run").stdout
-    assert "attacks: query on engine: square\n" in shown
+    said = refused(*query, "--attack", "tlga-r,square,pgd")
+    assert "--mode query asks for answers alone: it has no use for tlga-r, pgd. Leave" in said
+    shown = run(*query, "--attack", "nes,square", "--dry-run").stdout
+    assert "attacks: query on engine: nes, square\n" in shown
 
 
 def test_a_twin_that_does_not_belong_to_the_bundle(tiny_bundle: Path) -> None:
@@ -182,7 +281,40 @@ def test_adversarial_video(tiny_bundle: Path) -> None:
     assert "the largest change in the saved frames is " in again.stdout
 
 
-def test_video_that_cannot_be_attacked(tiny_bundle: Path) -> None:
+def test_whatever_has_no_effect_on_a_video_is_refused_with_it(tiny_bundle: Path) -> None:
+    source = videos.write(Path("in.mkv"), frames=8)
+    Path("empty.toml").touch()
+    video = [tiny_bundle, "--video", source, "--save-adv", "out.mkv", "--dry-run"]
+    values = {
+        "attack": "pgd", "eps": "8", "route_grad": "frozen", "mode": "transfer", "device": "cpu",
+        "backend": "onnxruntime", "to_label": "shake", "config": "empty.toml",
+        "twin": str(tiny_bundle / "twin.safetensors"),
+    }  # fmt: skip
+    always = {"verbose", "quiet", "version", "target", "video", "save_adv", "dry_run"}
+    options = [o for o in cli.main.params if o.name not in always]
+    refuses = set()
+    for option in options:
+        value = [] if getattr(option, "is_flag", False) else [values.get(str(option.name), "1")]
+        if isinstance(option.type, click.Choice):
+            value = [str(option.type.choices[0])]
+        result = run(*video, [*option.opts, *option.secondary_opts][-1], *value, code=None)
+        if "has no effect: --video attacks all windows of one video together" in result.stderr:
+            assert result.exit_code == 2
+            refuses.add(option.name)
+        else:
+            assert result.exit_code == 0, f"{option.name}: {result.output}"
+    assert refuses == {option.name for option in options} - OF_VIDEO
+    assert {"seed", "sanity", "queries", "md"} < refuses
+
+
+def test_a_video_is_attacked_on_one_engine(tiny_bundle: Path) -> None:
+    pytest.importorskip("openvino")
+    video = ["--video", videos.write(Path("in.mkv"), frames=8), "--save-adv", "out.mkv"]
+    said = refused(tiny_bundle, *video, "--backend", "all", "--dry-run")
+    assert "--video attacks one engine: leave --compare and --backend all out" in said
+
+
+def test_video_that_cannot_be_attacked(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = videos.write(Path("in.mkv"), frames=3)
     to = ["--save-adv", "out.mkv"]
     video = [tiny_bundle, "--video", source]
@@ -211,7 +343,16 @@ def test_video_that_cannot_be_attacked(tiny_bundle: Path) -> None:
     assert "--eps is 0.001" in refused(*video, *to, "--eps", "0.001")
     said = refused(tiny_bundle, "--video", "none.mp4", *to, code=4)
     assert "none.mp4: No such file or directory" in said
-    Path("out.mkv").write_text("mine")
+    with monkeypatch.context() as patched:
+        patched.setattr(on_video, "MOST_BYTES", 1 << 20)
+        long = videos.write(Path("long.mkv"), frames=40)
+        said = refused(tiny_bundle, "--video", long, *to)
+        assert "long.mkv has more than 1 MiB of frames (29 are 1.4 s): cut it with ffmpeg" in said
+    with monkeypatch.context() as patched:
+        lossy = iter([(clean := read(long)[0], 20.0), (255 - clean, 20.0)])
+        patched.setattr(on_video, "read", lambda path: next(lossy))
+        said = refused(tiny_bundle, "--video", long, *to, "--steps", "1", code=1)
+        assert "out.mkv does not read back as it was written: FFV1 is lossy here" in said
     assert "out.mkv exists. Choose another --save-adv" in refused(*video, *to)
 
 

@@ -96,6 +96,20 @@ def test_pictures_of_odd_size_are_refused() -> None:
     Channel("mjpeg", 23).require(odd)
 
 
+def test_a_picture_beyond_what_jpeg_holds() -> None:
+    with pytest.raises(VmoeError, match=r"OpenCV cannot code a JPEG of 65536x1\."):
+        channel._jpeg(np.zeros((1, 65536, 3), np.uint8), 80)
+
+
+def test_an_ffmpeg_that_loses_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = tmp_path / "ffmpeg"
+    command.write_text("#!/bin/sh\ncat >/dev/null\nprintf lost\n")
+    command.chmod(command.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    with pytest.raises(VmoeError, match=f"ffmpeg gives 4 bytes back for {CLIPS.size}: it lost"):
+        Channel("h264", 23).real(CLIPS, SPEC)
+
+
 @pytest.mark.parametrize(
     ("says", "kind", "why"),
     [

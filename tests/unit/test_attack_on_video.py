@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from vmoe.attacks.judge import of_twin
 from vmoe.attacks.modes import Deployed
 from vmoe.attacks.on_video import read
 from vmoe.attacks.video import Fitting, VideoSettings
-from vmoe.clips import ClipSpec
+from vmoe.clips import Clips, ClipSpec
+from vmoe.errors import VmoeError
 from vmoe.models import VideoMoE
 from vmoe.models.moe import MoEOutput
+from vmoe.runtime.engine import Prediction
 from vmoe.runtime.frames import Stop
 from vmoe.runtime.sources import SourceSettings, file
 from vmoe.runtime.windows import Windows
@@ -106,3 +109,23 @@ def test_soft_is_judged_by_the_hard_choice() -> None:
     assert changed == 0
     assert gain == pytest.approx(float(goal.of(hard, slice(0, 16)).sum()), rel=1e-4)
     assert slope.any()
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+def test_a_model_that_answers_nan_is_refused_with_the_window(calls: int) -> None:
+    twin, said = lively(), []
+    frames = np.stack([videos.picture(number) for number in range(30)])
+    count = len(video.cut(30, 20.0, SPEC, "it")[0])
+
+    def later(asked: Clips, force_route: Sequence[int] | None = None) -> Prediction:
+        found = of_twin(twin)(asked, force_route)
+        if len(said) >= calls:
+            found.logits[count - 1] = np.nan
+        said.append(len(asked))
+        return found
+
+    model = Deployed(later, twin.settings, twin.spec, twin)
+    how = VideoSettings(eps=8 / 255, steps=1, batch=count)
+    with pytest.raises(VmoeError, match=f"window {count - 1}: the model answers NaN to it or near"):
+        video.perturb(model, later, frames, 20.0, how)
+    assert len(said) == calls + 1

@@ -108,7 +108,7 @@ def test_what_is_kept_is_what_is_loaded(written: tuple[Path, Part], tmp_path: Pa
     onnx.save(model, found, save_as_external_data=True, location="graph.onnx.data",
               size_threshold=1024)  # fmt: skip
     entry = json.loads(found.with_name("entry.json").read_text())
-    entry["crc32"] = {n: _cache.crc32(found.with_name(n)) for n in entry["crc32"]}
+    entry["sums"] = {n: _cache.checksum(found.with_name(n)) for n in entry["sums"]}
     found.with_name("entry.json").write_text(json.dumps(entry))
     assert not np.allclose(answer(written, tmp_path), plain), "the cache is not read at all"
 
@@ -131,6 +131,22 @@ def test_a_damaged_entry_is_not_parsed_and_made_again(
     assert np.array_equal(answer(written, tmp_path), plain)
     assert the_cache(tmp_path).find(written[1]) is not None
     assert entries(tmp_path) == [place]
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, (256 << 10) + 5])
+def test_the_checksum_finds_what_a_disk_does(size: int, tmp_path: Path) -> None:
+    whole = np.random.default_rng(0).integers(1, 256, size, np.uint8).tobytes()
+    zeros, at = bytes(8), size // 2
+    others = {whole + zeros, whole[:-1] + zeros, b"\0" + whole}
+    if size:
+        others |= {whole[:-1], whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]}
+    if size > 8192:
+        others |= {whole[4096:8192] + whole[:4096] + whole[8192:], bytes(4096) + whole[4096:]}
+    sums = set()
+    for i, held in enumerate([whole, *others]):
+        (tmp_path / str(i)).write_bytes(held)
+        sums.add(_cache.checksum(tmp_path / str(i)))
+    assert len(sums) == 1 + len(others)
 
 
 def test_another_version_cpu_or_part_is_another_entry(
@@ -160,7 +176,7 @@ def test_one_that_loads_no_more_is_dropped(written: tuple[Path, Part], tmp_path:
     (place,) = entries(tmp_path)
     (place / "graph.onnx").write_bytes(b"\x08\x0a")  # a model without a graph
     entry = json.loads((place / "entry.json").read_text())
-    entry["crc32"]["graph.onnx"] = _cache.crc32(place / "graph.onnx")
+    entry["sums"]["graph.onnx"] = _cache.checksum(place / "graph.onnx")
     (place / "entry.json").write_text(json.dumps(entry))
     assert np.array_equal(answer(written, tmp_path), plain)
     assert (place / "graph.onnx").stat().st_size > 1000, "it was not made again"

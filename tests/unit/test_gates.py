@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ from tests import videos
 from tests.twins import lively, random_clips
 from vmoe import adversarial, checkpoint
 from vmoe.adversarial import AdversarialClips, Attacked
+from vmoe.attacks.evaluate import evaluate, plan
+from vmoe.attacks.gate import refuse as refuse_lost
+from vmoe.attacks.judge import of_twin
 from vmoe.checkpoint import Checkpoint
 from vmoe.clips import Clips, ClipSpec
 from vmoe.data import DataSettings, open_data
@@ -298,15 +302,53 @@ def test_what_the_engine_alone_gets_right_excuses_no_clip_that_it_alone_gets_wro
     said = parity.twin_says(twin, clips)
     label = np.array([said[0], (said[1] + 1) % 10, (said[2] + 1) % 10, (said[3] + 2) % 10])
     shifted: Any = Shifted(engine)  # wrong on the first, right on the next two
-    attacked = [Adversarial("pgd", clips, label, said)]
+    attacked = [Adversarial("pgd", "8/255", clips, label, said)]
     gate, report = accuracy.robust(attacked, shifted, GateSettings())
-    found = report["robust"]["pgd"]
+    found = report["robust"]["pgd 8/255"]
     assert (found["lost"], found["won"], found["drop_points"]) == (1, 2, -25)
     assert gate.measured == found["broken_on_engine_alone_pct"] == 25
     assert gate.refusal() == (
-        "adversarial clips broken on the engine alone (pgd: 1 of 4; on the twin alone 2) is 25 %, "
-        "must be at most 2 %"
+        "adversarial clips broken on the engine alone (pgd 8/255: 1 of 4; on the twin alone 2) is "
+        "25 %, must be at most 2 %"
     )
+
+
+def test_a_clip_that_another_attack_of_the_budget_breaks_on_the_twin_does_not_count(
+    engine: Engine, twin: VideoMoE
+) -> None:
+    clips = random_clips(2)
+    said = parity.twin_says(twin, clips)
+    shifted: Any = Shifted(engine)  # wrong on both
+    pgd, fgsm = (Adversarial(name, "8/255", clips, said, said) for name in ("pgd", "fgsm"))
+    wider = fgsm._replace(budget="9/255")
+    first = pgd._replace(twin_said=np.array([said[0], (said[1] + 1) % 10]))
+    gate, report = accuracy.robust([first, fgsm], shifted, GateSettings())
+    assert "(pgd, fgsm 8/255: 1 of 2; on the twin alone 0)" in gate.what
+    assert gate.measured == 50
+    assert [each["lost"] for each in report["robust"].values()] == [1, 2]
+    gate, _ = accuracy.robust([first, wider], shifted, GateSettings())
+    assert "(fgsm 9/255: 2 of 2; on the twin alone 0)" in gate.what
+
+
+def test_the_gate_of_vmoe_attack_comes_to_the_same(twin: VideoMoE) -> None:
+    for module in twin.modules():
+        if isinstance(module, torch.nn.Linear) and module.out_features == len(LABELS):
+            module.bias.detach()[3] += 100  # else a random twin withstands nothing
+    clips, eps = random_clips(6), 2 / 255
+    label = parity.twin_says(twin, clips)
+    label[0] = (label[0] + 1) % 10  # what the engine alone gets right
+    held = Checkpoint(twin, LABELS, {"method": {"eps": eps}})
+    shifted: Any = Shifted(SimpleNamespace(infer=of_twin(twin)))  # type: ignore[arg-type]
+    attacked = accuracy.attack(held, Sample(clips, label), 6, seed=3)
+    gate, _ = accuracy.robust(attacked, shifted, GateSettings())
+    rows = plan(["pgd"], [eps], ["straight-through"], steps=accuracy.STEPS, seed=3)
+    judges = {"twin": of_twin(twin), "engine": shifted.infer}
+    found = evaluate(twin, clips, label, rows, judges, keep_clips=True)
+    assert np.array_equal(found.outcomes[0].clips, attacked[0].clips)
+    assert 0 < gate.measured < 100, "nothing to tell apart"
+    refuse_lost(found, gate.measured)
+    with pytest.raises(GateError):
+        refuse_lost(found, gate.measured - 0.1)
 
 
 def test_robust_is_judged_on_clips_of_a_folder_by_the_worst_attack(

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import GraphProto, TensorProto, helper
-from onnx.numpy_helper import from_array
+from onnx.numpy_helper import from_array, to_array
 
 from tests.graphs import Writer, clips_for, optimised, run, session
 from vmoe import registry
@@ -19,7 +19,10 @@ from vmoe.export import graphs, optimize
 from vmoe.export.passes import (
     annotate_batch,
     fold_scaling,
+    fold_stride,
+    join_taps,
     pad_channels,
+    share_ranges,
     sink_initializers,
     strip_metadata,
     unroll_frames,
@@ -62,7 +65,8 @@ def test_strip_metadata_clears_branches_too_and_nothing_else() -> None:
     assert not strip_metadata.apply(graph), "it says that it changed a graph that was clean"
 
 
-LISTS = (optimize.EXPORTED, *optimize.FORMS.values(), optimize.QUANTISED, optimize.LOWERED,
+LISTS = (optimize.EXPORTED, *optimize.FORMS.values(), optimize.QUANTISED, optimize.RANGED,
+         optimize.LOWERED,
          optimize.TENSORRT)  # fmt: skip
 
 
@@ -227,6 +231,65 @@ def outside() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
+def first_layer(
+    write: Writer, kernel: tuple[int, int, int], pads: list[int], strides: list[int]
+) -> onnx.ModelProto:
+    """Return a model of one convolution over the pixels, scaled in two steps."""
+    x = write.conv(write.pixels(), 3, 16, kernel, pads=pads, strides=strides, bias=True)
+    model = write.model(write.head(write.node("Relu", x), 16))
+    fold_scaling.apply(model.graph)
+    return model
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.integers(2, 3), st.integers(2, 5), st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    st.lists(st.integers(0, 3), min_size=4, max_size=4),
+)  # fmt: skip
+def test_fold_stride_gives_the_same_without_one(
+    stride: int, blocks: int, size: tuple[int, int], pads: list[int]
+) -> None:
+    write = Writer(3, stride * blocks)
+    kernel = tuple(min(k, stride * blocks) for k in size)
+    top, left, bottom, right = pads
+    model = first_layer(write, (3, *kernel), [1, top, left, 1, bottom, right], [2, stride, stride])
+    made = copy(model)
+    if not fold_stride.apply(made.graph):  # the image does not begin or end with whole blocks
+        assert made.SerializeToString() == model.SerializeToString()
+        return
+    assert not fold_stride.apply(made.graph)
+    assert_same(model, made)
+    assert join_taps.apply(made.graph)
+    assert_same(model, made)
+
+
+def test_fold_stride_is_for_the_stem_of_a_residual_network() -> None:
+    model = first_layer(Writer(4, 16), (3, 7, 7), [1, 3, 3] * 2, [1, 2, 2])
+    made = copy(model)
+    assert fold_stride.apply(made.graph)
+    assert_same(model, made)
+    conv = next(node for node in made.graph.node if node.op_type == "Conv")
+    said = {a.name: helper.get_attribute_value(a) for a in conv.attribute}
+    assert said["kernel_shape"] == [3, 4, 4]
+    assert said["strides"] == [1, 1, 1]
+    assert said["pads"] == [1, 2, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize("why", ["stride", "uneven", "sizes", "dilation", "pixels"])
+def test_fold_stride_leaves_other_layers(why: str) -> None:
+    write = Writer(2, 9 if why == "sizes" else 8)
+    x = write.pixels()
+    more = {"dilations": [1, 2, 2]} if why == "dilation" else {}
+    strides = {"stride": [1, 1, 1], "uneven": [1, 2, 1]}.get(why, [1, 2, 2])
+    y = write.conv(x, 3, 16, (1, 3, 3), pads=[0, 1, 1] * 2, strides=strides, **more)
+    y = write.head(y, 16)
+    if why == "pixels":
+        y = write.node("Add", y, write.head(write.conv(x, 3, 16, (1, 1, 1)), 16))
+    model = write.model(y)
+    fold_scaling.apply(model.graph)
+    assert not fold_stride.apply(copy(model).graph)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_widen_scaling_gives_the_same_pixels_by_whole_rows(shared: bool) -> None:
     write = Writer(3, 8)
@@ -235,15 +298,96 @@ def test_widen_scaling_gives_the_same_pixels_by_whole_rows(shared: bool) -> None
     fold_scaling.apply(model.graph)
     unroll_frames.apply(model.graph)
     if shared:  # a layer that needs the constant as it is
-        scale = next(t.name for t in model.graph.initializer if t.name.endswith("scale/frame"))
+        scale = next(t.name for t in model.graph.initializer if t.name.endswith("/scale"))
         model.graph.node.append(helper.make_node("Relu", [scale], ["other"]))
     made = copy(model)
     assert widen_scaling.apply(made.graph)
     assert not widen_scaling.apply(made.graph)
-    shapes = {t.name: t.dims for t in made.graph.initializer if t.name.endswith("/frame")}
-    assert sorted(map(list, shapes.values())) == [[1, 3, 1, 1 if shared else 8], [1, 3, 1, 8]]
+    shapes = {t.name: t.dims for t in made.graph.initializer if t.name.endswith(("scale", "shift"))}
+    assert sorted(map(list, shapes.values())) == [
+        [1, 3, 1, 1, 1 if shared else 8], [1, 3, 1, 1, 8],
+    ]  # fmt: skip
     clips = clips_for(model)
     assert np.array_equal(run(model, clips), run(made, clips))
+
+
+def test_widen_scaling_knows_how_wide_an_image_of_blocks_is() -> None:
+    model = first_layer(Writer(3, 8), (3, 3, 3), [1] * 6, [1, 2, 2])
+    assert fold_stride.apply(model.graph)
+    assert unroll_frames.apply(model.graph)
+    made = copy(model)
+    assert widen_scaling.apply(made.graph)
+    shapes = [list(t.dims) for t in made.graph.initializer if t.name.endswith("shift/blocks")]
+    assert shapes == [[1, 12, 1, 1, 4]]
+    clips = clips_for(model)
+    assert np.array_equal(run(model, clips), run(made, clips))
+
+
+def quantised(low: float, high: float) -> onnx.ModelProto:
+    """Return two convolutions of values that are joined, int8, with ranges of their own."""
+    rng = np.random.default_rng(0)
+    node, ranges = helper.make_node, {"a": (0.0, high), "b": (low, 1.0), "y": (low, high)}
+    held, nodes = {"wz": np.zeros(16, np.int8), "none": np.zeros(16, np.int32)}, []
+
+    def pair(name: str) -> None:
+        low, high = ranges[name]
+        held[f"{name}s"] = np.float32((high - low) / 255)
+        held[f"{name}z"] = np.uint8(round(-low / (high - low) * 255))
+        around = [f"{name}s", f"{name}z"]
+        nodes.append(node("QuantizeLinear", [name, *around], [f"{name}q"]))
+        nodes.append(node("DequantizeLinear", [f"{name}q", *around], [f"{name}d"]))
+
+    def conv(of: str, inner: int) -> None:
+        held[f"w{of}"] = rng.integers(-127, 128, (16, inner, 1, 1), np.int8)
+        held[f"w{of}s"] = rng.uniform(0.001, 0.002, 16).astype(np.float32)
+        bias = held[f"{of}s"] * held[f"w{of}s"]
+        held[f"b{of}"], held[f"b{of}s"] = rng.integers(-9999, 9999, 16, np.int32), bias
+        nodes.append(node("DequantizeLinear", [f"w{of}", f"w{of}s", "wz"], [f"w{of}d"], axis=0))
+        nodes.append(node("DequantizeLinear", [f"b{of}", f"b{of}s", "none"], [f"b{of}d"], axis=0))
+        nodes.append(node("Conv", [f"{of}d", f"w{of}d", f"b{of}d"], [f"out_{of}"]))
+
+    pair("a")
+    pair("b")
+    nodes.append(node("Concat", ["ad", "bd"], ["y"], axis=1))
+    pair("y")
+    conv("a", 4)
+    conv("y", 8)
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes, "int8", [value(x, TensorProto.FLOAT, ["N", 4, 6, 6]) for x in "ab"],
+        [value(f"out_{x}", TensorProto.FLOAT, ["N", 16, 6, 6]) for x in "ay"],
+        [from_array(np.asarray(v), name) for name, v in held.items()],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def test_share_ranges_gives_what_is_joined_one_range_and_keeps_what_it_means() -> None:
+    model = quantised(-0.5, 3.0)
+    made = copy(model)
+    assert share_ranges.apply(made.graph)
+    assert not share_ranges.apply(made.graph)
+    onnx.checker.check_model(made, full_check=True)
+    held = {t.name: to_array(t) for t in made.graph.initializer}
+    pairs = [node for node in made.graph.node if node.op_type == "QuantizeLinear"]
+    (scale,) = {held[node.input[1]].item() for node in pairs}
+    assert scale == pytest.approx(3.5 / 255, rel=0.005)
+    assert {held[node.input[2]].item() for node in pairs} == {36}
+    for conv in (node for node in made.graph.node if node.op_type == "Conv"):
+        inner = [next(n for n in made.graph.node if name in n.output) for name in conv.input]
+        x, weight, bias = (held[node.input[1]] for node in inner)
+        assert np.allclose(bias, x * weight)
+    rng = np.random.default_rng(1)
+    clips = {"a": rng.uniform(0, 3, (2, 4, 6, 6)), "b": rng.uniform(-0.5, 1, (2, 4, 6, 6))}
+    given = {name: x.astype(np.float32) for name, x in clips.items()}
+    for before, after in zip(
+        session(model).run(None, given), session(made).run(None, given), strict=True
+    ):
+        assert np.abs(before - after).max() < 0.02 * np.abs(before).max()
+
+
+@pytest.mark.parametrize("high", [1.0, 9.0], ids=["one already", "far apart"])
+def test_share_ranges_leaves_ranges(high: float) -> None:
+    assert not share_ranges.apply(copy(quantised(0.0, high)).graph)
 
 
 def test_sink_initializers_moves_each_into_the_branch_that_alone_reads_it(tmp_path: Path) -> None:

