@@ -58,9 +58,10 @@ from vmoe.export import onnx, pipeline
 from vmoe.export.pipeline import ExportSettings, Plan
 from vmoe.models import ModelSettings, VideoMoE, build, dense_counterpart, flops
 from vmoe.runtime import load
-from vmoe.runtime.bench import context, forms, scenarios
+from vmoe.runtime.bench import context, forms, render
+from vmoe.runtime.bench import run as bench
 from vmoe.runtime.bench.record import Record
-from vmoe.runtime.bench.scenarios import BenchSettings
+from vmoe.runtime.bench.settings import BenchSettings
 from vmoe.runtime.bench.statistics import Ratio, Times, ratio
 from vmoe.runtime.bench.subjects import random_clips
 
@@ -146,7 +147,9 @@ def main(quick: bool, threads: int, out: tuple[Path, ...], overwrite: bool, as_j
     figures.check_files(out, overwrite=overwrite)
     machine = context.read()
     effort = QUICK if quick else FULL
-    settings = BenchSettings(threads=threads, iterations=effort.rounds, duration=effort.duration_s)
+    settings = BenchSettings(
+        threads=(str(threads),), iterations=effort.rounds, duration=effort.duration_s
+    )
     found: list[Figure] = [_flops_saved()]
     records: dict[str, Record] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -161,7 +164,7 @@ def main(quick: bool, threads: int, out: tuple[Path, ...], overwrite: bool, as_j
             _latency(shipped, "shipped_", folder / "shipped", settings, found, records)
         found += _ready(split, effort.starts, folder)
     figures.say(found, as_json=as_json)
-    tables = {_title(key, threads): record.to_table() for key, record in records.items()}
+    tables = {_title(key, threads): render.table(record) for key, record in records.items()}
     rows = {key or "full": _rows(record) for key, record in records.items()}
     measured = {"effort": effort._asdict(), "threads": threads, "rows": rows}
     figures.write(out, "The whole line", found, machine, tables, measured)
@@ -199,7 +202,7 @@ def _latency(
     moes = _export(twin, folder / "moe")
     counterparts = _export(dense, folder / "dense")
     log.info("measuring %s", twin.settings)
-    record = scenarios.run(moes, counterparts, settings)
+    record = bench.run(moes, counterparts, settings)
     for about in record.bundles:
         log.info("%s: routes of the clips %s", about.name, about.routes)
     for lowering in LOWERINGS:
@@ -225,8 +228,9 @@ def _figure(
     under: Callable[[int], Sequence[tuple[str, str]]],
 ) -> Figure:
     """Return one ratio over all routes of a bundle; `under` names what a route is compared with."""
-    wall = {(row.bundle, row.form): row.samples.wall_ms for row in record.rows}
-    cpu = {(row.bundle, row.form): row.samples.cpu_ms for row in record.rows}
+    took = {(row.bundle, row.form): row.samples for row in record.rows if row.samples is not None}
+    wall = {key: samples.wall_ms for key, samples in took.items()}
+    cpu = {key: samples.cpu_ms for key, samples in took.items()}
     about = next(about for about in record.bundles if about.name == bundle)
 
     def ratios(times: dict[tuple[str, str], Times]) -> list[Ratio]:

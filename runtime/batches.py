@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from vmoe.clips import Clips
 from vmoe.errors import ServerError
 
 from .engine import Engine, Prediction
@@ -123,9 +124,7 @@ class Batches:
         answers: dict[int, Prediction] = {}
         filtered: dict[int, NDArray[np.float32]] = {}
         if whole:
-            clips = whole[0].clip[np.newaxis]  # one window, as it is: nothing is copied
-            if len(whole) > 1:
-                clips = np.stack([window.clip for window in whole])
+            clips = stacked([window.clip for window in whole])
             found = self._engine.infer(clips)
             for i, window in enumerate(whole):
                 one = slice(i, i + 1)
@@ -144,3 +143,8 @@ class Batches:
                 ended = time.monotonic()
             key = id(work.window)
             lane.hand_on(work, answers.get(key), began, ended, filtered.get(key))
+
+
+def stacked(clips: Sequence[NDArray[np.uint8]]) -> Clips:
+    """Return clips, each uint8 [T, H, W, 3], as one batch; one alone is not copied."""
+    return clips[0][np.newaxis] if len(clips) == 1 else np.stack(clips)

@@ -23,7 +23,7 @@ from vmoe.errors import EngineMismatchError, SettingError, UnknownNameError
 
 from . import online
 from .backends import ENGINES, choose
-from .engines import SERVER, Backend, BackendSettings, Outputs, Run
+from .engines import SERVER, Backend, BackendSettings, Outputs, Run, Times
 from .online import States
 from .threads import of_engine
 
@@ -56,6 +56,8 @@ def load(
     trust: bool = False,
     server: str | None = None,
     stopping: Callable[[], bool] = lambda: False,
+    compiled: bool = False,
+    cuda_graph: bool | None = None,
 ) -> Engine:
     """Load a bundle: prove it whole, and open a backend for it.
 
@@ -73,6 +75,8 @@ def load(
         trust: load parts that are code (TensorRT plans) though they were built elsewhere.
         server: HOST:PORT of a Triton server that has the parts; backend auto is then triton.
         stopping: asked while a server that was lost is waited for: whether to give up.
+        compiled: of backend torch: compile the twin (torch.compile).
+        cuda_graph: whether parts run as CUDA graphs; None is the backend's own choice.
 
     Raises:
         BundleError: no bundle, or one that is not what its manifest says.
@@ -89,8 +93,19 @@ def load(
     module = registry.load(ENGINES, name, "backend")
     if server and SERVER not in module.FORMATS:
         raise SettingError(f"--server is for --backend {TRITON}; {name} runs here. Leave one out.")
+    if cuda_graph and not getattr(module, "CUDA_GRAPHS", False):
+        raise SettingError(f"--cuda-graph: backend {name} runs no CUDA graphs. Leave it out.")
     settings = BackendSettings(
-        read.path, device, threads, read, cache, trust, server=server, stopping=stopping
+        read.path,
+        device,
+        threads,
+        read,
+        cache,
+        trust,
+        server=server,
+        stopping=stopping,
+        compiled=compiled,
+        cuda_graph=cuda_graph,
     )
     opened = module.open(settings)
     read = module.served(read) if SERVER in module.FORMATS else read
@@ -214,6 +229,18 @@ class Engine:
     def retries(self) -> int:
         """How many requests were repeated, because the server that runs the parts was away."""
         return int(getattr(self._backend, "retries", 0))
+
+    def time_calls(self) -> bool:
+        """Let the backend note what runs take; return whether it can."""
+        begin = getattr(self._backend, "time_calls", None)
+        if begin is not None:
+            begin()
+        return begin is not None
+
+    def last_times(self) -> Times | None:
+        """Return what all runs took since it was asked last; None of a backend that cannot tell."""
+        told = getattr(self._backend, "last_times", None)
+        return told() if told is not None else None
 
     def load_parts(self, names: Sequence[str] | None = None) -> None:
         """Load parts now; None is all of them.

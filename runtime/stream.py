@@ -85,6 +85,11 @@ class Stream:
         """The state of every source, by its name: opening, running, stalled, reopening, ended."""
         return {lane.source.name: lane.source.state for lane in self._pipeline.lanes}
 
+    @property
+    def hop_s(self) -> float:
+        """Time between two windows of one stream, in seconds."""
+        return self._pipeline.hop_s
+
     def stop(self) -> None:
         """End the streams in order, after what they hold; from any thread."""
         self._stop.ask()

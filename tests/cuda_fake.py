@@ -24,6 +24,8 @@ class CUresult(enum.IntEnum):
     CUDA_SUCCESS = 0
     CUDA_ERROR_OUT_OF_MEMORY = 2
     CUDA_ERROR_NO_DEVICE = 100
+    CUDA_ERROR_NOT_READY = 600
+    CUDA_ERROR_ILLEGAL_ADDRESS = 700
     CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
 
 
@@ -33,6 +35,15 @@ class CUstream_flags(enum.IntEnum):
 
 class CUstreamCaptureMode(enum.IntEnum):
     CU_STREAM_CAPTURE_MODE_THREAD_LOCAL = 1
+
+
+class CUevent_flags(enum.IntEnum):
+    CU_EVENT_DEFAULT = 0
+
+
+class CUevent_record_flags(enum.IntEnum):
+    CU_EVENT_RECORD_DEFAULT = 0
+    CU_EVENT_RECORD_EXTERNAL = 1
 
 
 class CUdevice_attribute(enum.IntEnum):
@@ -52,8 +63,12 @@ class Driver(ModuleType):
         calls: names of the functions that were called, in order.
         live: handles and addresses that are not freed yet, by kind.
         launches: how many graphs were launched.
+        busy: how often a stream is asked before it says that it is done.
     """
 
+    CUresult = CUresult
+    CUevent_flags = CUevent_flags
+    CUevent_record_flags = CUevent_record_flags
     CUstream_flags = CUstream_flags
     CUstreamCaptureMode = CUstreamCaptureMode
     CUdevice_attribute = CUdevice_attribute
@@ -64,13 +79,13 @@ class Driver(ModuleType):
         self.gpu, self.capability = name, capability
         self.fail: dict[str, CUresult] = {}
         self.calls: list[str] = []
-        self.launches = 0
+        self.launches, self.busy, self._asked = 0, 0, 0
         self.current = False
         self.live: dict[str, dict[int, Any]] = {
-            kind: {} for kind in ("memory", "host", "stream", "graph", "exec", "context")
+            kind: {} for kind in ("memory", "host", "stream", "graph", "exec", "context", "event")
         }
         self._captured: list[Callable[[], None]] | None = None
-        self._next = 1
+        self._next, self._ticks = 1, 0
 
     def __getattribute__(self, name: str) -> Any:
         held = super().__getattribute__(name)
@@ -152,7 +167,39 @@ class Driver(ModuleType):
 
     def cuStreamSynchronize(self, stream: int) -> Answer:
         assert self._captured is None, "a wait in a capture"
+        self._asked = 0
         return (OK,)
+
+    def cuStreamQuery(self, stream: int) -> Answer:
+        assert self._captured is None, "a question in a capture, which would end it"
+        self._asked += 1
+        if self._asked <= self.busy:
+            return (CUresult.CUDA_ERROR_NOT_READY,)
+        self._asked = 0
+        return (OK,)
+
+    def cuEventCreate(self, flags: int) -> Answer:
+        return OK, self._handle("event", None)
+
+    def cuEventDestroy(self, event: int) -> Answer:
+        del self.live["event"][event]
+        return (OK,)
+
+    def cuEventRecordWithFlags(self, event: int, stream: int, flags: int) -> Answer:
+        """Note the time: a millisecond after the one before."""
+        outside = flags == CUevent_record_flags.CU_EVENT_RECORD_DEFAULT
+        assert outside == (self._captured is None), "EXTERNAL is for a capture, and only for one"
+
+        def note() -> None:
+            self._ticks += 1
+            self.live["event"][event] = self._ticks
+
+        self.run(note)
+        return (OK,)
+
+    def cuEventElapsedTime(self, begin: int, end: int) -> Answer:
+        held = self.live["event"]
+        return OK, float(held[end] - held[begin])
 
     def _alloc(self, kind: str, size: int) -> Answer:
         held = np.full(size, 0xAB, np.uint8)

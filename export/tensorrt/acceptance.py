@@ -17,9 +17,10 @@ from onnx import ValueInfoProto, helper
 from onnx.numpy_helper import from_array
 
 from vmoe.errors import EngineMismatchError
-from vmoe.runtime.engines import _plan
+from vmoe.runtime.engines import _trt
 from vmoe.runtime.engines._cuda import Gpu
-from vmoe.runtime.engines.tensorrt import LEAST_ARENA, checked, constructed
+from vmoe.runtime.engines._trt import checked, constructed
+from vmoe.runtime.engines.tensorrt import LEAST_ARENA
 
 M = 4  # experts
 OPSET, IR = 20, 10
@@ -86,7 +87,7 @@ def difference(trt: Any, gpu: Gpu, plan: bytes, name: str, trial: Trial) -> floa
 
 
 def _run(trt: Any, gpu: Gpu, plan: bytes, name: str, trial: Trial) -> Arrays:
-    log_ = _plan.logger(trt)
+    log_ = _trt.logger(trt)
 
     def must(value: Any, what: str) -> Any:
         return checked(value, f"{name}: {what}", log_)

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from vmoe.errors import EngineMismatchError, VmoeError
-from vmoe.runtime.engines import _plan
-from vmoe.runtime.engines.tensorrt import checked, constructed
+from vmoe.runtime.engines import _plan, _trt
+from vmoe.runtime.engines._trt import checked, constructed
 
 from .settings import BuildSettings
 
@@ -78,7 +78,7 @@ def build(trt: Any, onnx: bytes, name: str, settings: BuildSettings, cache: byte
     Raises:
         VmoeError: TensorRT cannot read the graph, or finds no plan; with its own words.
     """
-    log_ = _plan.logger(trt)
+    log_ = _trt.logger(trt)
     builder = constructed(lambda: trt.Builder(log_), "Builder", log_)
     typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)  # its number has moved
     network = checked(builder.create_network(typed), f"{name}: create_network", log_)
@@ -177,7 +177,7 @@ def inspected(
     Raises:
         VmoeError: the plan cannot be loaded, or what is said of it cannot be read.
     """
-    log_ = _plan.logger(trt)
+    log_ = _trt.logger(trt)
     runtime = constructed(lambda: trt.Runtime(log_), "Runtime", log_)
     if settings.version_compatible:
         runtime.engine_host_code_allowed = True

@@ -17,9 +17,11 @@ from vmoe.bundle import Bundle
 
 from . import forms
 from .measuring import Samples
+from .scenarios import SINGLE
 from .statistics import Ratio, Times, ratio
 
 BOUND = 1.3  # above this, more runs than one expert
+ON_CPU = 0.25  # of the time: with less CPU time, a device did the work
 Measured = Mapping[tuple[str, str], Samples]  # by names of bundle and form
 
 
@@ -60,7 +62,7 @@ class Route:
         alone_ms: sum of the medians of router alone and expert alone.
         ratio: of the two, on the clock.
         cpu: the same of CPU time, which other processes do not stretch; None where the clock of
-            CPU time is too coarse for the parts.
+            CPU time is too coarse for the parts, or another device did the work.
     """
 
     route: int
@@ -102,6 +104,7 @@ class Certificate:
         routes: every route that was forced.
         worst: the route with the largest median latency.
         against: the baselines.
+        scenario, batch, threads: of the rows that it is made of.
     """
 
     bundle: str
@@ -110,6 +113,9 @@ class Certificate:
     routes: tuple[Route, ...]
     worst: int | None
     against: tuple[Against, ...]
+    scenario: str = SINGLE
+    batch: int = 1
+    threads: int | None = None
 
 
 def entry(name: str, bundle: Bundle, *, baseline: bool = False) -> Entry:
@@ -152,7 +158,10 @@ def certify(of: Entry, entries: Sequence[Entry], measured: Measured) -> Certific
         against=tuple(
             _against(of, base, routes, measured)
             for base in entries
-            if base.baseline and base.clip == of.clip and routes
+            if base.baseline
+            and base.clip == of.clip
+            and routes
+            and (base.name, forms.FREE) in measured
         ),
     )
 
@@ -182,10 +191,11 @@ def _why(of: Entry, routes: list[int], parts: str | None) -> str | None:
 def _route(of: Entry, index: int, parts: str | None, measured: Measured) -> Route:
     over = measured[of.name, forms.route(index)]
     latency_ms = _median(over.wall_ms)
-    if parts is None:
+    if parts is None or (parts, forms.expert(index)) not in measured:
         return Route(index, latency_ms)
     alone = [measured[parts, name] for name in (forms.ROUTER, forms.expert(index))]
     fine = all((samples.cpu_ms > 0).all() for samples in alone)
+    fine = fine and _median(over.cpu_ms) > ON_CPU * over.wall_ms.min()
     return Route(
         route=index,
         latency_ms=latency_ms,

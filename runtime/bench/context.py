@@ -13,9 +13,12 @@ from typing import Any
 
 import vmoe
 
-PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "opencv-python")
-CLOCK = Path("/sys/devices/system/cpu/cpu0/cpufreq")
-NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+from . import sensors
+
+PACKAGES = (
+    "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "torch", "opencv-python",
+)  # fmt: skip
+CPU0 = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 
 
 def read() -> dict[str, Any]:
@@ -24,12 +27,14 @@ def read() -> dict[str, Any]:
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": _cpu_model(),
         "cores": cores(),
-        "virtual": "hypervisor" in _text(Path("/proc/cpuinfo")),
+        "virtual": "hypervisor" in sensors.text(Path("/proc/cpuinfo")),
+        "quota_cores": sensors.quota().cores,
         "load_1min": load(),
-        "governor": _text(CLOCK / "scaling_governor") or None,
+        "governor": sensors.text(CPU0 / "scaling_governor") or None,
         "clock_mhz": _clock_mhz(),
-        "board": _text(Path("/proc/device-tree/model")).rstrip("\0") or None,
-        "gpu": _gpu(),
+        "temperature_c": sensors.temperature_c(),
+        "board": sensors.text(Path("/proc/device-tree/model")).rstrip("\0") or None,
+        "gpu": _nvidia("name,driver_version"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {"vmoe": vmoe.__version__, **_versions()},
@@ -48,16 +53,25 @@ def load() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
+def gpu_now() -> tuple[float | None, float | None]:
+    """Return the clock in MHz and the temperature in deg C of the first NVIDIA GPU."""
+    first = (_nvidia("clocks.sm,temperature.gpu", "nounits") or "").partition(";")[0]
+    clock, _, temperature = (part.strip() for part in first.partition(","))
+    return _number(clock), _number(temperature)
+
+
 def line(context: dict[str, Any]) -> str:
     """Return the machine as one line."""
     cpu = f"{context['cpu']}, {context['cores']} cores"
+    if context.get("quota_cores") is not None:  # older records do not say
+        cpu += f" (a container may use {context['quota_cores']:g})"
     gpu = f"; {context['gpu']}" if context["gpu"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in context["versions"].items())
     return f"{cpu}{gpu}; load {context['load_1min']}; Python {context['python']}, {versions}"
 
 
 def _cpu_model() -> str:
-    for row in _text(Path("/proc/cpuinfo")).splitlines():
+    for row in sensors.text(Path("/proc/cpuinfo")).splitlines():
         name, _, value = row.partition(":")
         if name.strip() in ("model name", "Model"):
             return value.strip()
@@ -65,20 +79,26 @@ def _cpu_model() -> str:
 
 
 def _clock_mhz() -> float | None:
-    khz = _text(CLOCK / "scaling_cur_freq")
-    if khz.isdigit():
-        return int(khz) / 1000
-    for row in _text(Path("/proc/cpuinfo")).splitlines():
+    measured = sensors.clock_mhz()
+    if measured is not None:
+        return measured
+    for row in sensors.text(Path("/proc/cpuinfo")).splitlines():
         if row.startswith("cpu MHz"):
             return float(row.partition(":")[2])
     return None
 
 
-def _gpu() -> str | None:
-    if shutil.which(NVIDIA_SMI[0]) is None:
+def _number(text: str) -> float | None:
+    return float(text) if text.isdecimal() else None
+
+
+def _nvidia(fields: str, *form: str) -> str | None:
+    """Return what nvidia-smi says of every GPU, with `; ` between; None where there is none."""
+    if shutil.which("nvidia-smi") is None:
         return None
+    command = ["nvidia-smi", f"--query-gpu={fields}", ",".join(["--format=csv,noheader", *form])]
     try:
-        found = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, timeout=10, check=False)
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return (found.stdout.strip().replace("\n", "; ") or None) if found.returncode == 0 else None
@@ -92,10 +112,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return ""

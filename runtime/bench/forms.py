@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from vmoe.errors import SettingError, nearest
 
+from .measuring import Clock
+from .scenarios import SINGLE
 from .subjects import Subject
 
-FREE, ROUTE, WORST, ROUTER, EXPERT, ALL = (
+FREE, ROUTE, WORST, MIXED, ROUTER, EXPERT, ALL = (
     "free",
     "route",
     "worst route",
+    "mixed routes",
     "router alone",
     "expert",
     "all experts",
 )
+PROBES = 3  # calls of each route that tell which is the slowest
 
 
 @dataclass(frozen=True)
@@ -25,13 +30,23 @@ class Form:
 
     Attributes:
         subject: name of its bundle.
-        name: `free`, `route 0`, `router alone`, `expert 0 alone`, `all experts`.
+        name: `free`, `route 0`, `mixed routes`, `router alone`, `expert 0 alone`, `all experts`.
         call: takes the number of a round.
+        scenario: which one it is of.
+        batch: clips of a call.
+        streams: that the clips are of; 1 where that means nothing.
+        threads: CPU threads of the engine; None is its own choice.
+        backend: what runs it.
     """
 
     subject: str
     name: str
     call: Callable[[int], object]
+    scenario: str = SINGLE
+    batch: int = 1
+    streams: int = 1
+    threads: int | None = None
+    backend: str = ""
 
 
 def route(index: int) -> str:
@@ -64,6 +79,21 @@ def routes_asked(force_route: str, experts: int) -> tuple[int, ...]:
     return (int(force_route),)
 
 
+def form(
+    subject: Subject,
+    name: str,
+    call: Callable[[int], object],
+    *,
+    scenario: str = SINGLE,
+    streams: int = 1,
+) -> Form:
+    """Return a form of a bundle, at the batch that the subject has now."""
+    backend = subject.engine.backend_name
+    return Form(
+        subject.name, name, call, scenario, subject.batch, streams, subject.threads, backend
+    )
+
+
 def of(subject: Subject, force_route: str) -> list[Form]:
     """Return the forms of a bundle.
 
@@ -73,21 +103,69 @@ def of(subject: Subject, force_route: str) -> list[Form]:
     Raises:
         SettingError: --force-route is none of this model's.
     """
-    engine, name = subject.engine, subject.name
-    forms = [Form(name, FREE, lambda n: engine.infer(subject.of_round(n)))]
+    engine = subject.engine
+    forms = [form(subject, FREE, lambda n: engine.infer(subject.of_round(n)))]
     if subject.baseline:
         return forms
     experts = subject.bundle.experts
     asked = routes_asked(force_route, experts)
     if experts == 1:
         return forms
-    forms += [Form(name, route(i), _forced(subject, i)) for i in asked]
+    forms += [form(subject, route(i), _forced(subject, i)) for i in asked]
     if subject.bundle.lowering == "split" and asked:
-        forms.append(Form(name, ROUTER, _part(subject, "router")))
-        forms += [Form(name, expert(i), _part(subject, f"expert{i}")) for i in asked]
+        forms.append(form(subject, ROUTER, _part(subject, "router")))
+        forms += [form(subject, expert(i), _part(subject, f"expert{i}")) for i in asked]
     if len(asked) == experts:
-        forms.append(Form(name, ALL, lambda n: engine.run_all(subject.of_round(n))))
+        forms.append(form(subject, ALL, lambda n: engine.run_all(subject.of_round(n))))
     return forms
+
+
+def sweep(
+    subject: Subject,
+    scenario: str,
+    batches: Sequence[int],
+    force_route: str,
+    *,
+    whole: bool,
+    wall_ns: Clock = time.perf_counter_ns,
+) -> list[Form]:
+    """Return the forms of a bundle at each batch.
+
+    At the first, where `whole`, all of them; else two: routed freely, and the slowest of the
+    routes that are asked for, by a probe before the measurement.
+
+    Raises:
+        SettingError: --force-route is none of this model's.
+    """
+    made: list[Form] = []
+    slowest: str | None = None
+    for at, batch in enumerate(batches):
+        every = of(subject.at(batch), force_route)
+        if at or not whole:
+            slowest = slowest or _slowest(every, wall_ns)
+            every = [form for form in every if form.name in (FREE, slowest)]
+        made += [replace(form, scenario=scenario) for form in every]
+    return made
+
+
+def _slowest(forms: Sequence[Form], wall_ns: Clock) -> str | None:
+    """Return the name of the route whose fastest call takes longest; a call that fails is one."""
+    routes = [form for form in forms if form.name.startswith(f"{ROUTE} ")]
+    if len(routes) < 2:
+        return routes[0].name if routes else None
+
+    def fastest(form: Form) -> float:
+        took = []
+        for number in range(PROBES):
+            began = wall_ns()
+            try:
+                form.call(number)
+            except Exception:  # it will fail again where it is measured, and its row says why
+                return float("inf")
+            took.append(wall_ns() - began)
+        return min(took)
+
+    return max(routes, key=fastest).name
 
 
 def _forced(subject: Subject, index: int) -> Callable[[int], object]:

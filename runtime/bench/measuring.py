@@ -13,6 +13,8 @@ import numpy as np
 from .statistics import Times
 
 Clock = Callable[[], int]  # nanoseconds
+Call = Callable[[int], object]  # takes the number of a round
+OnError = Callable[[int, Exception], None]
 
 
 class Samples(NamedTuple):
@@ -44,15 +46,36 @@ class Plan:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Took:
+    """What a call answers that measured itself: its time stands in the place of the clock's."""
+
+    ms: float
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user ended a measurement of which something is there.
+
+    Attributes:
+        samples: of each call, of the rounds that were whole.
+    """
+
+    def __init__(self, samples: list[Samples]) -> None:
+        """Take what is there."""
+        super().__init__()
+        self.samples = samples
+
+
 def _plainly(rounds: Iterable[int]) -> Iterable[int]:
     return rounds
 
 
 def interleave(
-    calls: Sequence[Callable[[int], object]],
+    calls: Sequence[Call],
     plan: Plan,
     *,
     show: Callable[[Iterable[int]], Iterable[int]] = _plainly,
+    on_error: OnError | None = None,
     wall_ns: Clock = time.perf_counter_ns,
     cpu_ns: Clock = time.process_time_ns,
 ) -> list[Samples]:
@@ -64,33 +87,83 @@ def interleave(
         calls: each takes the number of the round, so that all see the same clips in a round.
         plan: how long.
         show: wraps the rounds that count, for a progress bar.
+        on_error: is told of a call that fails, by its place; the others go on without it. None
+            lets its error end the measurement.
         wall_ns: the clock.
         cpu_ns: the CPU time of this process.
 
     Returns:
-        Samples of each call, in the order of `calls`.
+        Samples of each call, in the order of `calls`; of one that failed, those before.
+
+    Raises:
+        Interrupted: by the user, after the first whole round.
     """
+    taker = _Taker(calls, on_error, wall_ns, cpu_ns)
     rng = np.random.default_rng(plan.seed)
-    wall: list[list[int]] = [[] for _ in calls]
-    cpu: list[list[int]] = [[] for _ in calls]
     for number in _rounds(1, plan.warmup_s, wall_ns):
-        for call in calls:
-            call(number)
+        taker.round(taker.alive, number)
+    taker.drop()
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
+    whole = 0
     try:
         for number in show(_rounds(plan.rounds, plan.duration_s, wall_ns)):
-            for i in rng.permutation(len(calls)):
-                wall_began, cpu_began = wall_ns(), cpu_ns()
-                calls[i](number)
-                cpu_ended, wall_ended = cpu_ns(), wall_ns()
-                wall[i].append(wall_ended - wall_began)
-                cpu[i].append(cpu_ended - cpu_began)
+            taker.round(rng.permutation(taker.alive).tolist(), number)
+            whole += 1
+            if not taker.alive:
+                break
+    except KeyboardInterrupt:
+        if not whole:
+            raise
+        raise Interrupted(taker.samples(whole)) from None
     finally:
         if collecting:
             gc.enable()
-    return [Samples(_ms(w), _ms(c)) for w, c in zip(wall, cpu, strict=True)]
+    return taker.samples(whole)
+
+
+class _Taker:
+    """Calls that are alive, and the times that they took."""
+
+    def __init__(
+        self, calls: Sequence[Call], on_error: OnError | None, wall_ns: Clock, cpu_ns: Clock
+    ) -> None:
+        self._calls, self._on_error = calls, on_error
+        self._wall_ns, self._cpu_ns = wall_ns, cpu_ns
+        self.alive = list(range(len(calls)))
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget the times so far: they were the warm-up's."""
+        self._wall: list[list[float]] = [[] for _ in self._calls]
+        self._cpu: list[list[float]] = [[] for _ in self._calls]
+
+    def round(self, order: Iterable[int], number: int) -> None:
+        """Make a call of each, by their places."""
+        wall_ns, cpu_ns = self._wall_ns, self._cpu_ns
+        for i in list(order):
+            call = self._calls[i]
+            try:
+                wall_began, cpu_began = wall_ns(), cpu_ns()
+                answer = call(number)
+                cpu_ended, wall_ended = cpu_ns(), wall_ns()
+            except Exception as e:
+                if self._on_error is None:
+                    raise
+                self.alive.remove(i)
+                self._on_error(i, e)
+                continue
+            took = answer.ms * 1e6 if isinstance(answer, Took) else wall_ended - wall_began
+            self._wall[i].append(took)
+            self._cpu[i].append(cpu_ended - cpu_began)
+
+    def samples(self, whole: int) -> list[Samples]:
+        """Return the times of the rounds that were whole."""
+        return [
+            Samples(_ms(wall[:whole]), _ms(cpu[:whole]))
+            for wall, cpu in zip(self._wall, self._cpu, strict=True)
+        ]
 
 
 def _rounds(least: int, duration_s: float, wall_ns: Clock) -> Iterator[int]:
@@ -100,5 +173,5 @@ def _rounds(least: int, duration_s: float, wall_ns: Clock) -> Iterator[int]:
         number += 1
 
 
-def _ms(times_ns: list[int]) -> Times:
+def _ms(times_ns: Sequence[float]) -> Times:
     return np.asarray(times_ns, dtype=np.float64) / 1e6

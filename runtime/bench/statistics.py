@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 Times = NDArray[np.float64]  # one value for each round, in ms
 LEVEL = 0.95
+BLOCKS = 12
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Summary:
         min, max, mean, median: in ms.
         percentiles: in ms, by the percentile's name: "50", "99.9".
         cv: coefficient of variation: deviation over mean; 0 of a single call.
+        low, high: 95 % interval of the median (`spread`); None below 6 calls.
     """
 
     n: int
@@ -31,6 +33,8 @@ class Summary:
     median: float
     percentiles: dict[str, float]
     cv: float
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ def summarise(times: Times, percentiles: Sequence[float] = (50, 90, 95, 99)) -> 
     """Summarise times in ms, at least one; percentiles between two samples are interpolated."""
     mean = float(times.mean())
     deviation = float(times.std(ddof=1)) if len(times) > 1 else 0.0
+    low, high = spread(times)
     return Summary(
         n=len(times),
         min=float(times.min()),
@@ -61,7 +66,20 @@ def summarise(times: Times, percentiles: Sequence[float] = (50, 90, 95, 99)) -> 
         median=float(np.median(times)),
         percentiles={f"{p:g}": float(np.percentile(times, p)) for p in percentiles},
         cv=deviation / mean if mean > 0 else 0.0,
+        low=low,
+        high=high,
     )
+
+
+def spread(times: Times) -> tuple[float | None, float | None]:
+    """Return a 95 % interval of the median of calls in their order; (None, None) below 6.
+
+    Calls that follow each other share what happens to the machine, so that each is no evidence of
+    its own. The interval is that of the medians of up to BLOCKS stretches of the run: batch means,
+    with medians.
+    """
+    stretches = np.array_split(times, min(BLOCKS, len(times)))
+    return median_interval(np.array([np.median(stretch) for stretch in stretches]))
 
 
 def ratio(over: Times, *under: Times) -> Ratio:
@@ -81,6 +99,38 @@ def ratio(over: Times, *under: Times) -> Ratio:
         low=low,
         high=high,
     )
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How the second half of a run compares with the first.
+
+    Attributes:
+        ratio: of the halves' median slowness; 1.1 is 10 % slower at the end.
+        sure: the 95 % intervals of the two medians lie apart.
+    """
+
+    ratio: float
+    sure: bool
+
+
+def drift(forms: Sequence[Times]) -> Drift | None:
+    """Compare the halves of a run by all forms together; None of fewer than 12 rounds.
+
+    A round's slowness is the geometric mean, over the forms, of the form's time in this round over
+    its median: one call that was disturbed hardly moves it.
+
+    Args:
+        forms: times in ms of the same rounds, each [n].
+    """
+    if not forms or len(forms[0]) < 12:
+        return None
+    logs = [np.log(np.maximum(times, 1e-9) / max(float(np.median(times)), 1e-9)) for times in forms]
+    slowness = np.exp(np.mean(logs, axis=0))
+    first, second = np.array_split(slowness, 2)
+    (low1, high1), (low2, high2) = median_interval(first), median_interval(second)
+    apart = None not in (low1, low2) and bool(low2 > high1 or low1 > high2)  # type: ignore[operator]
+    return Drift(float(np.median(second) / np.median(first)), apart)
 
 
 def median_interval(values: Times) -> tuple[float | None, float | None]:

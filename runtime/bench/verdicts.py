@@ -5,13 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from vmoe.runtime.engines import Times
 
 from .certificate import BOUND, Against, Certificate
-from .statistics import Ratio, Summary
+from .statistics import Drift, Ratio, Summary
+
+if TYPE_CHECKING:
+    from .record import Streamed
 
 # trtexec calls a GPU that does nothing else unstable above 2.5 %; a CPU has an operating system.
 UNSTABLE_CV = 0.10
+ENQUEUE_BOUND = 0.8  # of the GPU's time that the host spends giving it its work, as trtexec has it
+SLOWER = 1.05  # the second half of a run over the first
+CLOCK_FELL = 0.95
+STOPPED = 0.01  # of the time of a run for which a container's quota stopped its threads
+STOLEN = 0.02  # of the CPU time, given by a hypervisor to others
 HOST_MS = 0.1  # what the host's routing may cost beside the graphs; matters to toy models only
 
 
@@ -45,7 +55,8 @@ def of_certificate(made: Certificate) -> list[Verdict]:
 def _sparsity(made: Certificate) -> Verdict:
     known = [(r.ratio, r) for r in made.routes if r.ratio is not None]
     if not known:
-        return Verdict("uncertified", made.bundle, None, f"no certificate: {made.why}.")
+        why = made.why or "a part alone could not be run"
+        return Verdict("uncertified", made.bundle, None, f"no certificate: {why}.")
     ratio, worst = max(known, key=lambda pair: pair[0].medians)
     above = (ratio.medians > BOUND, ratio.minima > BOUND)
     extra_ms = worst.latency_ms - (worst.alone_ms or 0.0)
@@ -54,6 +65,12 @@ def _sparsity(made: Certificate) -> Verdict:
         return Verdict("sparse", made.bundle, True, f"{cost}; at most {BOUND}.")
     if not all(above):
         says = f"{cost}: medians and minima disagree about {BOUND}. Measure longer, or alone."
+        return Verdict("unclear", made.bundle, None, says)
+    if ratio.low is not None and ratio.low <= BOUND:
+        says = f"{cost}: that may be noise, of {BOUND} or less. Measure longer, or alone."
+        return Verdict("unclear", made.bundle, None, says)
+    if worst.cpu is not None and worst.cpu.medians <= BOUND:
+        says = f"{cost}: not by CPU time, so that others were running. Measure longer, or alone."
         return Verdict("unclear", made.bundle, None, says)
     if extra_ms < HOST_MS:
         says = f"{cost}, but {extra_ms:.3f} ms may be the host's own: use a larger --batch."
@@ -73,24 +90,130 @@ def _against(bundle: str, against: Against) -> Verdict:
     return Verdict("against", bundle, against.worst.medians < 1, says + ".")
 
 
-def of_rows(rows: Mapping[tuple[str, str], Summary]) -> list[Verdict]:
-    """Say which forms vary too much, by names of bundle and form, and what too few calls say."""
+def of_rows(rows: Mapping[str, Summary]) -> list[Verdict]:
+    """Say which calls vary too much, by what they are, and what too few of them say."""
     said = []
     restless = {name: s.cv for name, s in rows.items() if s.cv > UNSTABLE_CV}
     if restless:
         top = max(restless, key=lambda name: restless[name])
         says = (
-            f"{len(restless)} of {len(rows)} forms vary by more than {UNSTABLE_CV:.0%} (most: "
-            f"{' '.join(top)}, {restless[top]:.0%}): trust minima and ratios more than medians."
+            f"{len(restless)} of {len(rows)} rows vary by more than {UNSTABLE_CV:.0%} (most: "
+            f"{top}, {restless[top]:.0%}): trust minima and ratios more than medians."
         )
         said.append(Verdict("unstable", None, False, says))
-    n = min((summary.n for summary in rows.values()), default=0)
-    high = max((float(p) for s in rows.values() for p in s.percentiles), default=0.0)
-    if n and n * (1 - high / 100) < 1 and high < 100:
-        wanted = math.ceil(round(100 / (100 - high), 6))
-        says = f"percentile {high:g} of {n} calls is about their slowest: --iterations {wanted}"
+    short = min(rows.values(), key=lambda summary: summary.n, default=None)
+    if short is not None and (wanted := _wanted(short)) is not None:
+        says = f"{_highest(short)} of {short.n} calls is about their slowest: --iterations {wanted}"
         said.append(Verdict("few calls", None, None, says + " or more."))
     return said
+
+
+def _highest(summary: Summary) -> str:
+    return f"percentile {max(map(float, summary.percentiles)):g}"
+
+
+def _wanted(summary: Summary) -> int | None:
+    """Return how many samples the highest percentile takes; None where they are there."""
+    high = max(map(float, summary.percentiles))
+    if high == 100 or summary.n * (1 - high / 100) >= 1:
+        return None
+    return math.ceil(round(100 / (100 - high), 6))
+
+
+def of_streams(rows: Mapping[str, tuple[Streamed, Summary]]) -> list[Verdict]:
+    """Say which streams lost windows or frames, by what they are, and what too few windows say."""
+    if not rows:
+        return []
+    said = []
+    lost = {
+        name: s.windows_dropped + s.windows_incomplete + s.frames_dropped
+        for name, (s, _) in rows.items()
+    }
+    top = max(lost, key=lambda name: lost[name])
+    counts, ages = rows[top]
+    if lost[top]:
+        says = (
+            f"{sum(map(bool, lost.values()))} of {len(rows)} rows lost something (most: {top}, "
+            f"{counts.windows_dropped} windows, {counts.windows_incomplete} that were incomplete, "
+            f"{counts.frames_dropped} frames; {counts.windows} windows labelled): too slow for "
+            "its cameras, or the machine was."
+        )
+        said.append(Verdict("dropped", None, False, says))
+    else:
+        n = sum(counts.windows for counts, _ in rows.values())
+        said.append(Verdict("keeps up", None, True, f"none of {n} windows and no frame was lost."))
+    counts, ages = min(rows.values(), key=lambda pair: pair[1].n)
+    if (wanted := _wanted(ages)) is not None:
+        seconds = math.ceil(counts.seconds * wanted / ages.n)
+        says = f"{_highest(ages)} of {ages.n} windows is about the slowest: --duration {seconds}"
+        said.append(Verdict("few windows", None, None, says + " or more."))
+    return said
+
+
+def of_device(rows: Mapping[str, Times]) -> list[Verdict]:
+    """Say whose time on a GPU is not the GPU's own work, by what they are."""
+    enqueue = {name: t.enqueue_ms / t.device_ms for name, t in rows.items() if t.device_ms > 0}
+    copies = {
+        name: (t.h2d_ms + t.d2h_ms) / t.device_ms for name, t in rows.items() if t.device_ms > 0
+    }
+    said = []
+    for name, shares, bound, says in (
+        ("enqueue-bound", enqueue, ENQUEUE_BOUND,
+         "the host needs {} of the GPU's time to give it its work: use --cuda-graph or a larger "
+         "--batch."),
+        ("transfer-bound", copies, 1.0,
+         "copies take {} of the GPU's own work: smaller clips, or a larger --batch, would help."),
+    ):  # fmt: skip
+        above = {row: share for row, share in shares.items() if share > bound}
+        if above:
+            top = max(above, key=lambda row: above[row])
+            which = f"{len(above)} of {len(rows)} rows (most: {top}): "
+            said.append(Verdict(name, None, False, which + says.format(f"{above[top]:.0%}")))
+    return said
+
+
+def of_watch(during: Mapping[str, Any], drift: Drift | None) -> list[Verdict]:
+    """Say what happened to the machine while it was measured.
+
+    Args:
+        during: as watch.Watch has it.
+        drift: how the halves of the run compare.
+    """
+    said = []
+    evidence = _throttling(during)
+    slower = drift is not None and drift.sure and drift.ratio > SLOWER
+    trend = f"the second half of the run was {drift.ratio - 1:.0%} slower" if drift else ""
+    if evidence:
+        says = "; ".join([*evidence, *[trend] * slower])
+        said.append(Verdict("throttled", None, False, f"{says}. Let it cool, or fix its clock."))
+    elif slower and during["clock_mhz"] is None and during["gpu_clock_mhz"] is None:
+        says = f"{trend} than the first, beyond noise, and no clock can be read here: throttled, "
+        said.append(Verdict("throttled", None, False, says + "or others came. Measure again."))
+    elif slower:
+        says = f"{trend} than the first, beyond noise, though the clock held: others came."
+        said.append(Verdict("drifting", None, False, f"{says} Measure again."))
+    stolen = during["steal_share"]
+    if stolen is not None and stolen > STOLEN:
+        says = f"the hypervisor gave {stolen:.0%} of this machine's CPU time to others."
+        said.append(Verdict("stolen", None, False, f"{says} Trust minima and ratios."))
+    return said
+
+
+def _throttling(during: Mapping[str, Any]) -> list[str]:
+    """Return what shows that the machine was held back, each as a part of a sentence."""
+    found = []
+    for key, what in (("clock_mhz", "the CPU's clock"), ("gpu_clock_mhz", "the GPU's clock")):
+        clock = during[key]
+        if clock is not None and clock["second_half"] < CLOCK_FELL * clock["first_half"]:
+            found.append(
+                f"{what} fell from {clock['first_half']:.0f} to {clock['second_half']:.0f} MHz"
+            )
+    if during["throttles"]:
+        found.append(f"heat lowered a clock {during['throttles']} times")
+    if (during["quota_stopped_s"] or 0.0) > STOPPED * during["seconds"]:
+        stopped_s = during["quota_stopped_s"]
+        found.append(f"the container's CPU quota stopped its threads for {stopped_s:.1f} s")
+    return found
 
 
 def of_context(context: Mapping[str, Any]) -> list[Verdict]:
@@ -103,6 +226,10 @@ def of_context(context: Mapping[str, Any]) -> list[Verdict]:
             "Trust minima, CPU time and ratios."
         )
         said.append(Verdict("loaded", None, False, says))
+    quota = context["quota_cores"]
+    if quota is not None and quota < cores:
+        says = f"a container may use {quota:g} of {cores} cores: threads beyond them are stopped."
+        said.append(Verdict("quota", None, None, says))
     if context["governor"] not in (None, "performance"):
         says = f"the CPU's governor is {context['governor']}: its clock may change meanwhile."
         said.append(Verdict("governor", None, None, says))

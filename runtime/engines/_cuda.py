@@ -11,6 +11,7 @@ import ctypes
 import importlib
 import importlib.util
 import re
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,6 +21,11 @@ from numpy.typing import NDArray
 from vmoe.errors import EngineMismatchError, MissingDependencyError, SettingError
 
 NAME_BYTES = 256
+# How long the host asks for the stream's end before it sleeps until it comes: a sleep ends 25 to 60
+# us late (benchmarks/results/gpu.md), and a router takes about 100. What is longer is an expert, of
+# which 60 us are little. It is also little beside the 5 ms that a thread may hold the interpreter:
+# asking lets go of it each time, but who asks again is mostly the first to have it back.
+SPIN_S = 200e-6
 
 
 def why_unavailable() -> str | None:
@@ -61,6 +67,41 @@ class GpuFacts(NamedTuple):
     memory_bytes: int
 
 
+def call(driver: Any, name: str, *arguments: Any) -> Any:
+    """Call a function of `cuda.bindings.driver`; return what it gives, if anything.
+
+    Raises:
+        EngineMismatchError: it fails.
+    """
+    error, *values = getattr(driver, name)(*arguments)
+    _check(name, error)
+    return values[0] if values else None
+
+
+def _check(name: str, error: Any) -> None:
+    if int(error) != 0:
+        raise EngineMismatchError(f"CUDA: {name} failed: {getattr(error, 'name', error)}.")
+
+
+def finish(driver: Any, stream: Any) -> None:
+    """Wait until a stream has done all it was given: ask for SPIN_S, then sleep.
+
+    Args:
+        driver: `cuda.bindings.driver`.
+        stream: its handle.
+
+    Raises:
+        EngineMismatchError: what it was given failed.
+    """
+    until = time.perf_counter() + SPIN_S
+    query, busy = driver.cuStreamQuery, driver.CUresult.CUDA_ERROR_NOT_READY
+    while (error := query(stream)[0]) == busy:
+        if time.perf_counter() > until:
+            call(driver, "cuStreamSynchronize", stream)
+            return
+    _check("cuStreamQuery", error)
+
+
 class Gpu:
     """One GPU's primary context, a stream of its own, and the memory that was asked of it.
 
@@ -91,6 +132,7 @@ class Gpu:
         self._context = self.call("cuDevicePrimaryCtxRetain", self._device)
         self._frees: list[tuple[str, Any]] = []
         self._open = True
+        self._capturing = False
         self.enter()
         flags = int(self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
         self._stream = self.call("cuStreamCreate", flags)
@@ -126,10 +168,7 @@ class Gpu:
         Raises:
             EngineMismatchError: it fails.
         """
-        error, *values = getattr(self._driver, name)(*arguments)
-        if int(error) != 0:
-            raise EngineMismatchError(f"CUDA: {name} failed: {getattr(error, 'name', error)}.")
-        return values[0] if values else None
+        return call(self._driver, name, *arguments)
 
     def enter(self) -> None:
         """Make the device's context current in this thread."""
@@ -170,7 +209,24 @@ class Gpu:
 
     def wait(self) -> None:
         """Wait until the stream has done all it was given."""
-        self.call("cuStreamSynchronize", self._stream)
+        finish(self._driver, self._stream)
+
+    def event(self) -> Any:
+        """Return a new event, for `mark`."""
+        flags = int(self._driver.CUevent_flags.CU_EVENT_DEFAULT)
+        made = self.call("cuEventCreate", flags)
+        self._frees.append(("cuEventDestroy", made))
+        return made
+
+    def mark(self, event: Any) -> None:
+        """Let the stream note in an event when it comes by; in a graph, at each launch of it."""
+        kinds = self._driver.CUevent_record_flags
+        kind = kinds.CU_EVENT_RECORD_EXTERNAL if self._capturing else kinds.CU_EVENT_RECORD_DEFAULT
+        self.call("cuEventRecordWithFlags", event, self._stream, int(kind))
+
+    def elapsed_ms(self, begin: Any, end: Any) -> float:
+        """Return the time between two events that the stream has come by."""
+        return float(self.call("cuEventElapsedTime", begin, end))
 
     def capture(self, body: Callable[[], None]) -> Any:
         """Record what `body` gives the stream as one CUDA graph; return its handle.
@@ -182,12 +238,15 @@ class Gpu:
         """
         mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self.call("cuStreamBeginCapture", self._stream, mode)
+        self._capturing = True
         try:
             body()
         except BaseException:
             with contextlib.suppress(EngineMismatchError):  # what was captured so far is dropped
                 self._destroy(self.call("cuStreamEndCapture", self._stream))
             raise
+        finally:
+            self._capturing = False
         with self._graph() as graph:
             made = self.call("cuGraphInstantiate", graph, 0)
         self._frees.append(("cuGraphExecDestroy", made))

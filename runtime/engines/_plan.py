@@ -209,28 +209,3 @@ def bucket(n: int, least: int, most: int) -> int:
     while size < n:
         size *= 2
     return max(least, min(size, most))
-
-
-def logger(trt: Any) -> Any:
-    """Return a TensorRT logger that keeps its errors, for our own messages, and tells -v the rest.
-
-    `logger.said()` gives the last error, and forgets all.
-    """
-    severity = trt.ILogger.Severity
-
-    class Log(trt.ILogger):  # type: ignore[misc]  # a class of TensorRT's, known when it is there
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, level: Any, message: str) -> None:
-            if level in (severity.INTERNAL_ERROR, severity.ERROR):
-                self.errors.append(" ".join(message.split())[:300])
-            elif level == severity.WARNING:
-                log.debug("TensorRT: %s", message)
-
-        def said(self) -> str:
-            held, self.errors = self.errors, []
-            return held[-1].rstrip(".") if held else "TensorRT says no more"
-
-    return Log()

@@ -20,10 +20,12 @@ from vmoe.clips import Clips
 from vmoe.errors import BundleError, EngineMismatchError, MissingDependencyError, SettingError
 
 from . import BackendSettings, Outputs, Run
+from ._bound import Bound
 from ._cache import DATA, Cache
 
 FORMATS = ("onnx",)
 DEVICES = ("cpu", "cuda")
+CUDA_GRAPHS = True
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 ERRORS_ONLY = 4  # ORT's own lines would stand beside ours: fatal only
@@ -41,7 +43,7 @@ def open(settings: BackendSettings) -> OnnxRuntime:
 
     Raises:
         MissingDependencyError: onnxruntime is not installed, or has no CUDA and CUDA is asked.
-        SettingError: a device that is no device.
+        SettingError: a device that is no device, or CUDA graphs where there is no CUDA.
     """
     why = why_unavailable()
     if why:
@@ -80,6 +82,12 @@ class OnnxRuntime:
             )
         if settings.device == "auto" and has_cuda and Path("/dev/nvidiactl").exists():
             self._cuda = 0
+        self._graphs = bool(settings.cuda_graph)
+        if self._graphs and self._cuda is None:
+            raise SettingError(
+                "--cuda-graph: onnxruntime runs on the CPU here, which has no CUDA graphs. "
+                "Leave it out."
+            )
         self._cache: Cache | None = None
         if settings.cache is not None and self._cuda is None:
             self._cache = Cache(settings.cache, onnxruntime.__version__)
@@ -104,13 +112,15 @@ class OnnxRuntime:
         except Exception as e:  # ORT's errors share no base class but Exception
             raise BundleError(f"{path}: onnxruntime cannot load it: {_first_line(e)}") from e
         if self._cuda is not None and CUDA not in session.get_providers():
-            if self._asked:
+            if self._asked or self._graphs:
                 raise SettingError(
                     f"--device cuda:{self._cuda}: onnxruntime cannot use it here (its CUDA and "
                     "cuDNN libraries, or the GPU, are missing). Use --device cpu."
                 )
             self._cuda = None
         self._check_ports(session, part)
+        if self._graphs:
+            return self._as_graph(session, part)
         outputs = [port.name for port in part.outputs]
 
         first = threading.Lock()  # taken once and for all by the first run
@@ -120,6 +130,21 @@ class OnnxRuntime:
             if keep and first.acquire(blocking=False):
                 self._keep(part, path)
             return answer
+
+        return run
+
+    def _as_graph(self, session: Any, part: Part) -> Run:
+        """Make a part ready to run as CUDA graphs, one for each batch."""
+        bound = Bound(self._ort, session, part, ("cuda", self._cuda or 0))
+
+        def run(inputs: Mapping[str, Any]) -> Outputs:
+            try:
+                return bound.run(inputs)
+            except EngineMismatchError:
+                raise
+            except Exception as e:  # as above
+                path = self._folder / part.file
+                raise EngineMismatchError(f"{path} does not run: {_first_line(e)}") from e
 
         return run
 
@@ -168,7 +193,8 @@ class OnnxRuntime:
         return options
 
     def _session(self, path: Path, options: Any) -> Any:
-        cuda = [(CUDA, {"device_id": str(self._cuda)})] if self._cuda is not None else []
+        how = {"device_id": str(self._cuda), **({"enable_cuda_graph": "1"} if self._graphs else {})}
+        cuda = [(CUDA, how)] if self._cuda is not None else []
         return self._ort.InferenceSession(str(path), options, providers=[*cuda, CPU])
 
     def _check_ports(self, session: Any, part: Part) -> None:
@@ -203,9 +229,12 @@ class OnnxRuntime:
         return value
 
     def put(self, clips: Clips) -> Any:
-        """Bring clips, uint8 [N, T, H, W, 3], to the device; on the CPU they stay as they are."""
+        """Bring clips, uint8 [N, T, H, W, 3], to the device; on the CPU they stay as they are.
+
+        With CUDA graphs, too: each part has a place of its own for them.
+        """
         contiguous = np.ascontiguousarray(clips)
-        if self._cuda is None:
+        if self._cuda is None or self._graphs:
             return contiguous
         return self._ort.OrtValue.ortvalue_from_numpy(contiguous, "cuda", self._cuda)
 

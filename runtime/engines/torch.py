@@ -6,7 +6,7 @@
     moe       all of it: clip -> logits, scores, route
 
 Where an engine on another backend disagrees with this one, the lowering or the backend is wrong.
-A precision below fp32 is not imitated.
+A precision below fp32 is not imitated. Compiled (torch.compile), it is what an engine has to beat.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ class TorchTwin:
         self._threads = settings.threads
         self._twin = checkpoint.load(_path(self._bundle), self._device).twin
         _check(self._twin, self._bundle)
+        if settings.compiled:
+            _compile(self._twin)
 
     def load(self, part: Part) -> Run:
         """Take what one part was made from."""
@@ -145,6 +147,13 @@ class TorchTwin:
 def _clip(given: Tensors) -> Tensor:
     """Return float32 [N, 3, T, H, W] with pixels in [0, 1] of the input `clip`."""
     return given["clip"].permute(0, 4, 1, 2, 3).float() / 255
+
+
+def _compile(twin: VideoMoE) -> None:
+    """Have torch compile the router and each expert, when it first sees a batch of a new size."""
+    for module in (twin.router, *twin.experts):
+        if module is not None:
+            module.compile(dynamic=False)
 
 
 def _path(bundle: Bundle) -> Path:

@@ -19,8 +19,9 @@ from tests.bindings import VERSIONS, Bindings, download
 from tests.cuda_fake import Driver
 
 ROOT = Path(__file__).parents[2]
+ENGINES = ROOT / "runtime/engines"
 SOURCES = [
-    ROOT / "runtime/engines/tensorrt.py", ROOT / "runtime/engines/_plan.py",
+    *(ENGINES / name for name in ("tensorrt.py", "_loaded.py", "_plan.py", "_trt.py")),
     *sorted((ROOT / "export/tensorrt").glob("*.py")), ROOT / "runtime/plugins/nodes.py",
 ]  # fmt: skip
 VALUES = {"__version__", "float32", "float16", "int32"}  # test_plugins.py runs them
@@ -38,7 +39,7 @@ def chains(source: Path) -> Iterator[str]:
     """Yield what a source takes from `trt`: `BuilderFlag.REFIT`, `Builder`."""
     for node in ast.walk(ast.parse(source.read_text())):
         found = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
-        if re.fullmatch(r"(self\._?)?trt(\.\w+)+", found):
+        if re.fullmatch(r"(?:(?:\w+\.)+_?)?trt(\.\w+)+", found):
             yield found.partition("trt.")[2]
 
 
@@ -61,7 +62,7 @@ def test_a_builder_over_stubs_answers_that_there_is_none(bindings: Bindings) -> 
     """The constructors give no None: they raise TypeError, which our code turns into a line."""
     said = bindings.run(
         "import tensorrt as trt\n"
-        "from vmoe.runtime.engines._plan import logger\n"
+        "from vmoe.runtime.engines._trt import logger\n"
         "log = logger(trt)\n"
         "log.log(trt.ILogger.Severity.ERROR, 'a\\n b.')\n"
         "print(log.said(), '|', log.said())\n"
@@ -115,19 +116,22 @@ def cuda_calls(source: Path, by: str) -> dict[str, int]:
             found[str(node.args[0].value)] = given
     listed = re.findall(r'\("(cu\w+)", [\w.]+\)[,\]]', source.read_text())  # steps of `close`
     freed = re.findall(r'_frees\.append\(\("(cu\w+)"', source.read_text())
+    kept = re.findall(r"= driver\.(cu\w+),", source.read_text())  # and called with a stream
     bare = re.findall(r"\bdriver\.(cu\w+)\(\)", source.read_text())
-    return found | dict.fromkeys([*listed, *freed], 1) | dict.fromkeys(bare, 0)
+    return found | dict.fromkeys([*listed, *freed, *kept], 1) | dict.fromkeys(bare, 0)
 
 
 def test_every_function_of_the_driver_takes_what_it_is_given(cuda: Path) -> None:
     ours, launched = cuda_calls(CUDA_SOURCE, "self.call"), cuda_calls(LAUNCH_SOURCE, "self._do")
-    assert {"cuMemFree", "cuGraphLaunch", "cuDevicePrimaryCtxRelease"} <= set(ours)
+    assert {"cuMemFree", "cuGraphLaunch", "cuDevicePrimaryCtxRelease", "cuStreamQuery",
+            "cuEventElapsedTime"} <= set(ours)  # fmt: skip
     assert {"cuLaunchKernel", "cuFuncSetAttribute", "cuCtxGetCurrent"} <= set(launched)
     calls = ours | launched
     kinds = re.findall(r"CU_\w+", CUDA_SOURCE.read_text() + LAUNCH_SOURCE.read_text())
     enums = {"CU_STREAM_NON": "CUstream_flags", "CU_STREAM_CAP": "CUstreamCaptureMode",
              "CU_DEVICE_ATT": "CUdevice_attribute",
-             "CU_FUNC_ATTRI": "CUfunction_attribute"}  # fmt: skip
+             "CU_FUNC_ATTRI": "CUfunction_attribute", "CU_EVENT_DEFA": "CUevent_flags",
+             "CU_EVENT_RECO": "CUevent_record_flags"}  # fmt: skip
     names = [*calls, *(f"{enums[kind[:13]]}.{kind}" for kind in kinds)]
     command = [sys.executable, "-c", LOOK]
     done = subprocess.run(command, input="\n".join(names), env={"PYTHONPATH": str(cuda)},

@@ -136,14 +136,14 @@ def test_files(made: Path, tmp_path: Path) -> None:
 
 def test_offline_takes_batches_and_forcing_one_route(made: Path) -> None:
     found = record(made / "split", "--scenario", "offline", "--force-route", "2")
-    assert found["settings"]["batch"] == 8
-    assert {row["clips"] for row in found["rows"]} == {8}
+    assert found["settings"]["batch"] == [8]
+    assert {row["batch"] for row in found["rows"]} == {8}
     assert [row["form"] for row in found["rows"]] == [
         "free", "route 2", "router alone", "expert 2 alone",
     ]  # fmt: skip
     assert found["certificates"][0]["worst"] == 2
     free = record(made / "split", "--force-route", "free", "--batch", "3")
-    assert {row["clips"] for row in free["rows"]} == {3}
+    assert {row["batch"] for row in free["rows"]} == {3}
     assert "--force-route all" in free["certificates"][0]["why"]
 
 

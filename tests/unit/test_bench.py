@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ import numpy as np
 import pytest
 
 from tests import bundles as tiny
+from tests.planted import FakeClock, PlantedBackend
 from vmoe import bundle as bundles
-from vmoe.bundle import Part
-from vmoe.clips import Clips, ClipSpec
+from vmoe.clips import ClipSpec
 from vmoe.errors import EngineMismatchError, SettingError
 from vmoe.runtime.bench import certificate, context, forms, measuring, subjects, verdicts
 from vmoe.runtime.bench.certificate import Against, Certificate, Entry, Measured, Route
@@ -21,10 +20,6 @@ from vmoe.runtime.bench.measuring import Plan, Samples
 from vmoe.runtime.bench.statistics import Ratio, median_interval, ratio, summarise
 from vmoe.runtime.bench.subjects import Subject
 from vmoe.runtime.engine import Engine
-from vmoe.runtime.engines import Outputs, Run
-
-MS = 1_000_000
-
 
 # ---- statistics
 
@@ -36,8 +31,23 @@ def test_a_summary_is_what_numpy_and_the_definition_say() -> None:
     assert made.cv == pytest.approx(np.sqrt(101 * 102 / 12) / 51)  # variance n (n + 1) / 12
 
 
-def test_one_call_has_no_variation() -> None:
-    assert summarise(np.array([3.0])).cv == 0
+def test_one_call_has_no_variation_and_no_interval() -> None:
+    made = summarise(np.array([3.0]))
+    assert (made.cv, made.low, made.high) == (0, None, None)
+
+
+def test_the_spread_of_a_median_is_by_stretches_so_that_a_drift_widens_it() -> None:
+    # Twelve stretches of five calls: Conover's ranks for 12 are the 3rd and the 10th.
+    made = summarise(np.repeat(np.arange(1.0, 13.0), 5))
+    assert (made.low, made.median, made.high) == (3, 6.5, 10)
+    noise = np.random.default_rng(0).normal(10, 1, 600)
+    steady, drifting = summarise(noise), summarise(noise + np.linspace(-4, 4, 600))
+    assert steady.low is not None
+    assert steady.high is not None
+    assert drifting.low is not None
+    assert drifting.high is not None
+    assert steady.high - steady.low < 0.4
+    assert drifting.high - drifting.low > 3
 
 
 @pytest.mark.parametrize(
@@ -72,19 +82,6 @@ def test_a_ratio_is_of_medians_of_minima_and_of_rounds() -> None:
 
 
 # ---- measuring
-
-
-class FakeClock:
-    """Time that passes only when somebody works."""
-
-    def __init__(self) -> None:
-        self.ns = 0
-
-    def __call__(self) -> int:
-        return self.ns
-
-    def work(self, ms: float) -> None:
-        self.ns += round(ms * MS)
 
 
 def test_every_form_is_called_once_a_round_and_every_time_is_kept() -> None:
@@ -239,19 +236,19 @@ def test_against_a_dense_counterpart_only_less_is_good() -> None:
 
 def test_unstable_and_too_few_calls_are_said() -> None:
     steady, restless = np.full(50, 5.0), np.tile([5.0, 10.0], 25)
-    rows = {("b", "free"): summarise(steady), ("b", "route 0"): summarise(restless)}
+    rows = {"b free": summarise(steady), "b route 0": summarise(restless)}
     said = {verdict.name: verdict.says for verdict in verdicts.of_rows(rows)}
-    assert said["unstable"].startswith("1 of 2 forms")
+    assert said["unstable"].startswith("1 of 2 rows")
     assert "b route 0" in said["unstable"]
     assert "--iterations 100" in said["few calls"]
-    assert not verdicts.of_rows({("b", "free"): summarise(np.full(100, 5.0))})
+    assert not verdicts.of_rows({"b free": summarise(np.full(100, 5.0))})
 
 
 def test_a_busy_machine_and_a_saving_governor_are_said() -> None:
-    quiet = {"load_1min": 0.1, "cores": 4, "governor": None}
+    quiet = {"load_1min": 0.1, "cores": 4, "quota_cores": None, "governor": None}
     assert not verdicts.of_context(quiet)
-    busy = {"load_1min": 5.0, "cores": 4, "governor": "powersave"}
-    assert [v.name for v in verdicts.of_context(busy)] == ["loaded", "governor"]
+    busy = {"load_1min": 5.0, "cores": 4, "quota_cores": 1.5, "governor": "powersave"}
+    assert [v.name for v in verdicts.of_context(busy)] == ["loaded", "quota", "governor"]
 
 
 def test_pieces_and_random_weights_are_said() -> None:
@@ -269,36 +266,6 @@ def test_the_machine_can_be_read() -> None:
 
 
 # ---- a planted engine, through the real engine, forms and measuring
-
-
-class PlantedBackend:
-    """Parts that only take time: the router 1 ms, an expert 10 ms, a graph in one file `moe_ms`."""
-
-    def __init__(self, clock: FakeClock, bundle: bundles.Bundle, moe_ms: float) -> None:
-        self.clock, self.bundle, self.moe_ms = clock, bundle, moe_ms
-
-    def load(self, part: Part) -> Run:
-        name = next(name for name, own in self.bundle.parts.items() if own is part)
-        ms = {"router": 1.0, "moe": self.moe_ms}.get(name, 10.0)
-
-        def run(inputs: Mapping[str, Any]) -> Outputs:
-            self.clock.work(ms)
-            n = len(inputs["clip"])
-            route = np.full(n, int(inputs.get("force_route", 0)))
-            every = {
-                "logits": np.zeros((n, len(self.bundle.labels)), np.float32),
-                "scores": np.zeros((n, self.bundle.experts), np.float32),
-                "route": route,
-            }
-            return {port.name: every[port.name] for port in part.outputs}
-
-        return run
-
-    def put(self, clips: Clips) -> Clips:
-        return clips
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.mark.parametrize(

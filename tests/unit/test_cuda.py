@@ -75,6 +75,49 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(device: Gpu) -> None:
     assert held.tolist() == [7] * 8
 
 
+def test_a_wait_ends_when_the_stream_does_and_events_tell_when(device: Gpu) -> None:
+    size = 1 << 20
+    held, memory = device.pinned(size), device.alloc(size)
+    begin, end = device.event(), device.event()
+
+    def timed() -> None:
+        device.mark(begin)
+        device.upload(held, memory)
+        device.mark(end)
+
+    timed()
+    device.wait()
+    assert device.elapsed_ms(begin, end) > 0
+    graph = device.capture(timed)
+    for _ in range(2):
+        device.launch(graph)
+        device.wait()
+        assert device.elapsed_ms(begin, end) > 0
+
+
+def test_a_stream_is_asked_until_it_is_done_and_no_longer_than_the_bound(
+    gpu: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter(range(100))
+    monkeypatch.setattr(_cuda.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(_cuda, "SPIN_S", 2.5)  # asked at 1, 2 and 3: the last is too late
+    made = Gpu()
+    for busy, asked, slept in ((0, 1, 0), (2, 3, 0), (3, 3, 1), (9, 3, 1)):
+        gpu.busy = busy
+        gpu.calls.clear()
+        made.wait()
+        assert gpu.calls.count("cuStreamQuery") == asked
+        assert gpu.calls.count("cuStreamSynchronize") == slept
+    gpu.busy, gpu.fail = 0, {"cuStreamQuery": CUresult.CUDA_ERROR_ILLEGAL_ADDRESS}
+    why = r"^CUDA: cuStreamQuery failed: CUDA_ERROR_ILLEGAL_ADDRESS\.$"
+    with pytest.raises(EngineMismatchError, match=why):
+        made.wait()
+    gpu.busy, gpu.fail = 9, {"cuStreamSynchronize": CUresult.CUDA_ERROR_NO_DEVICE}
+    with pytest.raises(EngineMismatchError, match="cuStreamSynchronize failed: CUDA_ERROR_NO_DEV"):
+        made.wait()
+    made.close()
+
+
 def test_a_call_that_fails_is_named(gpu: Driver) -> None:
     made = Gpu()
     gpu.fail = {"cuMemAlloc": CUresult.CUDA_ERROR_OUT_OF_MEMORY}

@@ -30,7 +30,7 @@ from vmoe.errors import (
 )
 from vmoe.export.tensorrt.settings import BuildSettings
 from vmoe.runtime import load
-from vmoe.runtime.engines import BackendSettings, _plan
+from vmoe.runtime.engines import BackendSettings, _cuda, _plan
 from vmoe.runtime.engines import tensorrt as backend
 from vmoe.runtime.engines._cuda import Gpu, GpuFacts
 
@@ -197,12 +197,56 @@ def test_each_batch_size_is_captured_once_and_clips_are_uploaded_once(
         launches = gpu.launches
         for n in (1, 2, 3, 4, 5, 8):
             engine.infer(clips_of(path, *[0] * n))
-        assert gpu.calls.count("cuStreamSynchronize") == 12  # one a part
+        assert gpu.calls.count("cuStreamQuery") == 12  # one a part
+        assert "cuStreamSynchronize" not in gpu.calls
     assert gpu.launches == launches + 12
     assert "cuStreamBeginCapture" not in gpu.calls
     assert "cuMemAlloc" not in gpu.calls
     # all clips go to one expert: what was uploaded for the router serves it
     assert gpu.calls.count("cuMemcpyHtoDAsync") == 6
+
+
+@ONE
+def test_the_hosts_waits_ask_for_a_while_and_then_sleep(
+    gpu: Driver, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with load(path, all_parts=True) as engine:
+        engine.infer(clips_of(path, 0))
+        gpu.busy = 3
+        gpu.calls.clear()
+        assert engine.infer(clips_of(path, 255)).route.tolist() == [2]
+        assert gpu.calls.count("cuStreamQuery") % 4 == 0
+        assert "cuStreamSynchronize" not in gpu.calls
+        monkeypatch.setattr(_cuda, "SPIN_S", -1.0)
+        gpu.calls.clear()
+        assert engine.infer(clips_of(path, 0)).route.tolist() == [0]
+        assert gpu.calls.count("cuStreamQuery") == gpu.calls.count("cuStreamSynchronize") == 2
+        gpu.fail = {"cuStreamQuery": CUresult.CUDA_ERROR_ILLEGAL_ADDRESS}
+        why = r"^CUDA: cuStreamQuery failed: CUDA_ERROR_ILLEGAL_ADDRESS\.$"
+        with pytest.raises(EngineMismatchError, match=why):
+            engine.infer(clips_of(path, 0))
+        gpu.fail = {}
+
+
+@ONE
+@pytest.mark.parametrize("graphs", [True, False])
+def test_what_calls_take_is_told_where_somebody_asks(gpu: Driver, path: Path, graphs: bool) -> None:
+    if not graphs:
+        gpu.fail = {"cuStreamBeginCapture": CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED}
+    with load(path, all_parts=True) as engine:
+        engine.infer(clips_of(path, 0))
+        assert engine.last_times() == (0, 0, 0, 0)
+        assert "cuEventRecordWithFlags" not in gpu.calls
+        assert engine.time_calls()
+        for _ in range(2):  # the first captures its graphs anew; of these runs nothing is told
+            engine.infer(clips_of(path, 0))
+            times = engine.last_times()
+            assert times is not None
+            # of the fake, two events that follow each other are a millisecond apart
+            assert (times.h2d_ms, times.device_ms, times.d2h_ms) == (1, 2, 2)
+            assert times.enqueue_ms > 0
+        assert engine.last_times() == (0, 0, 0, 0)
+    assert gpu.left() == {}
 
 
 @ONE

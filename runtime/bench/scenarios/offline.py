@@ -1,0 +1,16 @@
+"""offline: many clips in a call, none of which is waited for: throughput counts."""
+
+from __future__ import annotations
+
+from vmoe.runtime.bench import forms
+from vmoe.runtime.bench.forms import Form
+from vmoe.runtime.bench.settings import BenchSettings
+from vmoe.runtime.bench.subjects import Subject
+
+from . import OFFLINE
+
+
+def calls(subject: Subject, settings: BenchSettings, *, whole: bool) -> list[Form]:
+    """Return what is called; `whole` adds the parts alone and all experts at the first batch."""
+    batches = settings.batches(OFFLINE)
+    return forms.sweep(subject, OFFLINE, batches, settings.force_route, whole=whole)
