@@ -163,8 +163,9 @@ def _timed(body: Callable[[], object]) -> Block:
 
 def _runs(effort: Effort) -> list[Record]:
     settings = BenchSettings(
-        threads=("1",), backend="onnxruntime", device="cpu", duration=effort.duration_s
-    )
+        threads=("1",), backend="onnxruntime", device="cpu", duration=effort.duration_s,
+        power="none",
+    )  # fmt: skip
     log.info("running vmoe-bench %d times", effort.runs)
     return [bench.run([latest.shipped()], [], settings) for _ in range(effort.runs)]
 

@@ -8,6 +8,9 @@ forms        the calls that are compared: free, each forced route, each part alo
 measuring    calls every form once a round, in an order that is drawn anew each round
 statistics   percentiles and ratios, with an interval that needs no assumption
 device       where a call's time goes on a GPU
+beside       what stands beside the times, of the same engines, after them:
+accuracy       clean clips, and adversarial ones as they were saved
+energy         joules of a clip, in blocks, by a meter of power
 certificate  the sparsity certificate
 verdicts     what the numbers say, and what they cannot say
 context      where and with what it was measured
@@ -15,4 +18,6 @@ watch        the machine meanwhile, by what sensors tells
 about        what the bundles are
 record       all of it, and as JSON (schema.json)
 render       the record as text, CSV and Markdown
+plots        the record as pictures
+compare      two records: which rows became slower, beyond noise
 """

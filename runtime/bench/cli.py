@@ -13,9 +13,9 @@ import click
 
 from vmoe import cli, latest, output
 from vmoe.bundle import TWIN
-from vmoe.errors import SettingError
+from vmoe.errors import GateError, SettingError
 
-from . import render
+from . import compare, plots, render
 from . import run as runs
 from .record import Record
 from .settings import BenchSettings
@@ -31,6 +31,8 @@ FAILED, INTERRUPTED = 1, 130  # exit codes
     "vmoe-bench runs/split runs/if --baseline runs/dense --duration 20 --md bench.md",
     "vmoe-bench --scenario single,offline --batch 1,2,4,8 --threads 1,all --baseline torch",
     "vmoe-bench runs/bundle --scenario multi,stream --streams 1,4 --duration 30",
+    "vmoe-bench runs/bundle --accuracy camera-motion --robust clips --plot bench.png",
+    "vmoe-bench runs/bundle --out new.json --compare old.json --fail-over 5%",
     "vmoe-bench runs/bundle --scenario offline --batch 16 --json | jq .certificates",
 )
 @click.argument("bundle", nargs=-1, type=click.Path(path_type=Path))
@@ -75,6 +77,7 @@ def main(
     """  # noqa: D301  # a backspace keeps click from filling the lines below it
     chosen = cli.resolve(BenchSettings, flags, config)
     files = _files(chosen)
+    _check_plot(chosen)
     paths = list(bundle)
     if not paths:
         path, said = latest.bundle(None)
@@ -89,6 +92,8 @@ def main(
     for path, text in files.items():  # after what is printed: a full disk costs no measurement
         output.write_text(path, text(made))
         log.info("written: %s", path)
+    if chosen.plot is not None:
+        _plot(made, chosen.plot)
     log.info("next: %s", _next_command(baseline, made))
     _end(made)
 
@@ -98,11 +103,30 @@ def _end(made: Record) -> None:
     if made.interrupted:
         log.warning("vmoe-bench: interrupted; what was measured until then stands above.")
         raise click.exceptions.Exit(INTERRUPTED)
+    against = made.comparison
+    if against is not None and against.regressions and made.settings["fail_over"] is not None:
+        raise GateError(f"{compare.summary(against)} Exit code 3 is --fail-over's.")
     if made.failed:
         log.error(
             "vmoe-bench: %d of %d rows failed; each says why.", len(made.failed), len(made.rows)
         )
         raise click.exceptions.Exit(FAILED)
+
+
+def _check_plot(settings: BenchSettings) -> None:
+    """Refuse, before any work, pictures that could not be written, or would replace others."""
+    for path in plots.targets(settings.plot) if settings.plot is not None else ():
+        if path.exists() and not settings.overwrite:
+            raise SettingError(f"{path} exists. Choose another --plot, or say --overwrite.")
+        output.probe(path)
+
+
+def _plot(made: Record, path: Path) -> None:
+    written, left_out = plots.write(made.to_json(), path)
+    for file in written:
+        log.info("written: %s", file)
+    for why in left_out:
+        log.info("plot: %s", why)
 
 
 def _files(settings: BenchSettings) -> dict[Path, Callable[[Record], str]]:
@@ -122,6 +146,7 @@ def _files(settings: BenchSettings) -> dict[Path, Callable[[Record], str]]:
             raise SettingError(f"{path} is a folder; name a file.")
         if path.exists() and not settings.overwrite:
             raise SettingError(f"{path} exists. Choose another file, or say --overwrite.")
+        output.probe(path)
         files[path] = text
     return files
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from vmoe import report
+from vmoe.errors import VmoeError
 from vmoe.runtime.engines import Times as DeviceTimes
 
+from . import accuracy as accuracies
+from . import compare
+from .accuracy import Accuracy
 from .certificate import Certificate
+from .compare import Comparison
+from .energy import Energy, Method
 from .forms import Form
 from .measuring import Samples
 from .statistics import Summary, Times, summarise
@@ -44,41 +50,6 @@ class Streamed:
 
 
 @dataclass(frozen=True)
-class Energy:
-    """What a clip of a row cost; or why that is not known.
-
-    Attributes:
-        joules_per_clip: of all that the counter counts; None where not available.
-        watts: mean while it was measured.
-        counter: what was read: `nvml`, `tegrastats`, `rapl`.
-        why: there is no value.
-    """
-
-    joules_per_clip: float | None
-    watts: float | None
-    counter: str | None
-    why: str | None = None
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Clips that a row's bundle answered rightly.
-
-    Attributes:
-        hits: so many of them.
-        n: clips.
-        low, high: Wilson's 95 % interval of hits / n.
-        data: what they are.
-    """
-
-    hits: int
-    n: int
-    low: float
-    high: float
-    data: str
-
-
-@dataclass(frozen=True)
 class Row:
     """One form of one bundle, in one scenario; or why it could not be measured.
 
@@ -95,8 +66,8 @@ class Row:
         why: it failed; one line.
         stream: counts of a stream.
         device: where a call's time went, medians, of a backend on a device that tells.
-        energy: of a clip; None where it was not asked for.
-        clean, robust: accuracy; None where it was not asked for.
+        energy: of a clip; None where it is not available, and of parts alone.
+        accuracy: clean and robust, of rows that are routed freely; None where not asked for.
     """
 
     bundle: str
@@ -113,8 +84,7 @@ class Row:
     stream: Streamed | None = None
     device: DeviceTimes | None = None
     energy: Energy | None = None
-    clean: Accuracy | None = None
-    robust: Accuracy | None = None
+    accuracy: Accuracy | None = None
 
     @property
     def clips_per_s(self) -> float | None:
@@ -140,8 +110,7 @@ class Row:
             "stream": _plain(self.stream),
             "device_ms": None if self.device is None else self.device._asdict(),
             "energy": _plain(self.energy),
-            "clean": _plain(self.clean),
-            "robust": _plain(self.robust),
+            "accuracy": accuracies.to_json(self.accuracy),
         }
         if samples and self.samples is not None:
             values["samples_ms"] = {
@@ -192,6 +161,8 @@ class Record:
         certificates: of the bundles with several experts.
         verdicts: what the numbers say.
         interrupted: the user ended it before its time.
+        energy: how it was measured, or why not.
+        comparison: with an older record; None where none was given.
     """
 
     command: str
@@ -202,6 +173,8 @@ class Record:
     certificates: tuple[Certificate, ...]
     verdicts: tuple[Verdict, ...]
     interrupted: bool = False
+    energy: Method = field(default_factory=Method)
+    comparison: Comparison | None = None
 
     @property
     def failed(self) -> tuple[Row, ...]:
@@ -220,6 +193,8 @@ class Record:
             "rows": [row.to_json(samples=samples) for row in self.rows],
             "certificates": [report.plain(asdict(made)) for made in self.certificates],
             "verdicts": [asdict(verdict) for verdict in self.verdicts],
+            "energy": report.plain(asdict(self.energy)),
+            "comparison": self.comparison and compare.to_json(self.comparison),
         }
 
 
@@ -231,6 +206,12 @@ def row(form: Form, took: Samples, percentiles: Sequence[float]) -> Row:
         cpu=summarise(took.cpu_ms, percentiles),
         samples=took,
     )
+
+
+def why(error: Exception) -> str:
+    """Return an error as one line; of what is not ours, with its type."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, VmoeError) else f"{type(error).__name__}: {text}"
 
 
 def failure(form: Form, why: str) -> Row:

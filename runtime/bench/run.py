@@ -6,20 +6,35 @@ import dataclasses
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vmoe import cli
 from vmoe.bundle import Bundle
 from vmoe.errors import SettingError, VmoeError
 
-from . import about, certificate, context, device, forms, measuring, record, subjects, verdicts
+from . import (
+    about,
+    beside,
+    certificate,
+    compare,
+    context,
+    device,
+    forms,
+    measuring,
+    record,
+    subjects,
+    verdicts,
+)
 from .certificate import Certificate
+from .compare import Comparison, Key, Side, parse_threshold
+from .energy import Method
 from .forms import Form
 from .measuring import Plan, Samples
-from .record import Record, Row
+from .record import SCHEMA_VERSION, Record, Row
 from .scenarios import CALLED, MULTI, OFFLINE, SINGLE, STREAM, multi, offline, single, stream
 from .settings import BenchSettings
 from .statistics import Drift, drift
@@ -78,11 +93,15 @@ def run(paths: Sequence[Path], baselines: Sequence[Path | str], settings: BenchS
     """
     machine = context.read()
     wanted = subjects.wanted(paths, baselines)
+    old = None if settings.compare is None else compare.load(settings.compare, SCHEMA_VERSION)
     with ExitStack() as stack:
+        asked = beside.ask(stack, wanted, settings)
         opened = _open(stack, wanted, settings)
         if not opened.subjects:
             raise opened.failed[0][1]
         calls = [form for subject in opened.subjects for form in _calls(subject, settings)]
+        if old is not None:
+            compare.check_common(old, _keys(opened.subjects, calls, settings))
         watch = Watch(gpu=machine["gpu"] is not None and settings.device != "cpu")
         found = _measure(calls, settings, watch)
         if STREAM in settings.scenarios and not found.interrupted:
@@ -91,6 +110,7 @@ def run(paths: Sequence[Path], baselines: Sequence[Path | str], settings: BenchS
             raise KeyboardInterrupt
         machine["during"] = watch.found()
         _ask_devices(found, opened.subjects)
+        method = _beside(found, asked, opened.subjects, settings)
         whole = [want for want in wanted if isinstance(want.bundle, Bundle)]
         abouts = tuple(about.of(want, opened.subjects) for want in whole)
         fixed = about.fixed_batches(opened.subjects)
@@ -113,9 +133,11 @@ def run(paths: Sequence[Path], baselines: Sequence[Path | str], settings: BenchS
             *verdicts.of_watch(machine["during"], found.drift),
             *verdicts.of_context(machine),
             *verdicts.of_pieces(fixed, _largest(settings)),
-            *verdicts.without_accuracy([entry.name for entry in entries if entry.random]),
+            *verdicts.of_accuracy(rows, [entry.name for entry in entries if entry.random]),
         ),
         interrupted=found.interrupted,
+        energy=method,
+        comparison=None if old is None else _compared(old, machine, rows, settings),
     )
 
 
@@ -184,7 +206,7 @@ def _measure(calls: Sequence[Form], settings: BenchSettings, watch: Watch) -> Fo
     whys: dict[int, str] = {}
 
     def failed(at: int, error: Exception) -> None:
-        whys[at] = _why(error)
+        whys[at] = record.why(error)
         name = f"{calls[at].subject} {calls[at].name}"
         log.warning("%s, batch %d: failed: %s", name, calls[at].batch, whys[at])
         log.debug("", exc_info=error)
@@ -224,11 +246,23 @@ def _stream(
                 row, whole = None, False
             except Exception as e:
                 log.debug("", exc_info=e)
-                row, whole = record.failure(made, _why(e)), True
+                row, whole = record.failure(made, record.why(e)), True
             found.rows += [row] if row is not None else []
             if not whole:
                 found.interrupted = True
                 return
+
+
+def _beside(
+    found: Found, asked: beside.Asked, subjects: Sequence[Subject], settings: BenchSettings
+) -> Method:
+    """Add accuracy and energy to the rows; return how energy was measured."""
+    if found.interrupted:
+        return Method(why_not=(beside.INTERRUPTED,))
+    called = [form for form, _ in found.measured]
+    made = beside.measure(asked, subjects, called, found.rows, settings)
+    found.rows, found.interrupted = made.rows, made.interrupted
+    return made.method
 
 
 def _ask_devices(found: Found, subjects: Sequence[Subject]) -> None:
@@ -244,10 +278,21 @@ def _ask_devices(found: Found, subjects: Sequence[Subject]) -> None:
         found.rows[at] = dataclasses.replace(found.rows[at], device=times)
 
 
-def _why(error: Exception) -> str:
-    """Return an error as one line; of what is not ours, with its type."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, VmoeError) else f"{type(error).__name__}: {text}"
+def _keys(opened: Sequence[Subject], calls: Sequence[Form], settings: BenchSettings) -> list[Key]:
+    """Return what the rows to come are called."""
+    streams = settings.stream_counts(STREAM) if STREAM in settings.scenarios else ()
+    streamed = [stream.form(subject, n) for subject in opened for n in streams]
+    every: list[Form] = [*calls, *streamed]
+    return [
+        Key(f.subject, f.name, f.scenario, f.batch, f.streams, f.threads, f.backend) for f in every
+    ]
+
+
+def _compared(
+    old: Side, machine: Mapping[str, Any], rows: Sequence[Row], settings: BenchSettings
+) -> Comparison:
+    threshold = parse_threshold(settings.fail_over or "0")
+    return compare.compare(old, compare.of_rows(machine, rows), threshold, settings.seed)
 
 
 def _certificates(

@@ -11,6 +11,9 @@ from vmoe.errors import SettingError
 from vmoe.settings import Settings, opt, to_mapping
 
 from . import context
+from .compare import parse_threshold
+from .power import AUTO
+from .power import CHOICES as METERS
 from .scenarios import CALLED, MULTI, OFFLINE, SCENARIOS, SINGLE, STREAM, STREAMED
 
 T = TypeVar("T")
@@ -50,15 +53,32 @@ class BenchSettings(Settings):
                                   "tensorrt, which does unless told not to")  # fmt: skip
     include_transfers: bool = opt(True, "latency from clips on the host to answers there; "
                                   "without: the GPU's work alone (backend tensorrt)")  # fmt: skip
+    accuracy: str | None = opt(None, "data whose split `test` gives accuracy beside speed: "
+                               "camera-motion, a folder of folders, NAME:/path")  # fmt: skip
+    accuracy_clips: int = opt(200, "clips of --accuracy, at most", at_least=1)
+    robust: Path | None = opt(None, "folder of vmoe-attack --save-adv, whose clips give robust "
+                              "accuracy beside speed")  # fmt: skip
+    power: str = opt(AUTO, "meter of energy, read some seconds for each form; auto: what can be "
+                     "read here, of what is used; a named one: of each route, too",
+                     choices=METERS)  # fmt: skip
+    compare: Path | None = opt(None, "an older record, of --out: which rows became slower")
+    fail_over: str | None = opt(None, "with --compare: end with 3 where a row is slower by more, "
+                                "and by more than the noise: 5% or 0.05")  # fmt: skip
     out: Path | None = opt(None, "write the record as JSON, with every call's time")
     csv: Path | None = opt(None, "write the rows as CSV")
     md: Path | None = opt(None, "write the table and the verdicts as Markdown")
-    overwrite: bool = opt(False, "replace the files of --out, --csv and --md")
+    plot: Path | None = opt(None, "draw latency, throughput against batch, and accuracy against "
+                            "speed: FILE.png, FILE.svg, or a folder for one file each")  # fmt: skip
+    overwrite: bool = opt(False, "replace the files of --out, --csv, --md and --plot")
     seed: int = opt(0, "seed of the clips, and of the order of the calls", at_least=0)
 
     def __post_init__(self) -> None:
         """Check every value; refuse what has no effect."""
         super().__post_init__()
+        if self.fail_over is not None:
+            parse_threshold(self.fail_over)
+            if self.compare is None:
+                raise SettingError("--fail-over does nothing without --compare OLD.json.")
         for asked in self.threads:
             if asked != ALL_CORES and not (asked.isdecimal() and int(asked)):
                 raise SettingError(f"--threads is {asked!r}; it is a number from 1, or all.")

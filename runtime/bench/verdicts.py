@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vmoe.runtime.engines import Times
+from vmoe.settings import format_eps
 
+from .accuracy import Accuracy, Robust
 from .certificate import BOUND, Against, Certificate
 from .statistics import Drift, Ratio, Summary
 
 if TYPE_CHECKING:
-    from .record import Streamed
+    from .record import Row, Streamed
 
 # trtexec calls a GPU that does nothing else unstable above 2.5 %; a CPU has an operating system.
 UNSTABLE_CV = 0.10
@@ -250,14 +252,44 @@ def of_pieces(fixed: Mapping[str, int], batch: int) -> list[Verdict]:
     ]
 
 
-def without_accuracy(random: Sequence[str]) -> list[Verdict]:
-    """Say that speed stands here alone, and whose weights were never trained."""
-    says = "speed only: no accuracy stands beside it. Measure it: vmoe-attack BUNDLE"
-    said = [Verdict("no accuracy", None, None, says)]
+def of_accuracy(rows: Sequence[Row], random: Sequence[str]) -> list[Verdict]:
+    """Say which accuracy stands beside the speed, what it is of, and what is missing of it."""
+    known = {row.bundle: row.accuracy for row in rows if row.accuracy is not None}
+    said = []
+    if not any(found.clean or found.robust for found in known.values()):
+        says = (
+            "speed only: no accuracy stands beside it. Measure it: --accuracy DATA, and --robust "
+            "DIR (vmoe-attack BUNDLE --save-adv DIR)"
+        )
+        said.append(Verdict("no accuracy", None, None, says))
+    elif not any(found.robust for found in known.values()):
+        says = "clean clips only. Measure it: vmoe-attack BUNDLE --save-adv DIR, then --robust DIR"
+        said.append(Verdict("no robust accuracy", None, None, says))
+    for name, found in known.items():
+        if found.why is not None:
+            said.append(Verdict("no accuracy", name, False, found.why))
+        said += _replayed(name, found)
     return said + [
         Verdict("random weights", name, None, "its weights are random: it serves latency only.")
         for name in random
     ]
+
+
+def _replayed(name: str, found: Accuracy) -> list[Verdict]:
+    """Say what the adversarial clips are, once for all budgets that were made alike."""
+    said: dict[tuple[str, tuple[str, ...]], list[Robust]] = {}
+    for robust in found.robust:
+        said.setdefault((robust.made, robust.attacks), []).append(robust)
+    made = []
+    for (how, attacks), budgets in said.items():
+        eps = ", ".join(format_eps(each.eps, each.norm) for each in budgets)
+        clips = f"{', '.join(attacks)} at eps {eps}, {how}: {budgets[0].right.n} clips, replayed"
+        if budgets[0].own:
+            made.append(Verdict("robust", name, None, f"{clips}."))
+            continue
+        says = f"{clips}; clips that were not made on its own twin prove less."
+        made.append(Verdict("foreign clips", name, False, says))
+    return made
 
 
 def _figures(ratio: Ratio, cpu: Ratio | None = None) -> str:

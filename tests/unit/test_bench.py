@@ -254,7 +254,7 @@ def test_a_busy_machine_and_a_saving_governor_are_said() -> None:
 def test_pieces_and_random_weights_are_said() -> None:
     (said,) = verdicts.of_pieces({"b": 1, "c": 8}, 8)
     assert said.bundle == "b"
-    assert [v.name for v in verdicts.without_accuracy(["d"])] == ["no accuracy", "random weights"]
+    assert [v.name for v in verdicts.of_accuracy([], ["d"])] == ["no accuracy", "random weights"]
 
 
 def test_the_machine_can_be_read() -> None:
