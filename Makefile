@@ -5,13 +5,17 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint docs check
+.PHONY: demo test dist lint docs check
 
 demo: $(VENV)/.ready
 	$(BIN)/vmoe demo $(if $(SOURCE),--source "$(SOURCE)")
 
 test: $(VENV)/.ready
 	$(BIN)/pytest -n auto --dist loadfile
+
+# The wheel and the sdist in dist/, checked, and installed into an environment of their own.
+dist: $(VENV)/.ready
+	$(BIN)/python benchmarks/installed.py --quick --dist dist
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from vmoe.attacks import flags as given_by
 from vmoe.attacks import heap, presets, ranks, run
 from vmoe.attacks.asked import Asked, as_before, compared
 from vmoe.attacks.flags import RunSettings
+from vmoe.attacks.topics import TOPICS
 
 
 @cli.command(
@@ -20,6 +21,7 @@ from vmoe.attacks.flags import RunSettings
     "vmoe-attack runs/train/mine/best.safetensors --attack pgd,apgd-ce,j-tlga --curve",
     "vmoe-attack runs/export/fp32 --compare runs/export/int8 --n 100 --save-adv clips",
     "vmoe-attack runs/export/mine --video in.mp4 --save-adv out.mkv",
+    topics=TOPICS,
 )
 @click.argument("target", type=click.Path(path_type=Path), nargs=-1)
 @cli.options(RunSettings)

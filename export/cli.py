@@ -21,6 +21,7 @@ from .plan import ExportSettings, Plan, calibration_of
 from .tensorrt import pipeline as trt_pipeline
 from .tensorrt.from_onnx import command as from_onnx_command
 from .tensorrt.settings import BuildSettings
+from .topics import TOPICS
 from .triton import command as serving
 
 log = cli.log
@@ -31,6 +32,7 @@ log = cli.log
     "vmoe-export",
     "vmoe-export runs/train/mine/best.safetensors --lowering if --int8 --out runs/export/mine",
     "vmoe-export runs/train/mine/best.safetensors --trt --fp16 --timing-cache runs/timing.cache",
+    topics=TOPICS,
 )
 @click.argument("checkpoint", metavar="[CKPT]", required=False, type=click.Path(path_type=Path))
 @click.option("--onnx", is_flag=True, help="ONNX parts, for ONNX Runtime. [default]")

@@ -23,7 +23,7 @@ from vmoe import cli, latest
 from vmoe.errors import SettingError
 from vmoe.settings import opt
 
-from . import addresses
+from . import addresses, topics
 from .frames import Stop
 from .settings import StreamSettings
 
@@ -107,6 +107,7 @@ class RunSettings(StreamSettings):
     "vmoe-run --source street.mp4 --save labelled.mp4 --jsonl labels.jsonl",
     "vmoe-run --source rtsp://user:password@camera.local/stream1 --page",
     "vmoe-run runs/bundle --source test --duration 10 --json | jq .label",
+    topics=topics.RUN,
 )
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @cli.options(RunSettings)

@@ -28,16 +28,43 @@ log = cli.log
 
 def _every_recipe_option(function: Any) -> Any:
     """Give the command the options of all recipes, each once."""
-    seen = {f for cls in (RunSettings, ModelSettings, loop.LoopSettings) for f in _fields(cls)}
-    for name in registry.names(RECIPES):
-        cls = registry.load(RECIPES, name, "recipe").Settings
+    seen = _of_all_recipes()
+    for cls in _recipes():
         function = cli.options(cls, skip=seen)(function)
         seen |= _fields(cls)
     return function
 
 
+def _of_all_recipes() -> set[str]:
+    return {f for cls in (RunSettings, ModelSettings, loop.LoopSettings) for f in _fields(cls)}
+
+
+def _recipes() -> list[type[Settings]]:
+    return [registry.load(RECIPES, name, "recipe").Settings for name in registry.names(RECIPES)]
+
+
 def _fields(cls: type[Settings]) -> set[str]:
-    return set(cls.__dataclass_fields__)
+    return set(_names(cls))
+
+
+def _names(cls: type[Settings]) -> list[str]:
+    return list(cls.__dataclass_fields__)
+
+
+NO_FLAGS = ["classes", "denoise", "seed", "epoch"]  # decided elsewhere
+
+
+def _topics() -> dict[str, list[str]]:
+    """Return the options by the classes that hold them; a recipe's are those of its method."""
+    of_methods = dict.fromkeys(f for cls in _recipes() for f in cls.__dataclass_fields__)
+    fields = {
+        "The run": [*_names(RunSettings), "init_from", "out", "resume", "reported", "dry_run"],
+        "The model": _names(ModelSettings),
+        "Optimisation and validation": _names(loop.LoopSettings),
+        "Data": _names(DataSettings) + _names(LoadSettings),
+        "Of the method": [f for f in of_methods if f not in _of_all_recipes()],
+    }
+    return {topic: [f for f in names if f not in NO_FLAGS] for topic, names in fields.items()}
 
 
 @cli.command(
@@ -45,12 +72,13 @@ def _fields(cls: type[Settings]) -> set[str]:
     "vmoe-train camera-motion --arch tsm --width 0.125 --method j-tlat",
     "vmoe-train /data/clips --method standard --experts 1 --group 'seq\\d+' --epochs 30",
     "vmoe-train --out runs/train/mine --resume",
+    topics=_topics(),
 )
 @click.argument("data", required=False)
 @cli.options(RunSettings)
-@cli.options(ModelSettings, skip=["classes", "denoise"])
-@cli.options(loop.LoopSettings, skip=["seed"])
-@cli.options(DataSettings, skip=["seed", "epoch"])
+@cli.options(ModelSettings, skip=NO_FLAGS)
+@cli.options(loop.LoopSettings, skip=NO_FLAGS)
+@cli.options(DataSettings, skip=NO_FLAGS)
 @cli.options(LoadSettings)
 @_every_recipe_option
 @click.option(
@@ -89,6 +117,8 @@ def main(
         held = states.recipe_of(out)
         _refuse_another_begin(held, init_from, given)
         data, init_from, seed, flags = _as_before(held, data, flags)
+    elif init_from is not None:
+        checkpoint.is_pickle(init_from)  # one that cannot be read is said before any work
     where = checkpoint.device(here.device(device))
     with together.joined(here, where):
         plan = together.first_rank_first(

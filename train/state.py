@@ -67,6 +67,10 @@ def recipe_of(folder: Path) -> dict[str, Any]:
     Raises:
         VmoeError: no state there.
     """
+    if not folder.exists():
+        raise VmoeError(
+            f"{folder} does not exist: there is no run to go on with. Look under runs/."
+        )
     if folder.is_dir() and not (folder / FILE).exists():
         raise VmoeError(
             f"{folder} holds no {FILE}: no epoch of it was finished. Start it anew elsewhere."

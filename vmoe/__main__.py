@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import shlex
+import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -22,12 +23,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import vmoe
-from vmoe import bundle as bundles
-from vmoe import cli, contents, latest, output, report
-from vmoe.errors import MissingDependencyError, SettingError, nearest
+from vmoe import cli, completion, latest, manual, output, report
+from vmoe.errors import MissingDependencyError, SettingError, UnknownNameError, nearest
 
 if TYPE_CHECKING:
-    from vmoe.moves import Segment
+    from vmoe.moves import Scene, Segment
     from vmoe.runtime import Result
 
 log = cli.log
@@ -40,7 +40,8 @@ class Group(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Return the command that the first argument names."""
-        if args and args[0] not in self.commands and not args[0].startswith("-"):
+        unknown = args and args[0] not in self.commands and not args[0].startswith("-")
+        if unknown and not ctx.resilient_parsing:
             known = ", ".join(sorted(self.commands))
             near = nearest(args[0], self.commands)
             click.echo(f"vmoe: unknown command {args[0]!r}{near} Known: {known}.", err=True)
@@ -51,7 +52,7 @@ class Group(click.Group):
 @click.group(
     cls=Group,
     epilog="\b\nExamples:\n  vmoe demo\n  vmoe doctor\n  vmoe inspect runs/export/mine-split",
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings=cli.CONTEXT,
 )
 @click.version_option(vmoe.__version__, prog_name="vmoe")
 def main() -> None:
@@ -82,19 +83,23 @@ def demo(source: Path | None, out: Path, rounds: int, seed: int, as_json: bool) 
     rolling and shaking a camera over photographs that the model has never seen, or over your own
     file. What comes out: labels, routes, latency, the accuracy against the known moves, an
     annotated video and a report.
+
+    Where torch is not installed, the exported bundle that ships is taken; where scikit-image is
+    not, whose photographs they are, pictures are drawn. The report says which.
     """
     from vmoe import moves
 
     _wait_idly()
     _refuse_strange(out)
-    scenes = moves.scenes_of(source) if source else moves.photographs()
+    scenes = moves.scenes_of(source) if source else _pictures()
     output.write_json(out / "report.json", {"made_by": MADE_BY})  # until there is more to say
     model = _exported(out / "bundle")
     log.info("rendering %d known moves over %s", 10 * rounds, ", ".join(s.name for s in scenes))
     segments = moves.render(scenes, out / "moves.avi", rounds=rounds, seed=seed)
     results = _watch(model, out / "moves.avi", out / "annotated.mp4", segments)
     found = {"made_by": MADE_BY, **judge(segments, results)}
-    found |= {"bundle": str(model), "video": str(out / "moves.avi"), "seed": seed}
+    found |= {"bundle": str(model), "video": str(out / "moves.avi"), "seed": seed,
+              "exported_here": model != latest.SHIPPED}  # fmt: skip
     output.write_json(out / "report.json", found)
     text = _markdown(found)
     output.write_text(out / "report.md", text)
@@ -124,6 +129,19 @@ def _refuse_strange(out: Path) -> None:
         raise SettingError(f"{out} is no folder of an earlier demo; choose another --out.")
 
 
+def _pictures() -> list[Scene]:
+    """Return photographs; where there are none, drawn pictures."""
+    from vmoe import moves
+
+    try:
+        return moves.photographs()
+    except MissingDependencyError:
+        log.info("scikit-image, whose photographs the demo shows, is not installed (pip install "
+                 "'vmoe[demo]'): taking drawn pictures, of the kind that it was trained on, though "
+                 "not those")  # fmt: skip
+        return moves.procedural()
+
+
 def _exported(folder: Path) -> Path:
     """Export the twin that ships; without torch take the bundle that ships."""
     lacks = _missing("vmoe-export")
@@ -132,10 +150,11 @@ def _exported(folder: Path) -> Path:
             "%s not installed: taking the bundle that ships, not a fresh one", ", ".join(lacks)
         )
         return latest.shipped()
+    from vmoe.bundle import TWIN
     from vmoe.export import export
 
     begin = time.monotonic()
-    export(latest.shipped() / bundles.TWIN, folder, overwrite=True)
+    export(latest.shipped() / TWIN, folder, overwrite=True)
     log.info("exported the model that ships to %s in %.1f s", folder, time.monotonic() - begin)
     return folder
 
@@ -202,6 +221,8 @@ def judge(segments: list[Segment], results: list[Result]) -> dict[str, Any]:
 def _markdown(found: dict[str, Any]) -> str:
     rows = [[r["label"], r["windows"], r["right"], r["mistaken_for"]] for r in found["labels"]]
     shares = ", ".join(f"{i}: {share:.0%}" for i, share in found["expert_shares"].items())
+    seen = dict.fromkeys(segment["picture"] for segment in found["segments"])
+    origin = "exported here and now" if found["exported_here"] else "the bundle that ships"
     return "\n".join([
         "# The model that ships, against known camera moves",
         "",
@@ -210,6 +231,7 @@ def _markdown(found: dict[str, Any]) -> str:
         f"accuracy: {report.percent(found['right'], found['windows'])} % of {found['windows']} "
         f"windows (95 % interval); {found['between_moves']} windows span two moves, not judged",
         f"experts: {shares}",
+        f"watched: {', '.join(seen)}; by {origin}",
         f"latency: {found['infer_ms']['median']:.2f} ms median, "
         f"{found['infer_ms']['p95']:.2f} ms p95 a window, on this machine",
         "",
@@ -221,17 +243,24 @@ def _markdown(found: dict[str, Any]) -> str:
 @cli.json_option
 def inspect(bundle: Path | None, as_json: bool) -> None:
     """Prove a bundle whole; show what is in it, and what was measured of it at export."""
+    from vmoe import bundle as bundles
+    from vmoe import contents
+
     path, line = latest.bundle(bundle)
     log.info("%s", line)
     read = bundles.read(path)
+    card = str(latest.CARD) if path.resolve() == latest.SHIPPED.resolve() else None
     if as_json:
-        cli.print_json({**report.plain(read), "report": read.report()})
+        cli.print_json({**report.plain(read), "report": read.report(), "card": card})
         return
     click.echo(contents.text(read))
+    if card is not None:
+        click.echo(f"\nmodel card: {card}")
 
 
 PACKAGES = {
-    "numpy": "everything", "opencv-python": "decoding, cameras", "onnxruntime": "serving on a CPU",
+    "numpy": "everything", "opencv-python-headless": "decoding, cameras",
+    "opencv-python": "the same, and vmoe-run --show", "onnxruntime": "serving on a CPU",
     "onnxruntime-gpu": "serving on an NVIDIA GPU", "openvino": "serving int8 on a CPU",
     "tritonclient": "a Triton server by gRPC",
     "tensorrt": "plans, built and served on an NVIDIA GPU", "cuda-bindings": "plans",
@@ -295,7 +324,8 @@ def doctor(self_test: bool, dry_run: bool, out: Path, device: str, as_json: bool
     if as_json:
         cli.print_json(
             {**machine, "packages": versions, "missing": missing, "cameras": cameras,
-             "verified": dict(VERIFIED), "unverified": UNVERIFIED}
+             "model": str(latest.SHIPPED), "card": str(latest.CARD), "verified": dict(VERIFIED),
+             "unverified": UNVERIFIED}
         )  # fmt: skip
         return
     click.echo("  ".join(f"{key} {value}" for key, value in machine.items()))
@@ -305,6 +335,7 @@ def doctor(self_test: bool, dry_run: bool, out: Path, device: str, as_json: bool
             for c, lacks in missing.items()]  # fmt: skip
     click.echo("\n" + report.table(rows, ["command", "here"]))
     click.echo(f"\ncameras: {', '.join(cameras) or 'none'}")
+    click.echo(f"the model that ships: {latest.SHIPPED}, and its card: {latest.CARD}")
     click.echo("\n" + report.table(VERIFIED, ["claim", "verified where"]))
     click.echo("\nunverified, run on no machine of ours (*: vmoe doctor --self-test runs it):")
     click.echo("\n".join(f"  {line}" for line in UNVERIFIED))
@@ -333,6 +364,8 @@ def _self_test(out: Path, device: str, *, dry_run: bool, as_json: bool) -> None:
 
 
 def _version(package: str) -> str | None:
+    import importlib.metadata
+
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -352,11 +385,93 @@ def _wait_idly() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def _enter(command: str, module: str) -> None:
+@cli.command(
+    "completion",
+    'eval "$(vmoe completion bash)"                         # in ~/.bashrc',
+    'eval "$(vmoe completion zsh)"                          # in ~/.zshrc, behind compinit',
+    "vmoe completion fish > ~/.config/fish/conf.d/vmoe.fish",
+)
+@click.argument("shell", metavar="SHELL", type=cli.NameType(completion.SHELLS))
+def complete(shell: str) -> None:
+    """Print what SHELL (bash, zsh or fish) reads to complete all commands.
+
+    It completes options, and the values that are known: bundles under runs/, attacks, methods,
+    families, backends.
+    """
+    click.echo(completion.script(shell, ["vmoe", *DOORS]))
+
+
+@cli.command("man", "vmoe man vmoe-run", "vmoe man --out ~/.local/share/man/man1")
+@click.argument("command", required=False, default="vmoe")
+@click.option("--out", type=click.Path(path_type=Path), help="Write all pages to this folder.")
+@click.option("--refresh", is_flag=True, hidden=True, help="Of a checkout: write manual.json.")
+def man(command: str, out: Path | None, refresh: bool) -> None:
+    """Show a command's manual page: by man on a terminal, else as man reads it."""
+    if refresh:
+        manual.write({name: _real(name) for name in DOORS})
+        return
+    names = ["vmoe", *DOORS]
+    if command not in names:
+        raise UnknownNameError("command", command, names)
+    if out is not None:
+        for name in names:
+            output.write_text(out / f"{name}.1", _roff(name))
+        log.info("written: %s/vmoe.1 and %d more", out, len(DOORS))
+    elif sys.stdout.isatty() and shutil.which("man"):
+        subprocess.run(["man", "-l", "-"], input=_roff(command), text=True, check=False)
+    else:
+        click.echo(_roff(command))
+
+
+def _roff(name: str) -> str:
+    from vmoe import roff
+
+    parts = _parts() if name == "vmoe" else {}
+    about = _own_page() if name == "vmoe" else manual.pages()[name]
+    return roff.text(name, about, ["vmoe", *DOORS], parts)
+
+
+def _own_page() -> manual.Page:
+    """Return what `vmoe` itself takes."""
+    return dataclasses.replace(manual.page(main), usage="COMMAND [OPTIONS]")
+
+
+def _parts() -> dict[str, manual.Page]:
+    return {name: manual.page(part) for name, part in main.commands.items()}
+
+
+DOORS = {
+    "vmoe-train": "vmoe.train.cli:main", "vmoe-export": "vmoe.export.cli:main",
+    "vmoe-run": "vmoe.runtime.cli:command", "vmoe-attack": "vmoe.attacks.cli:main",
+    "vmoe-bench": "vmoe.runtime.bench.cli:main",
+}  # fmt: skip
+
+
+def _real(name: str) -> cli.Command:
+    module, _, attribute = DOORS[name].partition(":")
+    command: cli.Command = getattr(importlib.import_module(module), attribute)
+    return command
+
+
+def _is_told(command: str) -> bool:
+    """Answer what needs no room: completion; help, where a room is slow to load or is missing."""
+    if completion.asked(command):
+        completion.answer(command, manual.pages()[command])
+    if "torch" not in COMMANDS[command] or not {"-h", "--help"} & set(sys.argv[1:]):
+        return False
+    if manual.CHECKOUT and not _missing(command):
+        return False  # what is being written says itself what it takes
+    click.echo(manual.help_text(command, manual.pages()[command]))
+    return True
+
+
+def _enter(command: str) -> None:
     """Run a command's own main, or say in one line what it needs.
 
     A command that serves loads without its backend: the engine says itself what is missing.
     """
+    if _is_told(command):
+        return
     _wait_idly()
     lacks = _missing(command)
     if lacks and "torch" in COMMANDS[command]:
@@ -364,19 +479,19 @@ def _enter(command: str, module: str) -> None:
         click.echo(f"{command}: {need}: pip install 'vmoe[train,cpu]'.", err=True)
         sys.exit(MissingDependencyError.exit_code)
     try:
-        importlib.import_module(module).main()
+        importlib.import_module(DOORS[command].partition(":")[0]).main()
     except KeyboardInterrupt:  # before the command could say itself how it ends
         sys.exit(0 if command == "vmoe-run" else 130)
 
 
 def train() -> None:
     """Run vmoe-train."""
-    _enter("vmoe-train", "vmoe.train.cli")
+    _enter("vmoe-train")
 
 
 def attack() -> None:
     """Run vmoe-attack."""
-    _enter("vmoe-attack", "vmoe.attacks.cli")
+    _enter("vmoe-attack")
 
 
 def export() -> None:
@@ -390,20 +505,27 @@ def export() -> None:
     elif "--triton-repo" in given:
         importlib.import_module("vmoe.export.triton.as_it_is").main()
     else:
-        _enter("vmoe-export", "vmoe.export.cli")
+        _enter("vmoe-export")
 
 
 def run() -> None:
     """Run vmoe-run."""
-    _enter("vmoe-run", "vmoe.runtime.cli")
+    _enter("vmoe-run")
 
 
 def bench() -> None:
     """Run vmoe-bench."""
-    _enter("vmoe-bench", "vmoe.runtime.bench.cli")
+    _enter("vmoe-bench")
 
 
-for command in (demo, inspect, doctor):
+def own() -> None:
+    """Run vmoe."""
+    if completion.asked("vmoe"):
+        completion.answer("vmoe", _own_page(), _parts())
+    main()
+
+
+for command in (demo, inspect, doctor, complete, man):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -133,7 +133,10 @@ def load(path: Path) -> AdversarialClips:
     try:
         values = json.loads(manifest.read_text(encoding="utf-8"))
     except OSError as e:
-        raise VmoeError(f"cannot read {manifest}: {e.strerror}: no adversarial clips.") from e
+        raise VmoeError(
+            f"cannot read {manifest}: {e.strerror}: no adversarial clips. Make some: vmoe-attack "
+            "TARGET --save-adv FOLDER."
+        ) from e
     except (ValueError, RecursionError) as e:
         raise VmoeError(f"{manifest} is not JSON: {e}. Make the clips again.") from e
     version = values.get("schema_version") if isinstance(values, dict) else None

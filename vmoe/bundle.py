@@ -19,9 +19,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vmoe import output
+from vmoe import latest, output
 from vmoe.clips import ClipSpec
-from vmoe.errors import BundleError, CorruptBundleError, EngineMismatchError, VmoeError
+from vmoe.errors import (
+    BundleError,
+    CorruptBundleError,
+    EngineMismatchError,
+    VmoeError,
+    nearest,
+)
 from vmoe.settings import from_mapping, to_mapping
 
 SCHEMA_VERSION = 1
@@ -161,8 +167,7 @@ def read(path: Path) -> Bundle:
     """
     manifest = path / MANIFEST
     if not path.is_dir() or not manifest.is_file():
-        what = "is no folder" if not path.is_dir() else f"holds no {MANIFEST}"
-        raise BundleError(f"{path} {what}: not a bundle. Make one: vmoe-export CKPT --out {path}")
+        raise BundleError(_no_bundle(path))
     if manifest.stat().st_size > MAX_MANIFEST_BYTES:
         raise CorruptBundleError(f"{manifest} is over {MAX_MANIFEST_BYTES} bytes: no manifest.")
     values = _json(manifest)
@@ -274,6 +279,17 @@ def _check_file(folder: Path, name: str, digest: str) -> None:
             raise CorruptBundleError(f"{path} has changed since export (sha256 differs). Refused.")
     except OSError as e:
         raise CorruptBundleError(f"{path} cannot be read: {e.strerror}.") from e
+
+
+def _no_bundle(path: Path) -> str:
+    if path.suffix == ".safetensors" and path.is_file():
+        return f"{path} is a checkpoint: not a bundle. Make one of it: vmoe-export {path}"
+    if not path.exists():
+        near = nearest(str(path), latest.offered())
+        return f"{path} does not exist: not a bundle{near} Make one: vmoe-export CKPT --out {path}"
+    if not path.is_dir():
+        return f"{path} is no folder: not a bundle. Make one: vmoe-export CKPT --out FOLDER"
+    return f"{path} holds no {MANIFEST}: not a bundle. Make one: vmoe-export CKPT --out FOLDER"
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmoe import __version__, output
+from vmoe import __version__, latest, output
 from vmoe.clips import ClipSpec
-from vmoe.errors import MissingDependencyError, SettingError, VmoeError
+from vmoe.errors import MissingDependencyError, SettingError, VmoeError, nearest
 from vmoe.models import ModelSettings, VideoMoE, build
 from vmoe.settings import from_mapping, to_mapping
 
@@ -166,7 +166,11 @@ def is_pickle(path: Path) -> bool:
         with path.open("rb") as file:
             start = file.read(9)
     except OSError as e:
-        raise VmoeError(f"cannot read checkpoint {path}: {e.strerror}.") from e
+        near = "." if path.exists() else nearest(str(path), latest.offered())
+        raise VmoeError(
+            f"cannot read checkpoint {path}: {e.strerror}{near} Name a checkpoint of vmoe-train, "
+            "the folder of a training, or a bundle."
+        ) from e
     if start[8:] == b"{":  # safetensors: a length in 8 bytes, which may look like anything; JSON
         return False
     return start[:2] == b"PK" or start[:1] == b"\x80"

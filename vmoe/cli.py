@@ -9,8 +9,9 @@ import os
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import click
@@ -27,8 +28,20 @@ F = TypeVar("F", bound=Callable[..., Any])
 log = logging.getLogger("vmoe")
 
 
+GENERAL = "General"  # the topic of options that have none
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
 class Command(click.Command):
     """A command that shows a user's mistake as one line, and ends with its exit code."""
+
+    topics: Mapping[str, Collection[str]] = MappingProxyType({})
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, each under its topic where the command has topics."""
+        for topic, params in by_topic(self, ctx).items():
+            with formatter.section(topic if self.topics else "Options"):
+                formatter.write_dl([p.get_help_record(ctx) or ("", "") for p in params])
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None,
@@ -108,7 +121,20 @@ class ListType(click.ParamType):  # type: ignore[type-arg]
         return tuple(self.member.convert(v.strip(), param, ctx) for v in value.split(","))
 
 
-def command(name: str, *examples: str) -> Callable[[F], Command]:
+def by_topic(command: click.Command, ctx: click.Context) -> dict[str, list[click.Option]]:
+    """Return the options that --help shows, by topic; what no topic names is general, and last."""
+    shown = {p.name: p for p in command.get_params(ctx)
+             if isinstance(p, click.Option) and not p.hidden}  # fmt: skip
+    topics: Mapping[str, Collection[str]] = getattr(command, "topics", {})
+    found = {topic: [shown.pop(name) for name in names if name in shown]
+             for topic, names in topics.items()}  # fmt: skip
+    found[GENERAL] = list(shown.values())
+    return {topic: options for topic, options in found.items() if options}
+
+
+def command(
+    name: str, *examples: str, topics: Mapping[str, Collection[str]] | None = None
+) -> Callable[[F], Command]:
     """Make a function a command with the options that all commands share.
 
     The function gets `as_json` and `config` only if it names them; -v and -q set the log level.
@@ -116,6 +142,7 @@ def command(name: str, *examples: str) -> Callable[[F], Command]:
     Args:
         name: what the user types.
         examples: command lines that can be pasted, shown by --help.
+        topics: titles under which --help sets options, by the names of their parameters.
     """
 
     def wrap(function: F) -> Command:
@@ -124,8 +151,9 @@ def command(name: str, *examples: str) -> Callable[[F], Command]:
             name,
             cls=Command,
             epilog=lines,
-            context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+            context_settings=CONTEXT,
         )(_shared(function))
+        made.topics = topics or {}
         return click.version_option(vmoe.__version__, prog_name=name)(made)
 
     return wrap
@@ -225,7 +253,8 @@ def _option(field: dataclasses.Field[Any], hint: Any, also: Mapping[str, Any]) -
     text = field.metadata["help"]
     shown = _shown(field.name, field.default, also)
     if bool in kinds:
-        return click.option(f"{flag}/--no-{flag[2:]}", default=None, help=f"{text} {shown}")
+        help = f"{text} {shown}".rstrip()
+        return click.option(f"{flag}/--no-{flag[2:]}", default=None, help=help)
     member: Any = typing.get_args(hint)[0] if tuple in kinds else kinds[0]
     kind = _click_type(field.name, member, field.metadata["choices"])
     if field.metadata["repeat"]:
@@ -236,7 +265,8 @@ def _option(field: dataclasses.Field[Any], hint: Any, also: Mapping[str, Any]) -
     if tuple in kinds:
         kind = ListType(kind)
     early = field.name == "norm"  # budgets are read by it
-    return click.option(flag, type=kind, default=None, help=f"{text} {shown}", is_eager=early)
+    help = f"{text} {shown}".rstrip()
+    return click.option(flag, type=kind, default=None, help=help, is_eager=early)
 
 
 def _shown(name: str, default: Any, also: Mapping[str, Any]) -> str:

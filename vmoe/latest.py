@@ -10,6 +10,7 @@ from vmoe.errors import VmoeError
 RUNS = Path("runs")
 REJECTED = ".rejected"  # behind the name of a bundle that vmoe-export refused
 SHIPPED = Path(__file__).parent / "shipped" / "camera-motion"  # a bundle, with its twin
+CARD = SHIPPED.with_name("README.md")  # what it is, what it is worth, what it is not for
 
 
 def bundle(named: Path | None) -> tuple[Path, str]:
@@ -66,6 +67,13 @@ def shipped() -> Path:
     if not SHIPPED.exists():
         raise VmoeError(f"this installation ships no model ({SHIPPED} is missing): name a path.")
     return SHIPPED
+
+
+def offered() -> list[str]:
+    """Return every bundle and checkpoint under runs/, for completion."""
+    found = [path.parent for path in RUNS.glob("**/vmoe.json")]
+    found += RUNS.glob("**/best.safetensors")
+    return sorted(str(path) for path in found if not any(map(_is_left_out, path.parts)))
 
 
 def _bundles() -> list[Path]:

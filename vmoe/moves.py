@@ -14,9 +14,11 @@ import numpy as np
 
 from vmoe import opencv, video
 from vmoe.clips import Frame
+from vmoe.data._textures import picture
 from vmoe.data.camera_motion import (
     IMAGE_SUFFIXES,
     LABELS,
+    PICTURE,
     as_picture,
     camera_path,
     look,
@@ -25,6 +27,7 @@ from vmoe.data.camera_motion import (
 from vmoe.errors import MissingDependencyError, SettingError
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
+SEED = 9  # of drawn pictures; those of camera-motion have seeds of four numbers
 # Of a user's own file. A move lasts 40 frames; 180 of a phone's video are a quarter of a GiB.
 MAX_FRAMES = 600
 MAX_BYTES = 256 << 20
@@ -70,6 +73,16 @@ def photographs() -> list[Scene]:
         ) from e
     folder = Path(skimage.__file__).parent / "data"
     return [Scene(name, (read_picture(folder / name),)) for name in PHOTOGRAPHS]
+
+
+def procedural(count: int = len(PHOTOGRAPHS)) -> list[Scene]:
+    """Return drawn pictures, for where there are no photographs.
+
+    They are of the kind that the model was trained on, though it saw none of these: what is
+    measured over them is no harder than its own test.
+    """
+    drawn = (picture(np.random.default_rng((SEED, n)), PICTURE) for n in range(count))
+    return [Scene(f"procedural-{n}", (image,)) for n, image in enumerate(drawn)]
 
 
 def scenes_of(source: Path) -> list[Scene]:

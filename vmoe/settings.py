@@ -184,6 +184,8 @@ def parse_eps(text: str, norm: str = "linf") -> float:
     number = re.fullmatch(
         r"\s*((?:\d+(?:\.\d+)?|\.\d+)(?:e-?\d+)?)\s*(?:/\s*(\d+(?:\.\d+)?))?\s*", text
     )
+    if text.strip().startswith("-"):
+        raise SettingError(f"eps {text!r} is negative: {wanted}")
     if not number:
         raise SettingError(f"eps {text!r} is not a number: {wanted}")
     value, whole = float(number[1]), number[1].isdigit()

@@ -14,6 +14,7 @@ import click
 from vmoe import cli, latest, output
 from vmoe.bundle import TWIN
 from vmoe.errors import GateError, SettingError
+from vmoe.runtime import topics
 
 from . import compare, plots, render
 from . import run as runs
@@ -34,6 +35,7 @@ FAILED, INTERRUPTED = 1, 130  # exit codes
     "vmoe-bench runs/bundle --accuracy camera-motion --robust clips --plot bench.png",
     "vmoe-bench runs/bundle --out new.json --compare old.json --fail-over 5%",
     "vmoe-bench runs/bundle --scenario offline --batch 16 --json | jq .certificates",
+    topics=topics.BENCH,
 )
 @click.argument("bundle", nargs=-1, type=click.Path(path_type=Path))
 @click.option(

@@ -17,6 +17,7 @@ from . import sensors
 
 PACKAGES = (
     "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "torch", "opencv-python",
+    "opencv-python-headless",
 )  # fmt: skip
 CPU0 = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 

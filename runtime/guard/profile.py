@@ -204,5 +204,8 @@ def read(path: Path) -> Profile:
             "--source CLEAN --guard-calibrate FILE."
         ) from e
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise SettingError(f"{path} is no guard's profile, or damaged.") from e
+        raise SettingError(
+            f"{path} is no guard's profile, or damaged. Make one: vmoe-run BUNDLE --source CLEAN "
+            "--guard-calibrate FILE."
+        ) from e
     return profile

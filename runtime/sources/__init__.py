@@ -16,6 +16,10 @@ from vmoe.errors import SourceError
 from vmoe.runtime import addresses
 from vmoe.runtime.frames import Frame, Stop
 
+NAMES = (
+    "Name a video file, a folder of pictures, a camera's number, an address (rtsp, http, udp), - "
+    "or test."
+)
 SOURCES = "vmoe.runtime.sources"
 
 # States of a source. A live one is stalled when it is silent for half of its read timeout.
@@ -94,15 +98,14 @@ def open(name: str, settings: SourceSettings | None = None) -> Source:
         SourceError: no source of this kind, or it is not there.
     """
     settings = settings or SourceSettings()
+    if not name.strip():
+        raise SourceError(f"--source is empty. {NAMES}")
     modules = {kind: registry.load(SOURCES, kind, "source") for kind in registry.names(SOURCES)}
     for module in _paths_last(modules):
         if module.claims(name):
             source: Source = module.open(name, settings)
             return source
-    raise SourceError(
-        f"source {addresses.shown(name)!r}: cannot read this kind. Name a video file, a folder of "
-        "pictures, a camera's number, an address (rtsp, http, udp), - or test."
-    )
+    raise SourceError(f"source {addresses.shown(name)!r}: cannot read this kind. {NAMES}")
 
 
 def _paths_last(modules: dict[str, ModuleType]) -> list[ModuleType]:

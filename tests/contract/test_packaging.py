@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import email
+import importlib
 import importlib.util
-import shutil
+import json
 import stat
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections import Counter
 from configparser import ConfigParser
@@ -17,24 +20,26 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ROOMS = ("train", "export", "runtime", "attacks")
 COMMANDS = {"vmoe", "vmoe-train", "vmoe-export", "vmoe-run", "vmoe-attack", "vmoe-bench"}
-NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "runs", "dist", "benchmarks")
+sys.path.insert(0, str(ROOT / "benchmarks"))
+installed = importlib.import_module("installed")
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """Return a wheel that is built from a copy, so that nothing is left in the checkout."""
-    for module in ("build", "hatchling"):
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return a wheel and an sdist, of a copy of the checkout, in which nothing is left."""
+    for module in ("build", "hatchling", "twine"):
         if importlib.util.find_spec(module) is None:
-            pytest.skip(f"{module} is not installed: pip install build hatchling")
-    tree, out = tmp_path_factory.mktemp("tree") / "vmoe", tmp_path_factory.mktemp("dist")
-    shutil.copytree(ROOT, tree, symlinks=True, ignore=NOT_COPIED)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)]
-    done = subprocess.run([*command, str(tree)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    (path,) = out.glob("*.whl")
-    return zipfile.ZipFile(path)
+            pytest.skip(f"{module} is not installed: pip install build hatchling twine")
+    # refuses where the sdist's wheel is not the checkout's
+    wheel, sdist = installed.build(tmp_path_factory.mktemp("dist"))
+    return wheel, sdist
+
+
+@pytest.fixture(scope="module")
+def wheel(built: tuple[Path, Path]) -> zipfile.ZipFile:
+    return zipfile.ZipFile(built[0])
 
 
 def test_every_source_file_is_there_once(wheel: zipfile.ZipFile) -> None:
@@ -47,11 +52,38 @@ def test_every_source_file_is_there_once(wheel: zipfile.ZipFile) -> None:
         assert counts[f"vmoe/{path.name}"] == 1
 
 
-def test_nothing_else_is_there(wheel: zipfile.ZipFile) -> None:
+def test_nothing_else_is_there(wheel: zipfile.ZipFile, built: tuple[Path, Path]) -> None:
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert len(tops) == 2  # vmoe and its dist-info
     assert "vmoe" in tops
-    assert not [name for name in wheel.namelist() if "__pycache__" in name or "tests/" in name]
+    with tarfile.open(built[1]) as sdist:
+        inside = [name.partition("/")[2] for name in sdist.getnames()]
+    assert {name.split("/")[0] for name in inside} - {".gitignore"} == {
+        *ROOMS, "vmoe", "pyproject.toml", "PKG-INFO", "LICENSE", "README.md",
+        "CHANGELOG.md", "CONTRIBUTING.md",
+    }  # fmt: skip
+    for name in [*wheel.namelist(), *inside]:
+        assert not {"__pycache__", "tests", "runs", "shared", ".dev"} & set(name.split("/"))
+        assert Path(name).suffix not in (".pyc", ".mp4", ".avi", ".mkv")
+
+
+def test_twine_has_nothing_to_say(built: tuple[Path, Path]) -> None:
+    done = subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *map(str, built)],
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("PASSED") == 2
+
+
+def test_the_metadata_is_true(wheel: zipfile.ZipFile) -> None:
+    (name,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
+    said = email.message_from_bytes(wheel.read(name))
+    assert said["License-Expression"] == "Apache-2.0"
+    assert said["License-File"] == "LICENSE"
+    assert wheel.read(name.replace("METADATA", "licenses/LICENSE"))
+    assert said.get_all("Project-URL") is None  # there is none yet
+    pythons = [line.rpartition(" ")[2] for line in said.get_all("Classifier") or ()
+               if line.startswith("Programming Language :: Python :: 3.")]  # fmt: skip
+    assert tuple(pythons) == installed.VERSIONS
 
 
 def test_no_links(wheel: zipfile.ZipFile) -> None:
@@ -79,6 +111,60 @@ def test_what_a_bundle_needs_ships(wheel: zipfile.ZipFile) -> None:
         shipped = wheel.read(f"vmoe/shipped/camera-motion/{name}")
         assert shipped
         assert shipped == path.read_bytes()
+
+
+def test_the_model_card_ships(wheel: zipfile.ZipFile) -> None:
+    card = wheel.read("vmoe/shipped/README.md").decode()
+    for section in ("Intended use", "Training data", "Evaluation", "Limitations", "Licence"):
+        assert f"\n## {section}" in card
+    assert wheel.read("vmoe/shipped/training.json")
+
+
+@pytest.fixture(scope="module")
+def base(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an environment with the wheel and what it needs, and no more."""
+    folder = tmp_path_factory.mktemp("base")
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "click"]
+    if subprocess.run([*command, "-d", str(folder)], capture_output=True, check=False).returncode:
+        pytest.skip("pip reaches no index here, so that nothing can be installed")
+    installed.environment(sys.executable, folder / "env", str(built[0]))
+    return folder / "env"
+
+
+def test_what_is_installed_is_small(base: Path) -> None:
+    sizes = installed.sizes_mb(base)
+    opencv, numpy = sizes["opencv-python-headless"], sizes["numpy"]
+    total = sum(mb for name, mb in sizes.items() if name not in installed.NOT_OURS)
+    print(f"base install {total:.1f} MB, of it OpenCV {opencv:.1f} and NumPy {numpy:.1f}")
+    assert "torch" not in sizes
+    assert total < installed.BASE_MB
+    assert sizes["vmoe"] < 15
+
+
+def test_every_command_explains_itself_where_only_the_base_is(base: Path, tmp_path: Path) -> None:
+    for words in installed.BASE:
+        done = installed.alone(base / "bin", words, tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+    done = installed.alone(base / "bin", ["vmoe-run", "--source", "test"], tmp_path)
+    assert done.returncode == 5
+    assert "vmoe[cpu]" in done.stderr
+
+
+def test_the_cpu_extra_serves_with_no_repository_around(base: Path, built: tuple[Path, Path],
+                                                        tmp_path: Path) -> None:  # fmt: skip
+    pip = [str(base / "bin" / "python"), "-m", "pip", "install", "-q"]
+    subprocess.run([*pip, f"vmoe[cpu] @ {built[0].as_uri()}"], check=True, capture_output=True)
+    for words in installed.SERVING:
+        done = installed.alone(base / "bin", words, tmp_path)
+        assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "runs" / "demo" / "report.json").read_text())
+    assert {segment["picture"] for segment in report["segments"]} == {
+        f"procedural-{n}" for n in range(5)
+    }
+    assert report["exported_here"] is False
+    assert report["right"] / report["windows"] > 0.5
+    assert "by the bundle that ships" in (tmp_path / "runs" / "demo" / "report.md").read_text()
 
 
 def test_it_runs_from_the_wheel_alone(wheel: zipfile.ZipFile, tmp_path: Path) -> None:

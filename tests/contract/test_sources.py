@@ -209,6 +209,8 @@ def test_a_rate_that_is_no_rate_is_measured(tmp_path: Path, claimed_ns: int) -> 
 
 
 def test_an_unknown_kind_says_what_there_is() -> None:
+    with pytest.raises(SourceError, match="--source is empty"):
+        sources.open("")
     with pytest.raises(SourceError, match="source 'gopher://x': cannot read this kind"):
         sources.open("gopher://x")
 

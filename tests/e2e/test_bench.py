@@ -168,9 +168,9 @@ def test_parts_of_a_fixed_batch_are_said_to_run_in_pieces(tmp_path: Path, spec: 
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [
-        (("{}/nowhere",), 1, "is no folder: not a bundle"),
+        (("{}/nowhere",), 1, "does not exist: not a bundle"),
         (("{}",), 1, "holds no vmoe.json"),
-        (("{}/split", "--baseline", "{}/nowhere"), 1, "is no folder: not a bundle"),
+        (("{}/split", "--baseline", "{}/nowhere"), 1, "does not exist: not a bundle"),
         (("{}/split", "--baseline", "{}/split"), 2, "given twice"),
         (("{}/split", "--iterations", "0"), 2, "--iterations is 0; it must be at least 1."),
         (("{}/split", "--batch", "0"), 2, "--batch is 0"),

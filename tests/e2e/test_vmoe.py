@@ -99,8 +99,23 @@ def test_inspect_shows_what_ships() -> None:
     assert result.exit_code == 0, result.output
     assert "camera-motion" in result.output
     assert "expert3.onnx" in result.output
+    assert f"model card: {latest.CARD}" in result.output
     held = json.loads(CliRunner().invoke(main, ["inspect", "--json", "--quiet"]).stdout)
     assert held["labels"] == list(LABELS)
+    assert Path(held["card"]) == latest.CARD
+
+
+def test_the_card_says_what_the_report_says() -> None:
+    from vmoe.report import percent
+
+    card = " ".join(latest.CARD.read_text().split())
+    held = json.loads(latest.CARD.with_name("training.json").read_text())
+    clean, worst = held["clean"], held["robust"]["worst_of"]
+    shares = [percent(each["hits"], each["n"]).replace(" ", " % ") for each in (clean, worst)]
+    for said in [*shares, f"{held['parameters']:,} parameters", f"{held['flops']['saved']:.0%}"]:
+        assert said.replace("68%", "68 %") in card
+    manifest = json.loads((latest.SHIPPED / "vmoe.json").read_text())
+    assert manifest["twin"]["sha256"] in card
 
 
 def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,6 +131,7 @@ def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing["vmoe-export"] == ["onnxscript"]
     assert missing["vmoe-run"] == []
     assert "needs onnxscript" in vmoe("doctor").output
+    assert f"its card: {latest.CARD}" in vmoe("doctor").output
 
 
 def test_an_unknown_command_is_one_line() -> None:

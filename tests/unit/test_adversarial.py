@@ -87,7 +87,7 @@ def test_nothing_is_left_where_it_cannot_be_written(saved: Path, tmp_path: Path)
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(VmoeError, match="No such file or directory"):
+    with pytest.raises(VmoeError, match=r"No such file or directory: .* --save-adv FOLDER"):
         adversarial.load(tmp_path / "none")
 
 

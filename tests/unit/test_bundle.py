@@ -122,9 +122,26 @@ def test_parts_of_each_lowering() -> None:
 
 
 def test_no_bundle(tmp_path: Path) -> None:
-    for path, why in ((tmp_path / "none", "is no folder"), (tmp_path, "holds no vmoe.json")):
-        with pytest.raises(BundleError, match=f"{why}: not a bundle. Make one: vmoe-export"):
+    (tmp_path / "file").touch()
+    (tmp_path / "a.safetensors").touch()
+    for path, why in (
+        (tmp_path / "none", r"does not exist: not a bundle\. Make one: vmoe-export CKPT --out"),
+        (tmp_path / "file", "is no folder: not a bundle"),
+        (tmp_path, r"holds no vmoe\.json: not a bundle"),
+        (tmp_path / "a.safetensors", "is a checkpoint: not a bundle. Make one of it: vmoe-export"),
+    ):
+        with pytest.raises(BundleError, match=why):
             bundles.read(path)
+
+
+def test_a_misspelt_bundle_gets_the_nearest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "export" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "export" / "mine" / "vmoe.json").touch()
+    with pytest.raises(BundleError, match=r"did you mean 'runs/export/mine'\? Make one"):
+        bundles.read(Path("runs/exprot/mine"))
 
 
 def test_another_schema_version(folder: Path) -> None:

@@ -248,9 +248,15 @@ def test_a_large_photograph_is_made_small_and_keeps_its_colours(tmp_path: Path) 
 def test_bad_folders_and_names(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="has 0 pictures, none of which falls into the val"):
         open_data(f"camera-motion:{tmp_path}", "val", SPEC)
+    with pytest.raises(SettingError, match="none is no folder; name one of pictures"):
+        open_data(f"camera-motion:{tmp_path}/none", "val", SPEC)
+    with pytest.raises(UnknownNameError, match="Known: a folder with a folder per class, camera-"):
+        open_data("nodata", "val", SPEC)
     (tmp_path / "bad.png").write_bytes(b"x")
     with pytest.raises(SettingError, match=r"cannot read the picture .*bad\.png"):
         cm.read_picture(tmp_path / "bad.png")
+    with pytest.raises(SettingError, match=r"cannot read the picture .*no\.png: No such file"):
+        cm.read_picture(tmp_path / "no.png")
     with pytest.raises(UnknownNameError, match="'camera-mtion': did you mean 'camera-motion'"):
         open_data("camera-mtion", "val", SPEC)
     with pytest.raises(UnknownNameError, match="split 'vla': did you mean 'val'"):

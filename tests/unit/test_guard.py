@@ -126,7 +126,9 @@ def test_a_profile_is_written_and_read(tmp_path: Path) -> None:
     text = (tmp_path / "g.json").read_text()
     for old, new in (('"twin"', '"tvin"'), ('"off"', '"blur"'), ("{", "")):
         (tmp_path / "bad.json").write_text(text.replace(old, new, 1))
-        with pytest.raises(SettingError, match=r"bad\.json is no guard's profile, or damaged"):
+        with pytest.raises(
+            SettingError, match=r"bad\.json is no guard's profile, or damaged\. Make one"
+        ):
             profile.read(tmp_path / "bad.json")
     (tmp_path / "bad.json").write_text(json.dumps({"schema_version": 9}))
     with pytest.raises(SettingError, match="is of another version; this one reads 2"):

@@ -70,6 +70,15 @@ def rendered(
     return segments, frames_of(path)
 
 
+def test_drawn_pictures_are_always_the_same_and_differ() -> None:
+    first, second = moves.procedural(2)
+    (again, _) = moves.procedural(2)
+    assert [first.name, second.name] == ["procedural-0", "procedural-1"]
+    assert first.frames[0].shape == (512, 512, 3)
+    assert np.array_equal(first.frames[0], again.frames[0])
+    assert not np.array_equal(first.frames[0], second.frames[0])
+
+
 def test_every_move_is_made_once_in_each_round(tmp_path: Path) -> None:
     scenes = [moves.Scene("a", (plain(0),)), moves.Scene("b", (plain(255),))]
     path = tmp_path / "moves.avi"

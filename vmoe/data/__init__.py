@@ -97,7 +97,8 @@ def open_data(
         if not Path(data).is_dir():
             if "/" in data or Path(data).exists():
                 raise SettingError(f"data {data!r} is no folder: give a folder with one per class.")
-            raise UnknownNameError("data", data, [*known, "a folder with a folder per class"])
+            names = ["a folder with a folder per class" if n == "folder" else n for n in known]
+            raise UnknownNameError("data", data, names)
         name, where = "folder", data
     module = registry.load("vmoe.data", name, "data")
     path = Path(where) if where else None

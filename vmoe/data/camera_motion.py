@@ -249,7 +249,8 @@ def read_picture(path: Path) -> Frame:
     try:
         found = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
     except (OSError, cv2.error) as e:  # cv2.error: an empty file, or one of too many pixels
-        raise SettingError(f"cannot read the picture {path}.") from e
+        why = f": {e.strerror}" if isinstance(e, OSError) else ""
+        raise SettingError(f"cannot read the picture {path}{why}.") from e
     if found is None:
         raise SettingError(f"cannot read the picture {path}.")
     return as_picture(found)
@@ -282,6 +283,8 @@ def open_clips(
         )
     if where is None:
         return CameraMotion(spec, split, settings)
+    if not where.is_dir():
+        raise SettingError(f"camera-motion:{where}: {where} is no folder; name one of pictures.")
     pictures = sorted(p for p in where.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     mine = tuple(path for path in pictures if split_of(path.name) == split)
     if not mine:
