@@ -153,7 +153,8 @@ class Node:
 
     def clone(self) -> Any:
         """Return a copy."""
-        return type(self)(self.values)  # type: ignore[call-arg]  # of the class that `plugin` makes
+        made: Any = type(self)  # the class that `plugin` makes
+        return made(self.values)
 
 
 class TopK(Node):
