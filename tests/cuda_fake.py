@@ -110,6 +110,11 @@ class Driver(ModuleType):
         self.live[kind][self._next] = value
         return self._next
 
+    @property
+    def captures(self) -> bool:
+        """Whether what the stream is given is being captured."""
+        return self._captured is not None
+
     def run(self, work: Callable[[], None]) -> None:
         """Do what a stream was given: now, or with the graph that is being captured."""
         if self._captured is None:

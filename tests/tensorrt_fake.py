@@ -324,7 +324,8 @@ class Fake(ModuleType):
     def _ICudaEngine_create_execution_context(self, me: Any, strategy: Any) -> Any:
         assert strategy.name == "USER_MANAGED"
         assert me._full, "a context of a stripped plan before it got its weights"
-        return self.new("IExecutionContext", engine=me, arena=None, at={}, shapes={})
+        return self.new("IExecutionContext", engine=me, arena=None, at={}, shapes={},
+                        ran=False)  # fmt: skip
 
     def _IExecutionContext_set_device_memory(self, me: Any, memory: int, size: int) -> None:
         me.__dict__["_arena"] = memory, size
@@ -356,6 +357,8 @@ class Fake(ModuleType):
 
     def _IExecutionContext_execute_async_v3(self, me: Any, stream: int) -> bool:
         assert stream in self._driver.live["stream"]
+        assert me._ran or not self._driver.captures, "captured before it ran once"
+        me.__dict__["_ran"] = True
         address, size = me._arena
         self._driver.check(address, max(size, self.arena))
         shapes, mine = dict(me._shapes), weakref.ref(me)
