@@ -318,6 +318,10 @@ class Fake(ModuleType):
         kind = TYPES[self._value(me, name).type.tensor_type.elem_type]
         return getattr(self._made["DataType"], kind)
 
+    def _ICudaEngine_get_tensor_location(self, me: Any, name: str) -> Any:
+        self._value(me, name)
+        return self._made["TensorLocation"].DEVICE
+
     def _ICudaEngine_get_tensor_shape(self, me: Any, name: str) -> tuple[int, ...]:
         return _shape(self._value(me, name))
 

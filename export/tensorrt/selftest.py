@@ -188,8 +188,9 @@ def _times(engine: Engine, clip: Any) -> dict[str, float]:
     found = []
     for _ in range(ROUNDS):
         engine.infer(clip)
-        found.append(engine.last_times())
-    return dict(zip(Times._fields, map(float, np.median(found, axis=0)), strict=True))
+        found.append(engine.last_times() or Times())
+    medians = np.median(np.array(found), axis=0).tolist()
+    return dict(zip(Times._fields, medians, strict=True))
 
 
 def _worst(times: Mapping[str, Mapping[str, float]], experts: int) -> dict[str, float]:

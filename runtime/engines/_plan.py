@@ -132,9 +132,10 @@ LISTS = ("flags", "batch", "plugins")
 
 
 def _list(said: Mapping[str, Any], name: str) -> list[Any]:
-    if not isinstance(said[name], list):
-        raise TypeError(f"{name} is {said[name]!r}")
-    return said[name]
+    held = said[name]
+    if not isinstance(held, list):
+        raise TypeError(f"{name} is {held!r}")
+    return held
 
 
 _LIKE = Built("", "", "", "", "", (), (1, 1, 1), 3, NONE, False, "")  # the type of each field

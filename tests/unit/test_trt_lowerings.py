@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 
 from tests import bundles
 from tests.cuda_fake import Driver
@@ -23,6 +24,7 @@ from vmoe.checkpoint import Checkpoint
 from vmoe.clips import ClipSpec
 from vmoe.errors import BundleError, EngineMismatchError
 from vmoe.export import sparsity
+from vmoe.export.cli import main
 from vmoe.export.onnx import Parts
 from vmoe.export.pipeline import ExportSettings, Plan, write
 from vmoe.export.tensorrt import pipeline, plans
@@ -94,6 +96,31 @@ def test_one_plan_of_routed_layers_answers_as_its_onnx(
 
 
 @ONE
+def test_the_command_builds_it_of_onnx_and_refuses_what_it_computes_in(
+    trt: Fake, source: Bundle, tmp_path: Path
+) -> None:
+    def run(*more: str) -> Result:
+        asked = [str(source.path), "--trt", "--from-onnx", "--out", str(tmp_path / "out"), *more]
+        return CliRunner().invoke(main, asked)
+
+    told = run("--dry-run")
+    assert told.exit_code == 0, told.stderr
+    assert "build: moe: moe-tensorrt.onnx (fp32, cast of pixels first) -> moe.plan" in told.stdout
+    trt.layers = json.dumps(
+        {"Layers": [{"LayerType": "PluginV3", "Inputs": [{"Datatype": "Half"}]}]}
+    )
+    refused = run()
+    assert refused.exit_code == 3
+    assert "fp32 layers of moe.plan is 0 %, must be at least 95 %" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    trt.layers = None
+    made = run()
+    assert made.exit_code == 0, made.stderr
+    said = reader.read(tmp_path / "out").report()
+    assert {gate["gate"] for gate in said["gates"]} == {"precision", "parity", "route"}
+
+
+@ONE
 def test_one_plan_in_which_every_expert_runs_is_a_baseline(trt: Fake, tmp_path: Path) -> None:
     source = onnx(tmp_path / "onnx", "dense")
     path = built(source)
@@ -129,6 +156,11 @@ def test_plugins_that_are_refused_or_not_ours_are_told(trt: Fake, source: Bundle
     for do in (lambda: load(path, "tensorrt"), lambda: built(source, name="again")):
         with pytest.raises(EngineMismatchError, match=why):
             do()
+    trt.answers = {}
+    trt.answers = {"ICudaEngine.get_tensor_location": trt.TensorLocation.HOST}
+    why = r"^moe\.plan: TensorRT reads force_route on the host, where .* Use --lowering split\.$"
+    with pytest.raises(EngineMismatchError, match=why):
+        load(path, "tensorrt")
     trt.answers = {}
     changed(path, lambda plan: plan.update(plugins=["vmoe::VmoeTopK 1", "acme::TopK 2"]))
     trt.calls.clear()
