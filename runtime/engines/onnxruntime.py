@@ -25,13 +25,13 @@ from vmoe.errors import BundleError, EngineMismatchError, MissingDependencyError
 from . import BackendSettings, Outputs, Run
 from ._cache import DATA, Cache
 
-log = logging.getLogger("vmoe.runtime")
-
 FORMATS = ("onnx",)
 DEVICES = ("cpu", "cuda")
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 ERRORS_ONLY = 4  # ORT's own lines would stand beside ours: fatal only
+
+log = logging.getLogger("vmoe.runtime")
 
 
 def why_unavailable() -> str | None:
@@ -99,12 +99,12 @@ class OnnxRuntime:
             )
         if settings.device == "auto" and has_cuda and Path("/dev/nvidiactl").exists():
             self._cuda = 0
-        if self._cuda is not None:
-            find_cuda(onnxruntime)
         self._cache: Cache | None = None
         if settings.cache is not None and self._cuda is None:
             self._cache = Cache(settings.cache, onnxruntime.__version__)
         self._keeping: list[threading.Thread] = []
+        if self._cuda is not None:
+            find_cuda(onnxruntime)
 
     def load(self, part: Part) -> Run:
         """Make a session of one part; of one in the cache, no file of the bundle is read.
