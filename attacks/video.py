@@ -250,7 +250,8 @@ def _answers(judge: Judge, prepared: Frames, windows: NDArray[np.int64], batch: 
     """Return what is said of every window."""
     parts = [judge(prepared[windows[i : i + batch]]) for i in range(0, len(windows), batch)]
     found = Prediction(*(np.concatenate(each) for each in zip(*parts, strict=True)))
-    _refuse_silent(np.isnan(found.logits).any(axis=1) | np.isnan(found.scores).any(axis=1), 0)
+    answers = np.concatenate([found.logits, found.scores], axis=1)
+    _refuse_silent(np.asarray(np.isnan(answers).any(axis=1)), 0)
     return found
 
 

@@ -16,7 +16,8 @@ bench_agreement
     Share of the forms (free, each route, each part alone, all experts) for which two runs of the
     command, one after another, agree: the 95 % intervals of the median that the two records state
     (`low` to `high` of `latency_ms`) overlap. `apart` is the largest distance between two medians
-    of a form, as a share, and `outside` the largest among those that do not agree.
+    of a form, as a share, and `outside` the largest among those that do not agree; `cpu` is the
+    share by CPU time, which other processes do not stretch.
 
 Of a ratio, `spread` is half of its 95 % interval (sign test); of a share half of Wilson's.
 """
@@ -171,10 +172,13 @@ def _runs(effort: Effort) -> list[Record]:
 
 def _agreement(records: list[Record]) -> Figure:
     """Compare each run with the next, form by form."""
-    apart: list[tuple[float, bool]] = []
-    for one, other in itertools.pairwise(records):
-        for a, b in zip(one.rows, other.rows, strict=True):
-            apart.append(_compared(a.wall, b.wall))
+    pairs = [
+        (a, b)
+        for one, other in itertools.pairwise(records)
+        for a, b in zip(one.rows, other.rows, strict=True)
+    ]
+    apart = [_compared(a.wall, b.wall) for a, b in pairs]
+    on_cpu = [_compared(a.cpu, b.cpu) for a, b in pairs]
     agree = sum(fits for _, fits in apart)
     low, high = report.wilson(agree, len(apart))
     return Figure(
@@ -188,6 +192,7 @@ def _agreement(records: list[Record]) -> Figure:
         more={
             "apart": max(distance for distance, _ in apart),
             "outside": max((distance for distance, fits in apart if not fits), default=0.0),
+            "cpu": sum(fits for _, fits in on_cpu) / len(on_cpu),
         },
     )
 

@@ -11,10 +11,13 @@ go on:
 
 numbers      every kernel against torch in float64: the PTX for this GPU, the PTX of an older one,
              and machine code made of it ahead of time. kernels_wrong: how many are not close enough
+driver       driver_wrong: how many checks fail of the runtime's own CUDA code: copies, graphs,
+             waits, events, the plugins' enqueue
 speed        topk_us: one launch, on the GPU. convs_vs_torch_*: all convolutions of one expert
              (r3d18, width 0.5) by our kernels over cuDNN's with one expert's weights for the batch
 routing      host_routing_us: router, readback, expert, over the same two graphs without a look at
-             the route; `_polled` where the host watches the pinned memory. dense_vs_sparse_b1,
+             the route; the host waits as the backend tensorrt does. host_routing_blocking_us: it
+             sleeps at once. dense_vs_sparse_b1,
              _b8: the dense counterpart (width 1.0) as one graph over host routing; also over it:
              all_experts_vs_sparse, all four experts in one graph, and forward_vs_sparse, torch's
              own forward of the twin
@@ -39,6 +42,7 @@ from typing import Any
 
 import click
 import figures
+import gpu_driver
 import gpu_kernels
 import gpu_power
 import gpu_routing
@@ -60,6 +64,7 @@ PACKAGES = ("torch", "triton", "cuda-bindings", "nvidia-ml-py")
 NO_GPU = "this machine has no CUDA GPU that torch can use"
 UNMEASURED = {  # by section: the figures that a machine without a GPU says it has none of
     "numbers": [("kernels_wrong", "count", 0.0, "lower")],
+    "driver": [("driver_wrong", "count", 0.0, "lower")],
     "routing": [("host_routing_us", "us", 20.0, "lower"),
                 ("dense_vs_sparse_b1", "ratio", 1.0, "higher"),
                 ("dense_vs_sparse_b8", "ratio", 1.0, "higher")],
@@ -204,8 +209,8 @@ def onnxruntime(_device: str, effort: Effort) -> Found:
 
 
 SECTIONS: dict[str, Callable[[str, Effort], Found]] = {
-    "numbers": numbers, "routing": gpu_routing.measure, "speed": speed,
-    "energy": gpu_power.measure, "onnxruntime": onnxruntime,
+    "numbers": numbers, "driver": gpu_driver.measure, "routing": gpu_routing.measure,
+    "speed": speed, "energy": gpu_power.measure, "onnxruntime": onnxruntime,
 }  # fmt: skip
 
 if __name__ == "__main__":

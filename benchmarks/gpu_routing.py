@@ -1,7 +1,8 @@
 """Host routing with CUDA graphs on a GPU: what it costs, and what a sparse mixture gains by it.
 
-The router's graph ends with a copy of the routes to pinned memory; the host waits for it, and
-replays the graph of the expert that it names. A batch is grouped: the host uploads which rows each
+The router's graph ends with a copy of the routes to pinned memory; the host waits for it as the
+backend tensorrt waits (`_cuda.finish`, the same function), and replays the graph of the expert that
+it names. A batch is grouped: the host uploads which rows each
 expert takes, and replays one graph for each expert that has any. Experts are cuDNN's, from torch;
 the routes are steered by a bias on the scores, so that the readback is real and the case known.
 """
@@ -25,10 +26,10 @@ from vmoe import report
 from vmoe.clips import ClipSpec
 from vmoe.models import ModelSettings, VideoMoE, build, dense_counterpart
 from vmoe.runtime.bench.subjects import random_clips
+from vmoe.runtime.engines import _cuda
 
 STEER = 1e6  # on the scores: more than any router gives
 BUCKETS = (2, 8)  # rows of the graphs at batch 8, for the two cases measured
-POLLS = 5_000_000  # more than a second
 Call = Callable[[], object]
 
 
@@ -55,6 +56,7 @@ class Routed:
         self.host_rows = torch.zeros(m, n, dtype=torch.int64, pin_memory=pin)
         self.seen: NDArray[np.int64] = self.host_route.numpy()
         self.told: NDArray[np.int64] = self.host_rows.numpy()
+        self.wait = waiter()
         self.router = captured(self._route)
         self.experts = [
             {size: captured(partial(self._answer, e, size)) for size in buckets} for e in range(m)
@@ -68,18 +70,13 @@ class Routed:
     def one(self) -> None:
         """Answer one clip: router, one readback, expert."""
         self.router()
-        finish()
+        self.wait()
         self.experts[self.seen[0]][1]()
 
-    def polled(self) -> None:
-        """Answer one clip; the host looks at the pinned memory until the route stands there."""
-        self.seen[0] = -1
+    def blocked(self) -> None:
+        """Answer one clip; the host sleeps until the route is there."""
         self.router()
-        for _ in range(POLLS):
-            if self.seen[0] >= 0:
-                break
-        else:
-            raise RuntimeError("no route came to the pinned memory")
+        finish()
         self.experts[self.seen[0]][1]()
 
     def unread(self, route: int) -> None:
@@ -90,7 +87,7 @@ class Routed:
     def grouped(self) -> None:
         """Answer all clips, grouped by expert."""
         self.router()
-        finish()
+        self.wait()
         order = np.argsort(self.seen, kind="stable")
         counts = np.bincount(self.seen, minlength=len(self.experts))
         work, begin = [], 0
@@ -114,6 +111,15 @@ class Routed:
         rows = self.rows[expert, :size]
         clips = pixels(self.clips.index_select(0, rows), self.twin)
         self.logits.index_copy_(0, rows, self.twin.experts[expert](clips).float())
+
+
+def waiter() -> Callable[[], None]:
+    """Return what waits for the current stream as the backend tensorrt does; nothing on a CPU."""
+    if not torch.cuda.is_available():
+        return lambda: None
+    from cuda.bindings import driver
+
+    return partial(_cuda.finish, driver, driver.CUstream(stream()))
 
 
 def readback(source: Tensor, target: Tensor) -> None:
@@ -198,7 +204,7 @@ def _single(
     _check(routed, routed.one, [2])
     forms: dict[str, Call] = {
         "host routing": routed.one,
-        "host routing, polled": routed.polled,
+        "host routing, the host sleeps": routed.blocked,
         "router and expert, route not read": partial(routed.unread, 2),
         "router alone": routed.router,
         "expert alone": routed.experts[2][1],
@@ -207,7 +213,7 @@ def _single(
     taken = wall_us(forms, effort.calls)
     base = "router and expert, route not read"
     for name, form in (("host_routing_us", "host routing"),
-                       ("host_routing_polled_us", "host routing, polled")):  # fmt: skip
+                       ("host_routing_blocking_us", "host routing, the host sleeps")):  # fmt: skip
         paid = [a - b for a, b in zip(taken[form], taken[base], strict=True)]
         more = {"least": min(taken[form]) - min(taken[base])}
         found.figures.append(

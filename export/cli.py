@@ -90,7 +90,7 @@ def main(
     path, line = latest.checkpoint(checkpoint)
     log.info("%s", line)
     plan = pipeline.plan(path, settings, seed)
-    folder = out or (plan.default_out.with_name(f"{plan.name}-trt") if build else plan.default_out)
+    folder = out or _default(plan, build)
     output.refuse_existing(folder, overwrite=overwrite)
     cost = flops.count(plan.checkpoint.twin)
     log.info("%s", _describe(plan, cost))
@@ -146,6 +146,14 @@ def _from_onnx(settings: ExportSettings, build: BuildSettings | None) -> None:
         raise SettingError(
             f"--from-onnx takes the parts as they are: leave {' and '.join(given)} out."
         )
+
+
+def _default(plan: Plan, build: BuildSettings | None) -> Path:
+    """Return where a bundle goes if nothing is said; plans do not take the ONNX's place."""
+    if build is None:
+        return plan.default_out
+    how = "" if plan.settings.lowering == "split" else f"-{plan.settings.lowering}"
+    return plan.default_out.with_name(f"{plan.name}{how}-trt")
 
 
 def _describe(plan: Plan, cost: flops.Flops) -> str:

@@ -53,10 +53,11 @@ def judge(
         seed: of the clips and of the order within a round.
 
     Returns:
-        The gate, None where `dense` is not to be judged; and what report.json has of it.
+        The gate, None where it is only judged on the user's word; and what report.json has of it.
     """
-    if lowering == "dense" and settings.gate_sparsity is None:
-        return None, {"sparsity": "not judged: every expert of the lowering dense runs"}
+    why = _unjudged(lowering, backend)
+    if why and settings.gate_sparsity is None:
+        return None, {"sparsity": f"not judged: {why}"}
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         paths = [folder]
         if lowering != "split":
@@ -78,6 +79,15 @@ def judge(
     said = [dataclasses.asdict(route) for route in routes]
     return gate, {"sparsity": {"threads": 1, "host_ms": HOST_MS, "host_share": HOST_SHARE,
                                 "routes": said}}  # fmt: skip
+
+
+def _unjudged(lowering: str, backend: str) -> str | None:
+    """Return why a lowering is not judged unless --gate-sparsity asks for it."""
+    if lowering == "dense":
+        return "every expert of the lowering dense runs"
+    if lowering == "plugin" and backend == "tensorrt":
+        return "routed layers run our kernels: beside TensorRT's own they cost more on any route"
+    return None
 
 
 def _measure(

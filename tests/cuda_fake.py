@@ -24,6 +24,7 @@ class CUresult(enum.IntEnum):
     CUDA_SUCCESS = 0
     CUDA_ERROR_OUT_OF_MEMORY = 2
     CUDA_ERROR_NO_DEVICE = 100
+    CUDA_ERROR_INVALID_HANDLE = 400
     CUDA_ERROR_NOT_READY = 600
     CUDA_ERROR_ILLEGAL_ADDRESS = 700
     CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
@@ -108,6 +109,11 @@ class Driver(ModuleType):
         self._next += 1
         self.live[kind][self._next] = value
         return self._next
+
+    @property
+    def captures(self) -> bool:
+        """Whether what the stream is given is being captured."""
+        return self._captured is not None
 
     def run(self, work: Callable[[], None]) -> None:
         """Do what a stream was given: now, or with the graph that is being captured."""
@@ -199,6 +205,8 @@ class Driver(ModuleType):
 
     def cuEventElapsedTime(self, begin: int, end: int) -> Answer:
         held = self.live["event"]
+        if held[begin] is None or held[end] is None:  # never recorded
+            return CUresult.CUDA_ERROR_INVALID_HANDLE, None
         return OK, float(held[end] - held[begin])
 
     def _alloc(self, kind: str, size: int) -> Answer:

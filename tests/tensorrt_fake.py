@@ -206,15 +206,17 @@ class Fake(ModuleType):
                 me._errors.append(self.new("ParserError", node=readers[0]))
                 return False
         for node in read.graph.node:  # what is no operator of ONNX is a plugin, or nothing
-            named = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-            space, version = (
-                named.get(f"plugin_{k}", b"").decode() for k in ("namespace", "version")
-            )
-            if node.domain and (node.op_type, version, space) not in self.creators:
+            if not self._plugin(node):
                 me._errors.append(self.new("ParserError", node=node))
                 return False
         me._network.__dict__["_model"] = read
         return True
+
+    def _plugin(self, node: Any) -> bool:
+        """Return whether a node is an operator of ONNX, or a plugin that is registered."""
+        named = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        space, version = (named.get(f"plugin_{k}", b"").decode() for k in ("namespace", "version"))
+        return not node.domain or (node.op_type, version, space) in self.creators
 
     def _OnnxParser_get_error(self, me: Any, index: int) -> Any:
         return me._errors[index]
@@ -285,6 +287,10 @@ class Fake(ModuleType):
             self.complain("host code is not allowed")
             return None
         model = onnx.load_model_from_string(plan[start + size :])
+        unknown = [node for node in model.graph.node if not self._plugin(node)]
+        if unknown:
+            self.complain(f"no creator of {unknown[0].op_type}")
+            return None
         full = "STRIP_PLAN" not in head["flags"]
         return self.new("ICudaEngine", model=model, head=head, full=full)
 
@@ -312,13 +318,18 @@ class Fake(ModuleType):
         kind = TYPES[self._value(me, name).type.tensor_type.elem_type]
         return getattr(self._made["DataType"], kind)
 
+    def _ICudaEngine_get_tensor_location(self, me: Any, name: str) -> Any:
+        self._value(me, name)
+        return self._made["TensorLocation"].DEVICE
+
     def _ICudaEngine_get_tensor_shape(self, me: Any, name: str) -> tuple[int, ...]:
         return _shape(self._value(me, name))
 
     def _ICudaEngine_create_execution_context(self, me: Any, strategy: Any) -> Any:
         assert strategy.name == "USER_MANAGED"
         assert me._full, "a context of a stripped plan before it got its weights"
-        return self.new("IExecutionContext", engine=me, arena=None, at={}, shapes={})
+        return self.new("IExecutionContext", engine=me, arena=None, at={}, shapes={},
+                        ran=False)  # fmt: skip
 
     def _IExecutionContext_set_device_memory(self, me: Any, memory: int, size: int) -> None:
         me.__dict__["_arena"] = memory, size
@@ -336,7 +347,8 @@ class Fake(ModuleType):
         return all(a <= n <= b for a, n, b in zip(least, shape, most, strict=True))
 
     def _IExecutionContext_infer_shapes(self, me: Any) -> list[str]:
-        return [v.name for v in _inputs(me._engine._model) if v.name not in me._shapes]
+        free = [v.name for v in _inputs(me._engine._model) if -1 in _shape(v)]
+        return [name for name in free if name not in me._shapes]
 
     def _IExecutionContext_get_tensor_shape(self, me: Any, name: str) -> tuple[int, ...]:
         rows = next(iter(me._shapes.values()))[0]
@@ -349,6 +361,8 @@ class Fake(ModuleType):
 
     def _IExecutionContext_execute_async_v3(self, me: Any, stream: int) -> bool:
         assert stream in self._driver.live["stream"]
+        assert me._ran or not self._driver.captures, "captured before it ran once"
+        me.__dict__["_ran"] = True
         address, size = me._arena
         self._driver.check(address, max(size, self.arena))
         shapes, mine = dict(me._shapes), weakref.ref(me)
@@ -362,15 +376,16 @@ class Fake(ModuleType):
         if session is None:
             model = engine._model
             if any(node.domain for node in model.graph.node):
-                model = plugin.with_functions(model, acceptance.M)
+                model = plugin.with_functions(model, _experts(model))
             session = onnxruntime.InferenceSession(model.SerializeToString())
             engine.__dict__["_session"] = session
         given = {}
         for value in _inputs(engine._model):
             dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-            size = int(np.prod(shapes[value.name])) * dtype.itemsize
+            shape = shapes.get(value.name, _shape(value))
+            size = int(np.prod(shape)) * dtype.itemsize
             held = _memory(self._driver.check(at[value.name], size), size)
-            given[value.name] = np.frombuffer(held, dtype).reshape(shapes[value.name])
+            given[value.name] = np.frombuffer(held, dtype).reshape(shape)
         names = [value.name for value in engine._model.graph.output]
         for name, true in zip(names, session.run(names, given), strict=True):
             answer = np.ascontiguousarray(self.skew(name, true))
@@ -389,7 +404,11 @@ class Fake(ModuleType):
         layers = []
         for node in me._engine._model.graph.node:
             weight = next((held[n] for n in node.input if n in held), None)
-            if node.op_type in ("Conv", "Gemm", "MatMul") and weight is not None:
+            if node.domain:
+                kind = WORDS[weight.data_type if weight is not None else TensorProto.FLOAT]
+                given = [{"Format/Datatype": f"Row major linear {kind} format"}]
+                layers.append({"LayerType": "PluginV3", "Inputs": given})
+            elif node.op_type in ("Conv", "Gemm", "MatMul") and weight is not None:
                 word = WORDS[weight.data_type]
                 weights = {"Type": word, "Count": int(np.prod(weight.dims))}
                 layers.append({"LayerType": "CaskConvolution", "Weights": weights})
@@ -471,6 +490,13 @@ def _property(fake: Fake, path: str, name: str, member: dict[str, Any]) -> prope
         me.__dict__.setdefault("_set", {})[name] = value
 
     return property(get, put if member["writable"] else None)
+
+
+def _experts(model: Any) -> int:
+    """Return how many experts the routed layers of a model have."""
+    held = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+    routed = [held[n.input[2]][0] for n in model.graph.node if n.op_type.startswith("Routed")]
+    return int(routed[0]) if routed else acceptance.M
 
 
 def _inputs(model: Any) -> list[Any]:

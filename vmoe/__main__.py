@@ -289,11 +289,14 @@ VERIFIED = [
 ]  # fmt: skip
 UNVERIFIED = [  # on any machine of ours; --self-test is for those marked with *
     "ONNX Runtime CUDA",
+    "the driver's calls behind plans (copies, graphs, waits, times) and the plugins' enqueue: "
+    "benchmarks/gpu.py --section driver, on any NVIDIA GPU with torch",
+    "how long the host waits between router and expert as it waits now: --section routing",
     "* TensorRT reading the ONNX, its plans and what they answer, fp32, fp16",
     "* CUDA graphs of plans, the arena that parts share, latency by route",
     "* the layers that TensorRT's inspector names, and their types",
     "plans that are int8, stripped, version-compatible or for other GPUs; --torch-trt",
-    "* the plugins of --lowering plugin in TensorRT",
+    "* the plugins of --lowering plugin in TensorRT, and its one plan",
     "Triton's onnxruntime and tensorrt backends; the images of docker/",
     "Jetson (JetPack 6 and 7), ARM servers",
 ]

@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmoe.errors import EngineMismatchError, VmoeError
 from vmoe.runtime.engines import _plan, _trt
 from vmoe.runtime.engines._trt import checked, constructed
 
 from .settings import BuildSettings
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 log = logging.getLogger("vmoe.export")
 
@@ -97,17 +100,17 @@ def build(trt: Any, onnx: bytes, name: str, settings: BuildSettings, cache: byte
     return Made(made, inspected(trt, made, name, settings, onnx), measured)
 
 
-def _errors(parser: Any, log_: Any) -> str:
+def _errors(parser: trt.OnnxParser, log_: Any) -> str:
     found = [_error(parser.get_error(i)) for i in range(parser.num_errors)]
     return "; ".join(dict.fromkeys(found)) or log_.said()
 
 
-def _error(error: Any) -> str:
+def _error(error: trt.ParserError) -> str:
     at = f"{error.node_operator()} {error.node_name()}".strip()
     return f"{at}: {' '.join(error.desc().split())}".rstrip(".")
 
 
-def _configure(trt: Any, config: Any, settings: BuildSettings) -> None:
+def _configure(trt: Any, config: trt.IBuilderConfig, settings: BuildSettings) -> None:
     config.builder_optimization_level = settings.opt_level
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # else no layer says its types
     config.max_aux_streams = 0  # one stream for all parts: what runs is captured whole
@@ -122,8 +125,9 @@ def _configure(trt: Any, config: Any, settings: BuildSettings) -> None:
 
 
 def _add_profile(
-    builder: Any, network: Any, config: Any, name: str, settings: BuildSettings, log_: Any
-) -> None:
+    builder: trt.Builder, network: trt.INetworkDefinition, config: trt.IBuilderConfig, name: str,
+    settings: BuildSettings, log_: Any,
+) -> None:  # fmt: skip
     """Let the batch of every input that is free lie between the least and the largest."""
     profile = checked(
         builder.create_optimization_profile(), f"{name}: create_optimization_profile", log_
@@ -135,7 +139,7 @@ def _add_profile(
     checked(at >= 0, f"{name}: add_optimization_profile", log_)
 
 
-def _free(network: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _free(network: trt.INetworkDefinition) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the inputs whose first dimension, and no other, is free.
 
     Raises:
@@ -150,7 +154,7 @@ def _free(network: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield tensor.name, shape
 
 
-def _timing_cache(config: Any, cache: bytes, log_: Any) -> Any:
+def _timing_cache(config: trt.IBuilderConfig, cache: bytes, log_: Any) -> trt.ITimingCache | None:
     """Give the builder what was measured before; return the cache, None where it takes none."""
     for held in dict.fromkeys((cache, b"")):
         made = config.create_timing_cache(held)

@@ -48,9 +48,9 @@ def main(
 ) -> None:  # fmt: skip
     """Build TensorRT plans of BUNDLE's ONNX parts as they are; needs onnx, and no torch.
 
-    BUNDLE is what vmoe-export wrote, lowering split; left out, the newest under runs/, else the
-    one that ships. Its precision stays. The plans are compared with ONNX Runtime, where that is
-    installed; plans that answer otherwise are refused (exit code 3).
+    BUNDLE is what vmoe-export wrote, of any lowering but if; left out, the newest under runs/, else
+    the one that ships. Its precision stays. The plans are compared with ONNX Runtime, where that
+    is installed; plans that answer otherwise are refused (exit code 3).
     """
     settings = cli.resolve(BuildSettings, flags, config)
     command(bundle, out, settings, overwrite=overwrite, dry_run=dry_run, device=device,
@@ -69,9 +69,9 @@ def command(
     folder = out or _default(path)
     output.refuse_existing(folder, overwrite=overwrite)
     if dry_run:
-        precision = {name: part.precision["found"] for name, part in source.parts.items()}
+        precision = {n: part.precision["found"] for n, part in plans.sources(source).items()}
         lines = plans.planned(
-            settings, list(source.parts), precision, "ONNX Runtime, where it is: parity, routes"
+            settings, precision, source.lowering, "ONNX Runtime, where it is: parity, routes"
         )
         planned = {"out": str(folder), "source": str(path), "build": lines}
         text = "\n".join([f"out: {folder}", *(f"build: {line}" for line in lines)])

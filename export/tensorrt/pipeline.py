@@ -38,12 +38,17 @@ def as_asked(settings: ExportSettings, build: BuildSettings) -> ExportSettings:
     """Return how the ONNX of plans is exported: symmetric int8, and no form that is for CPUs.
 
     Raises:
-        SettingError: a lowering or a form that no plan is built of.
+        SettingError: a lowering, a form or a precision that no plan is built of.
     """
-    if settings.lowering != "split":
+    if settings.lowering not in plans.LOWERINGS:
         raise SettingError(
-            "--trt builds the lowering split, where the host routes. "
-            f"Leave --lowering {settings.lowering} out."
+            f"--trt builds no plan of --lowering {settings.lowering}: {plans.IF}. Use split, where "
+            "the host routes."
+        )
+    if settings.lowering == "plugin" and (settings.int8 or settings.bf16):
+        raise SettingError(
+            f"--lowering plugin has no routed layers in {settings.precision}, for TensorRT: use "
+            "--lowering split, --fp16, or fp32."
         )
     if settings.form != WINDOW:
         raise SettingError(f"--trt is not for --form {settings.form}: leave one of them out.")
@@ -89,7 +94,7 @@ def run(
                 _, proven = plans.write(made.bundle, folder, settings, at, make)
             sample = sample_of(plan)
             with stages.stage("check", f"against the twin on {len(sample.clips)} clips"):
-                gates, findings, said = _judge(plan, sample, folder, device)
+                gates, findings, said = _judge(plan, settings, at, sample, folder, device)
             gates = [*gates, *proven]
             said = {**_kept(made.report), **said, "seconds": stages.seconds,
                     "gates": [gate.to_report() for gate in gates],
@@ -106,8 +111,17 @@ def _by_torch(
     return torch_trt.builder(plan.checkpoint, plan.settings, settings, at.trt, gpu)
 
 
+def _write_split(plan: Plan, build: BuildSettings, at: plans.Here, folder: Path) -> None:
+    """Write plans of router and experts apart: what --gate-sparsity compares one plan with."""
+    alone = replace(plan, settings=replace(plan.settings, lowering="split"))
+    with tempfile.TemporaryDirectory() as temporary:
+        source = onnx_pipeline.write(alone, onnx_pipeline.graphs(alone).parts, Path(temporary))
+        made, _ = plans.write(source, folder, build, at)
+    _plan.note(part.hashes[part.file] for part in made.parts.values())
+
+
 def _judge(
-    plan: Plan, sample: Sample, folder: Path, device: str
+    plan: Plan, build: BuildSettings, at: plans.Here, sample: Sample, folder: Path, device: str
 ) -> tuple[list[Gate], parity.Findings, dict[str, Any]]:
     """Run every gate on the plans, as they will be loaded."""
     bundle = bundles.read(folder)
@@ -115,7 +129,7 @@ def _judge(
     gpu = "cuda:0" if device == "auto" else device
     case = verify.Case(
         plan.checkpoint, bundle, sample, plan.settings, gpu, plan.seed,
-        write_split=lambda _: None,  # it is split already
+        write_split=lambda folder: _write_split(plan, build, at, folder),
     )  # fmt: skip
     with load(bundle, BACKEND, gpu, all_parts=True) as engine:
         judged = verify.judge(case, engine)
@@ -134,14 +148,13 @@ def _kept(said: dict[str, Any]) -> dict[str, Any]:
 
 def planned(settings: BuildSettings, names: Iterable[str], asked: ExportSettings) -> dict[str, Any]:
     """Return what --dry-run says of the build."""
-    parts = list(names)
     precision = {
-        name: asked.asked("router") if name == "router" else asked.precision for name in parts
+        name: asked.asked("router") if name == "router" else asked.precision for name in names
     }
+    sparse = asked.gate_sparsity or asked.lowering == "split"
+    against = f"the twin: parity, routes, accuracy{', sparsity' if sparse else ''}"
     return {
-        "build": plans.planned(
-            settings, parts, precision, "the twin: parity, routes, accuracy, sparsity"
-        ),
+        "build": plans.planned(settings, precision, asked.lowering, against),
         "optimize": asked.optimize,
         "passes": [apply.__module__.rpartition(".")[2] for apply in optimize.TENSORRT],
         **({"int8_form": asked.int8_form} if asked.int8 else {}),

@@ -1,7 +1,8 @@
 """What a plan's layers compute in, as the engine inspector says, against what was asked.
 
-A layer is one with weights, as in the ONNX; TensorRT joins some and renames all, so that shares
-are compared, not names. Where a layer does not say what its weights are, its first input counts.
+A layer is one with weights, as in the ONNX, or a plugin; TensorRT joins some and renames all, so
+that shares are compared, not names. Where a layer does not say what its weights are, its first
+input counts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ KINDS = (  # in the inspector's words, the narrow ones first: `Half` is in none 
     ("fp32", r"float|fp32"),
 )
 NO_WORK = ("reformat", "noop", "constant", "shuffle", "shape_call", "signal", "wait")
-WORK = re.compile(r"conv|gemm|matrixmultiply|matmul|fully", re.IGNORECASE)
+WORK = re.compile(r"conv|gemm|matrixmultiply|matmul|fully|plugin", re.IGNORECASE)
 
 
 def layers(inspected: Mapping[str, Any]) -> dict[str, int]:

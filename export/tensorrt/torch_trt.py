@@ -54,8 +54,13 @@ def check(settings: ExportSettings, build: BuildSettings) -> None:
     """Refuse what cannot be built this way, before any work.
 
     Raises:
-        SettingError: int8, or an option that has no counterpart.
+        SettingError: int8, a lowering in one file, or an option that has no counterpart.
     """
+    if settings.lowering != "split":
+        raise SettingError(
+            f"--torch-trt builds router and experts apart: leave --lowering {settings.lowering} "
+            "out."
+        )
     if settings.int8:
         raise SettingError("--torch-trt is not for --int8, whose ranges stand in the ONNX.")
     for name in ("strip", "timing_cache"):

@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from vmoe.errors import EngineMismatchError, MissingDependencyError, SettingError
 
 NAME_BYTES = 256
-# How long the host asks for the stream's end before it sleeps until it comes: a sleep ends 25 to 60
-# us late (benchmarks/results/gpu.md), and a router takes about 100. What is longer is an expert, of
-# which 60 us are little. It is also little beside the 5 ms that a thread may hold the interpreter:
-# asking lets go of it each time, but who asks again is mostly the first to have it back.
+# How long the host asks whether the stream is done, before it sleeps until it is. A sleep ends 25
+# to 60 us late (benchmarks/results/gpu.md); a router takes about 100 us, and what takes longer than
+# this is an expert, beside which 60 us are little. To ask costs others little, too: each question
+# lets go of the interpreter's lock, and though who asks again mostly has it back first, 200 us are
+# far below the 5 ms after which a thread that waits for the lock is given it.
 SPIN_S = 200e-6
 
 

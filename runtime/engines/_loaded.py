@@ -234,6 +234,12 @@ class Loaded:
                 f"{self.name} has the inputs and outputs {_told(has)}; the manifest says "
                 f"{_told(wanted)}. {_plan.REBUILD}"
             )
+        for port in others:
+            if engine.get_tensor_location(port.name) != trt.TensorLocation.DEVICE:
+                raise EngineMismatchError(
+                    f"{self.name}: TensorRT reads {port.name} on the host, where a CUDA graph does "
+                    "not look again. Use --lowering split."
+                )
 
 
 def _told(ports: Mapping[str, tuple[bool, Any, tuple[Any, ...]]]) -> str:

@@ -74,6 +74,7 @@ class Built:
         version_compatible: whether newer versions of TensorRT may run it.
         onnx: sha256 of the graph that it was built from.
         weights: the file of the bundle that a stripped plan gets its weights from; else empty.
+        plugins: the plugins inside, `vmoe::RoutedConv3d 1`; known before it is deserialised.
     """
 
     tensorrt: str
@@ -88,6 +89,7 @@ class Built:
     version_compatible: bool
     onnx: str
     weights: str = ""
+    plugins: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return it as the manifest has it."""
@@ -105,7 +107,8 @@ def built(part: Part) -> Built:
     try:
         if not isinstance(said, Mapping):
             raise TypeError(f"it is {said!r}")
-        found = Built(**{**said, "flags": tuple(said["flags"]), "batch": tuple(said["batch"])})
+        lists = {"plugins": [], **said}  # where older manifests name none
+        found = Built(**{**lists, **{k: tuple(_list(lists, k)) for k in LISTS}})
         for field in dataclasses.fields(Built):
             value, kind = getattr(found, field.name), type(getattr(_LIKE, field.name))
             if type(value) is not kind:
@@ -123,6 +126,16 @@ def built(part: Part) -> Built:
             f"{part.file}: the manifest does not say what it was built with ({e}). {REBUILD}"
         ) from e
     return found
+
+
+LISTS = ("flags", "batch", "plugins")
+
+
+def _list(said: Mapping[str, Any], name: str) -> list[Any]:
+    held = said[name]
+    if not isinstance(held, list):
+        raise TypeError(f"{name} is {held!r}")
+    return held
 
 
 _LIKE = Built("", "", "", "", "", (), (1, 1, 1), 3, NONE, False, "")  # the type of each field

@@ -6,7 +6,10 @@ there yet is made behind the first answer, so that no label waits for it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
+import logging
 import re
 import threading
 from collections.abc import Mapping
@@ -29,6 +32,8 @@ CUDA_GRAPHS = True
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 ERRORS_ONLY = 4  # ORT's own lines would stand beside ours: fatal only
+
+log = logging.getLogger("vmoe.runtime")
 
 
 def why_unavailable() -> str | None:
@@ -61,6 +66,19 @@ def _cuda_index(device: str) -> int | None:
     return int(found[1] or 0)
 
 
+def find_cuda(ort: Any) -> None:
+    """Let ONNX Runtime find CUDA's libraries where pip put them: by itself it asks the system only.
+
+    What it prints of those that are missing goes to -v: standard output is for answers.
+    """
+    preload = getattr(ort, "preload_dlls", None)  # from 1.21 on
+    if preload is not None:
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            preload()
+        for line in said.getvalue().splitlines():
+            log.debug("onnxruntime: %s", line)
+
+
 class OnnxRuntime:
     """Sessions of one bundle, all on one device."""
 
@@ -77,8 +95,9 @@ class OnnxRuntime:
         has_cuda = CUDA in onnxruntime.get_available_providers()
         if self._cuda is not None and not has_cuda:
             raise MissingDependencyError(
-                f"--device {settings.device}: the installed onnxruntime "
-                f"{onnxruntime.__version__} has no CUDA: pip install 'vmoe[gpu]'."
+                f"--device {settings.device}: the installed onnxruntime {onnxruntime.__version__} "
+                "has no CUDA: pip uninstall -y onnxruntime && pip install 'vmoe[gpu]' (both "
+                "packages have one import name)."
             )
         if settings.device == "auto" and has_cuda and Path("/dev/nvidiactl").exists():
             self._cuda = 0
@@ -92,6 +111,8 @@ class OnnxRuntime:
         if settings.cache is not None and self._cuda is None:
             self._cache = Cache(settings.cache, onnxruntime.__version__)
         self._keeping: list[threading.Thread] = []
+        if self._cuda is not None:
+            find_cuda(onnxruntime)
 
     def load(self, part: Part) -> Run:
         """Make a session of one part; of one in the cache, no file of the bundle is read.
@@ -100,7 +121,7 @@ class OnnxRuntime:
             CorruptBundleError: its files changed since the bundle was read.
             BundleError: the graph is not one that ONNX Runtime reads.
             EngineMismatchError: its inputs or outputs are not what the manifest says.
-            SettingError: the device asked cannot be used.
+            MissingDependencyError: the device asked cannot be used.
         """
         path = self._folder / part.file
         session = self._cached(part)
@@ -113,9 +134,10 @@ class OnnxRuntime:
             raise BundleError(f"{path}: onnxruntime cannot load it: {_first_line(e)}") from e
         if self._cuda is not None and CUDA not in session.get_providers():
             if self._asked or self._graphs:
-                raise SettingError(
-                    f"--device cuda:{self._cuda}: onnxruntime cannot use it here (its CUDA and "
-                    "cuDNN libraries, or the GPU, are missing). Use --device cpu."
+                raise MissingDependencyError(
+                    f"--device cuda:{self._cuda}: onnxruntime cannot use it here: its CUDA and "
+                    "cuDNN libraries are missing (pip install 'onnxruntime-gpu[cuda,cudnn]'), or "
+                    "the GPU or its driver is. Use --device cpu."
                 )
             self._cuda = None
         self._check_ports(session, part)

@@ -1,4 +1,4 @@
-"""TensorRT plans on an NVIDIA GPU: router and experts apart, the host routes.
+"""TensorRT plans on an NVIDIA GPU: router and experts apart, the host routes; or all in one plan.
 
     put     clips into pinned memory, one copy to the device that every part reads
     run     the part's plan as a CUDA graph, one for each batch of 1, 2, 4, 8; one wait; answers
@@ -16,7 +16,7 @@ import importlib.util
 import math
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,12 +29,16 @@ from vmoe.errors import (
     EngineMismatchError,
     MissingDependencyError,
 )
+from vmoe.runtime.plugins import nodes
 
 from . import BackendSettings, Outputs, Run, Times, _cuda, _plan, _trt
 from ._clock import Clock
 from ._cuda import Gpu
 from ._loaded import CLIP, Loaded, Shared
 from ._trt import checked, constructed
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 FORMATS = ("plan",)
 DEVICES = ("cuda",)
@@ -120,16 +124,19 @@ class TensorRt:
 
         Raises:
             CorruptBundleError: its files changed since the bundle was read.
-            EngineMismatchError: it is for another machine, nobody vouches for it, or its inputs
-                and outputs are not what the manifest says.
-            BundleError: TensorRT cannot read it.
+            EngineMismatchError: it is for another machine, nobody vouches for it, or its plugins,
+                inputs or outputs are not what they should be.
+            BundleError: TensorRT cannot read it, or the GPU is older than its plugins' kernels.
         """
         was = _plan.built(part)
         _plan.check_trust(part, self._trust)
         _plan.check_machine(part, was, self._here)
+        nodes.check(was.plugins, part.file, self._here.gpu.capability)
         check_part(self._folder, part)
         with self._lock:
             self.gpu.enter()
+            if was.plugins:  # before: a plan is deserialised by their creators
+                nodes.register(self._trt)
             if was.version_compatible:
                 self._runtime.engine_host_code_allowed = True  # it brings its own lean runtime
             plan = self._read(part)
@@ -157,7 +164,7 @@ class TensorRt:
             )
         return plan
 
-    def _refit(self, engine: Any, weights: str) -> None:
+    def _refit(self, engine: trt.ICudaEngine, weights: str) -> None:
         """Give a stripped plan its weights, from the graph that it was built from."""
         trt, log, path = self._trt, self._shared.log, str(self._folder / weights)
         refitter = trt.Refitter(engine, log)

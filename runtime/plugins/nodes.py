@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from vmoe.errors import EngineMismatchError, SettingError
 
-from . import calls, launch
+from . import calls, compiled, launch
 from .calls import Call, Conv3d
 
 NAMESPACE = "vmoe"
@@ -153,7 +153,8 @@ class Node:
 
     def clone(self) -> Any:
         """Return a copy."""
-        return type(self)(self.values)  # type: ignore[call-arg]  # of the class that `plugin` makes
+        made: Any = type(self)  # the class that `plugin` makes
+        return made(self.values)
 
 
 class TopK(Node):
@@ -321,6 +322,35 @@ def creator(trt: Any, node: type[Node]) -> Any:
 
     body: dict[str, Callable[..., Any]] = {"__init__": __init__, "create_plugin": create_plugin}
     return type(f"{node.op_type}Creator", (trt.IPluginCreatorV3One,), dict(body))()
+
+
+def named(op_type: str, version: str, namespace: str) -> str:
+    """Return what a manifest calls a plugin."""
+    return f"{namespace}::{op_type} {version}"
+
+
+def check(needed: Sequence[str], plan: str, capability: str) -> None:
+    """Refuse a plan whose plugins are not among ours, or have no kernels for a GPU.
+
+    Args:
+        needed: as `named` calls them; nothing is asked of a plan without.
+        plan: its file, for the message.
+        capability: the GPU's, such as `8.7`.
+
+    Raises:
+        EngineMismatchError: one is of another vmoe, or of somebody else.
+        BundleError: the GPU is older than the kernels.
+    """
+    if needed:
+        major, _, minor = capability.partition(".")
+        compiled.arch_for(10 * int(major) + int(minor or 0), compiled.archs())
+    ours = [named(node.op_type, VERSION, NAMESPACE) for node in NODES]
+    others = [name for name in needed if name not in ours]
+    if others:
+        raise EngineMismatchError(
+            f"{plan} needs the plugins {', '.join(others)}; this vmoe has {', '.join(ours)}. "
+            "Build it here: vmoe-export BUNDLE --trt."
+        )
 
 
 _kept: list[Any] = []  # the registry does not

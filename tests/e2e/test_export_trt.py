@@ -18,6 +18,7 @@ from tests.tensorrt_fake import Fake
 from vmoe import bundle as reader
 from vmoe.__main__ import main as vmoe_main
 from vmoe.clips import ClipSpec
+from vmoe.export import sparsity
 from vmoe.export.cli import main
 from vmoe.export.tensorrt import agreement
 from vmoe.runtime import load
@@ -86,7 +87,9 @@ def test_a_dry_run_needs_no_tensorrt_and_prints_the_whole_build(
     [
         (("--onnx", "--trt"), "--onnx and --trt exclude each other"),
         (("--max-batch", "4"), "--max-batch is for --trt: give that too, or leave it out."),
-        (("--trt", "--lowering", "if"), "--trt builds the lowering split, where the host routes"),
+        (("--trt", "--lowering", "if"), "--trt builds no plan of --lowering if: TensorRT before"),
+        (("--trt", "--lowering", "plugin", "--int8"), "has no routed layers in int8, for TensorRT"),
+        (("--torch-trt", "--lowering", "dense"), "apart: leave --lowering dense out."),
         (("--trt", "--optimize", "winograd"), "--optimize winograd is for CPUs"),
         (("--trt", "--min-batch", "4", "--max-batch", "2"), "are not in order"),
         (("--trt", "--form", "online"), "--trt is not for --form online"),
@@ -128,6 +131,38 @@ def test_a_bundle_of_plans_passes_its_gates_and_answers(
         assert engine.backend_name == "tensorrt"
     shown = CliRunner().invoke(vmoe_main, ["inspect", str(out)])
     assert "expert1.plan" in shown.stdout
+
+
+@pytest.mark.parametrize("bindings", ["11.4"], indirect=True)
+def test_one_plan_of_routed_layers_passes_its_gates(
+    small: Path, tmp_path: Path, trt: Fake, gpu: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sparsity, "BOUND", 1e3)  # of the ONNX: its times prove nothing here
+    asked = (small, "--trt", "--lowering", "plugin", "--fp16")
+    told = run(*asked, "--dry-run")
+    assert told.exit_code == 0, told.stderr
+    for line in (
+        "out: runs/export/small-plugin-trt",
+        "parts: moe",
+        "build: plugins: vmoe::VmoeTopK 1, vmoe::RoutedLinear 1, vmoe::RoutedConv3d 1; registered "
+        "before the graph is read",
+        "build: moe: moe-tensorrt.onnx (fp16, cast of pixels first) -> moe.plan, moe.layers.json",
+        "build: check: every plan loaded again, against the twin: parity, routes, accuracy",
+        "build: run: CUDA graphs for batch 1, 2, 4, 8; the plan routes each clip's layers, by our "
+        "kernels",
+    ):
+        assert line in told.stdout.splitlines()
+    result = run(*asked, *QUICK[:4], "--out", "plans")
+    assert result.exit_code == 0, result.stderr
+    bundle = reader.read(Path("plans"))
+    part = bundle.parts["moe"]
+    assert part.precision["found"] == "fp16+fp32"
+    assert part.extra["plan"]["plugins"] == [
+        "vmoe::RoutedConv3d 1", "vmoe::RoutedLinear 1", "vmoe::VmoeTopK 1",
+    ]  # fmt: skip
+    assert bundle.report()["sparsity"].startswith("not judged: routed layers run our kernels")
+    assert gpu.left() == {}
 
 
 WITHOUT_TORCH = """

@@ -85,9 +85,15 @@ def test_every_step_is_done_and_what_fails_is_told(
     assert "torch is not installed" in steps["build_fp16"]["skipped"]
     assert steps["build"]["layers"]["expert3"] == {"fp32": 21}
     assert steps["parity"]["fp32"]["flips"] == 0
-    assert steps["graphs"]["captured"]["expert0.plan"] == [8, 1, 2, 4]  # in the order of the runs
-    assert {"free", "route3", "router alone", "all experts"} <= set(steps["latency"]["fp32"]["ms"])
-    assert set(steps["plugins"]) == {"ok", selftest.WHOLE, *acceptance.trials()}
+    for kind, plan in (("fp32", "expert0.plan"), ("routed", "moe.plan")):
+        assert steps["graphs"][kind]["captured"][plan] == [8, 1, 2, 4]  # in the order of the runs
+        assert {"free", "route3", "all experts"} <= set(steps["latency"][kind]["ms"])
+        assert steps["latency"][kind]["of_one_call"]["device_ms"] > 0
+    assert "router alone" in steps["latency"]["fp32"]["ms"]
+    assert "worst_route_over_parts_alone" not in steps["latency"]["routed"]
+    assert set(steps["plugins"]) == {"ok", *acceptance.trials()}
+    assert steps["build_routed"]["layers"]["moe"]["fp32"] > 20
+    assert steps["parity"]["routed"]["flips"] == 0
     assert steps["plugins"]["RoutedConv3d"]["max_d"] < 1e-5
     assert {creator for creator, _, _ in trt.creators} == {node.op_type for node in nodes.NODES}
     assert steps["latency"]["fp32"]["worst_route_over_parts_alone"] > 0
@@ -99,10 +105,9 @@ def test_every_step_is_done_and_what_fails_is_told(
     steps = json.loads(file.read_text())["steps"]
     assert steps["build"]["why"].startswith("VmoeError: router: TensorRT cannot read the graph")
     assert not steps["graphs"]["ok"]
-    assert "see the step that builds them" in steps["graphs"]["why"]
-    for step in ("parity", "latency"):
+    for step in ("parity", "graphs", "latency"):
         assert steps[step]["why"] == "VmoeError: no plans: see the steps that build them."
-    assert "moe-tensorrt: TensorRT cannot read the graph" in steps["plugins"]["why"]
+    assert steps["build_routed"]["why"].startswith("VmoeError: moe: TensorRT cannot read the gra")
 
 
 @pytest.mark.parametrize("bindings", ["10.3"], indirect=True)
@@ -126,7 +131,7 @@ def test_answers_that_are_wrong_fail_their_steps(
     state = selftest.State(tmp_path, "cuda:0", built={"fp32": (source, built(source))})
     selftest.machine(state)
     trt.skew = lambda name, answer: answer + answer.dtype.type(len(answer))
-    assert "max |d logits| between batches is 7, at most 0.0" in selftest.graphs(state)["why"]
+    assert "fp32: max |d logits| between batches is 7, at most 0.0" in selftest.graphs(state)["why"]
     assert "fp32: d logits to ONNX is" in selftest.parity(state)["why"]
     said = selftest.plugins(state)["why"]
     for name in acceptance.trials():

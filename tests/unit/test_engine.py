@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from vmoe.errors import (
     UnknownNameError,
 )
 from vmoe.runtime import Engine, load
+from vmoe.runtime.engines import onnxruntime as onnxruntime_backend
 
 COLOURS = ((0, 200, 0), (255, 100, 3), (128, 0, 0), (10, 9, 8), (250, 255, 0))
 ROUTE = [0, 2, 1, 0, 2]
@@ -237,6 +240,40 @@ def test_cuda_is_refused_where_onnxruntime_has_none(path: Path) -> None:
         pytest.skip("this onnxruntime has CUDA")
     with pytest.raises(MissingDependencyError, match=r"--device cuda:0: .* has no CUDA: pip"):
         load(path, device="cuda:0")
+
+
+def test_cuda_that_no_library_is_there_for_is_told(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime makes a session on the CPU then, and says nothing."""
+    ort = pytest.importorskip("onnxruntime")
+    there = [onnxruntime_backend.CUDA, onnxruntime_backend.CPU]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: there)
+
+    def on_cpu(_: object, file: Path, options: object) -> object:
+        return ort.InferenceSession(str(file), options, providers=[onnxruntime_backend.CPU])
+
+    monkeypatch.setattr(onnxruntime_backend.OnnxRuntime, "_session", on_cpu)
+    why = r"--device cuda:0: onnxruntime cannot use it here: .* missing \(pip install 'onnxruntime-"
+    with pytest.raises(MissingDependencyError, match=why):
+        load(path, "onnxruntime", "cuda:0")
+
+
+def test_cuda_libraries_are_looked_for_without_a_word_on_stdout(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    found: list[str] = []
+
+    def preload() -> None:
+        found.append("called")
+        print("Failed to load libcublas.so.13")
+
+    with caplog.at_level(logging.DEBUG, "vmoe.runtime"):
+        onnxruntime_backend.find_cuda(SimpleNamespace(preload_dlls=preload))
+        onnxruntime_backend.find_cuda(SimpleNamespace())  # before 1.21
+    assert found == ["called"]
+    assert capsys.readouterr().out == ""
+    assert "onnxruntime: Failed to load libcublas.so.13" in caplog.text
 
 
 def test_a_format_that_nothing_reads_is_named(path: Path, tmp_path: Path) -> None:

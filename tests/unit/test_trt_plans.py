@@ -202,11 +202,11 @@ def test_plans_are_built_on_the_gpu_that_was_named(
     assert gpu.left() == {}
 
 
-def test_only_onnx_that_the_host_routes_is_built(trt: Fake, source: Bundle) -> None:
+def test_only_onnx_that_tensorrt_reads_is_built(trt: Fake, source: Bundle) -> None:
     path = built(source)
     plain = (source.path / "expert0.onnx").read_bytes()
     settings = BuildSettings()
-    with pytest.raises(EngineMismatchError, match="has parts in plan, lowering split; plans are"):
+    with pytest.raises(EngineMismatchError, match="has parts in plan; plans are built of ONNX"):
         plans.write(reader.read(path), path, settings, plans.here("cuda", settings))
     for zero, refused in ((np.uint8(128), True), (np.int8(0), False)):
         model = onnx.load(source.path / "expert0.onnx")
