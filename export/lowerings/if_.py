@@ -72,7 +72,7 @@ def _body(expert: GraphProto, i: int) -> GraphProto:
     name, one = f"expert{i}", f"own{i}"
     graph = graphs.renamed(expert, f"{name}/", {"clip": f"{one}/clip", "logits": f"{one}/answer"})
     del graph.value_info[:]  # its batch is N; here it is 1, which ONNX Runtime infers
-    logits = ["N", _one_file.classes_of(expert)]
+    logits: list[str | int | None] = ["N", _one_file.classes_of(expert)]
     nodes = [
         _node("Identity", [f"{one}/go"], [f"{one}/go_on"]),
         _node("Unsqueeze", [f"{one}/n", "axis"], [f"{one}/at"]),
