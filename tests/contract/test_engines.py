@@ -82,6 +82,7 @@ def test_it_agrees_with_the_twin(name: str, exported: Path, tiny_checkpoint: Pat
     with load(exported, backend=name, device="cpu", threads=1) as engine:
         assert engine.backend_name == name
         got, sent = engine.infer(clips), engine.infer(clips, forced)
+        alone = [engine.infer(clips[:n], [i] * n) for i, n in enumerate((6, 2, 1, 6))]
     assert got.route.tolist() == wanted.route.tolist()
     assert len(set(got.route.tolist())) > 1
     assert (got.logits.dtype, got.scores.dtype, got.route.dtype) == ("f4", "f4", "i8")
@@ -89,6 +90,8 @@ def test_it_agrees_with_the_twin(name: str, exported: Path, tiny_checkpoint: Pat
     np.testing.assert_allclose(got.logits, wanted.logits, atol=1e-4)
     assert sent.route.tolist() == forced
     np.testing.assert_allclose(sent.logits, every[np.arange(6), forced], atol=1e-4)
+    for i, one in enumerate(alone):  # ... and nothing is left of a call before
+        np.testing.assert_allclose(one.logits, every[: len(one.logits), i], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", registry.names(ENGINES))
