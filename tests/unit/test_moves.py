@@ -209,8 +209,8 @@ def test_an_empty_folder(tmp_path: Path) -> None:
 
 def test_a_picture_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.png").mkdir()
-    for name in ("x.png", "none.png"):
-        with pytest.raises(SettingError, match=rf"cannot read the picture .*{name}\.$"):
+    for name, why in (("x.png", "Is a directory"), ("none.png", "No such file or directory")):
+        with pytest.raises(SettingError, match=rf"cannot read the picture .*{name}: {why}\.$"):
             read_picture(tmp_path / name)
     with pytest.raises(SettingError, match=r"the picture's name .*caf\\udce9\.png' is no UTF-8"):
         read_picture(tmp_path / "caf\udce9.png")
