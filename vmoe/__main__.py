@@ -10,20 +10,19 @@ import importlib
 import importlib.util
 import json
 import os
-import platform
 import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 import vmoe
 from vmoe import cli, completion, latest, manual, output, report
+from vmoe import doctor as doctors
 from vmoe.errors import MissingDependencyError, SettingError, UnknownNameError, nearest
 
 if TYPE_CHECKING:
@@ -87,6 +86,7 @@ def demo(source: Path | None, out: Path, rounds: int, seed: int, as_json: bool) 
     Where torch is not installed, the exported bundle that ships is taken; where scikit-image is
     not, whose photographs they are, pictures are drawn. The report says which.
     """
+    from vmoe import demo as judged
     from vmoe import moves
 
     _wait_idly()
@@ -97,11 +97,11 @@ def demo(source: Path | None, out: Path, rounds: int, seed: int, as_json: bool) 
     log.info("rendering %d known moves over %s", 10 * rounds, ", ".join(s.name for s in scenes))
     segments = moves.render(scenes, out / "moves.avi", rounds=rounds, seed=seed)
     results = _watch(model, out / "moves.avi", out / "annotated.mp4", segments)
-    found = {"made_by": MADE_BY, **judge(segments, results)}
+    found = {"made_by": MADE_BY, **judged.judge(segments, results)}
     found |= {"bundle": str(model), "video": str(out / "moves.avi"), "seed": seed,
               "exported_here": model != latest.SHIPPED}  # fmt: skip
     output.write_json(out / "report.json", found)
-    text = _markdown(found)
+    text = judged.text(found)
     output.write_text(out / "report.md", text)
     if as_json:
         cli.print_json(found)
@@ -109,7 +109,7 @@ def demo(source: Path | None, out: Path, rounds: int, seed: int, as_json: bool) 
         click.echo(text)
     log.info("annotated video: %s   report: %s", out / "annotated.mp4", out / "report.md")
     for command in ("vmoe-run {} --camera 0", "vmoe-attack {} --n 100", "vmoe-bench {}"):
-        if not _missing(command.split()[0]):
+        if not doctors.missing(command.split()[0]):
             log.info("next: %s", command.format(shlex.quote(str(model))))
 
 
@@ -144,7 +144,7 @@ def _pictures() -> list[Scene]:
 
 def _exported(folder: Path) -> Path:
     """Export the twin that ships; without torch take the bundle that ships."""
-    lacks = _missing("vmoe-export")
+    lacks = doctors.missing("vmoe-export")
     if lacks:
         log.info(
             "%s not installed: taking the bundle that ships, not a fresh one", ", ".join(lacks)
@@ -179,65 +179,6 @@ def _watch(model: Path, video: Path, annotated: Path, segments: list[Segment]) -
     return results
 
 
-def judge(segments: list[Segment], results: list[Result]) -> dict[str, Any]:
-    """Compare labels with the known moves.
-
-    Args:
-        segments: the moves.
-        results: one for each window of the video.
-
-    Returns:
-        windows judged (those that lie in one move) and between moves, how many were right,
-        the same per label with the commonest mistake, shares of the experts, latency in ms.
-    """
-    from vmoe.moves import truth
-
-    judged = [(s.label, r) for r in results if (s := truth(segments, r.t_first_s, r.t_s))]
-    labels = sorted({label for label, _ in judged})
-    rows = []
-    for label in labels:
-        given = Counter(r.label for was, r in judged if was == label)
-        wrong = [(name, n) for name, n in given.most_common() if name != label]
-        rows.append({
-            "label": label, "windows": given.total(), "right": given[label],
-            "mistaken_for": wrong[0][0] if wrong else None,
-        })  # fmt: skip
-    latency = sorted(r.stage_ms["infer_ms"] for r in results)
-    experts = Counter(r.expert for r in results)
-    return {
-        "windows": len(judged),
-        "right": sum(was == r.label for was, r in judged),
-        "between_moves": len(results) - len(judged),
-        "labels": rows,
-        "expert_shares": {str(i): n / len(results) for i, n in sorted(experts.items())},
-        "infer_ms": {
-            "median": latency[len(latency) // 2],
-            "p95": latency[int(0.95 * len(latency))],
-        },
-        "segments": [dataclasses.asdict(segment) for segment in segments],
-    }
-
-
-def _markdown(found: dict[str, Any]) -> str:
-    rows = [[r["label"], r["windows"], r["right"], r["mistaken_for"]] for r in found["labels"]]
-    shares = ", ".join(f"{i}: {share:.0%}" for i, share in found["expert_shares"].items())
-    seen = dict.fromkeys(segment["picture"] for segment in found["segments"])
-    origin = "exported here and now" if found["exported_here"] else "the bundle that ships"
-    return "\n".join([
-        "# The model that ships, against known camera moves",
-        "",
-        report.table(rows, ["known move", "windows", "right", "mistaken for"]),
-        "",
-        f"accuracy: {report.percent(found['right'], found['windows'])} % of {found['windows']} "
-        f"windows (95 % interval); {found['between_moves']} windows span two moves, not judged",
-        f"experts: {shares}",
-        f"watched: {', '.join(seen)}; by {origin}",
-        f"latency: {found['infer_ms']['median']:.2f} ms median, "
-        f"{found['infer_ms']['p95']:.2f} ms p95 a window, on this machine",
-        "",
-    ])  # fmt: skip
-
-
 @cli.command("inspect", "vmoe inspect", "vmoe inspect runs/mine", "vmoe inspect runs/mine --json")
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @cli.json_option
@@ -258,50 +199,6 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
         click.echo(f"\nmodel card: {card}")
 
 
-PACKAGES = {
-    "numpy": "everything", "opencv-python-headless": "decoding, cameras",
-    "opencv-python": "the same, and vmoe-run --show", "onnxruntime": "serving on a CPU",
-    "onnxruntime-gpu": "serving on an NVIDIA GPU", "openvino": "serving int8 on a CPU",
-    "tritonclient": "a Triton server by gRPC",
-    "tensorrt": "plans, built and served on an NVIDIA GPU", "cuda-bindings": "plans",
-    "torch": "training, attacks, export", "onnx": "export", "onnxscript": "export",
-    "safetensors": "checkpoints", "scikit-image": "the demo's photographs",
-}  # fmt: skip
-COMMANDS = {  # what each imports, beyond what is always installed
-    "vmoe-run": ("onnxruntime",), "vmoe-bench": ("onnxruntime",),
-    "vmoe-train": ("torch", "safetensors"), "vmoe-attack": ("torch", "safetensors"),
-    "vmoe-export": ("torch", "safetensors", "onnx", "onnxscript", "onnxruntime"),
-}  # fmt: skip
-VERIFIED = [
-    ["fp32: ONNX Runtime CPU, OpenVINO CPU", "tests in CI, without a GPU"],
-    ["int8: ONNX Runtime CPU", "tests in CI; benchmarks/export.py"],
-    ["int8: OpenVINO CPU", "benchmarks/export.py; against the twin at each export"],
-    ["fp16: ONNX Runtime CPU", "tests in CI: its answers; it gains no speed there"],
-    ["bf16", "tests in CI: the graphs; run by OpenVINO at export, where it is"],
-    ["routing, streaming, attacks, training, export", "tests in CI, without a GPU"],
-    ["a camera through OpenCV's V4L2 code", "an emulated device; no camera hardware"],
-    ["kernels of the plugins, launched as the plugins do; host routing by CUDA graphs; energy",
-     "one NVIDIA H200: benchmarks/results/gpu.md; in CI in Triton's interpreter"],
-    ["TensorRT plans: what is built, loaded, refused", "tests in CI, over the names and signatures "
-     "of the real bindings 10.3 to 11.4; no plan was ever built"],
-    ["Triton Inference Server: repository, client, restarts",
-     "tests in CI, against the real server 2.51 with its python backend"],
-]  # fmt: skip
-UNVERIFIED = [  # on any machine of ours; --self-test is for those marked with *
-    "ONNX Runtime CUDA",
-    "the driver's calls behind plans (copies, graphs, waits, times) and the plugins' enqueue: "
-    "benchmarks/gpu.py --section driver, on any NVIDIA GPU with torch",
-    "how long the host waits between router and expert as it waits now: --section routing",
-    "* TensorRT reading the ONNX, its plans and what they answer, fp32, fp16",
-    "* CUDA graphs of plans, the arena that parts share, latency by route",
-    "* the layers that TensorRT's inspector names, and their types",
-    "plans that are int8, stripped, version-compatible or for other GPUs; --torch-trt",
-    "* the plugins of --lowering plugin in TensorRT, and its one plan",
-    "Triton's onnxruntime and tensorrt backends; the images of docker/",
-    "Jetson (JetPack 6 and 7), ARM servers",
-]
-
-
 @cli.command("doctor", "vmoe doctor", "vmoe doctor --json", "vmoe doctor --self-test --dry-run")
 @click.option("--self-test", is_flag=True, help="On a machine with TensorRT: run what no machine "
               "of ours could, and write a report to send.")  # fmt: skip
@@ -317,31 +214,11 @@ def doctor(self_test: bool, dry_run: bool, out: Path, device: str, as_json: bool
         return
     if dry_run:
         raise SettingError("--dry-run is for --self-test: give that too, or leave it out.")
-    versions = {name: _version(name) for name in PACKAGES}
-    missing = {command: _missing(command) for command in COMMANDS}
-    cameras = sorted(str(path) for path in Path("/dev").glob("video*"))
-    machine = {
-        "vmoe": vmoe.__version__, "python": platform.python_version(),
-        "system": platform.platform(), "machine": platform.machine(),
-    }  # fmt: skip
+    found = doctors.found()
     if as_json:
-        cli.print_json(
-            {**machine, "packages": versions, "missing": missing, "cameras": cameras,
-             "model": str(latest.SHIPPED), "card": str(latest.CARD), "verified": dict(VERIFIED),
-             "unverified": UNVERIFIED}
-        )  # fmt: skip
-        return
-    click.echo("  ".join(f"{key} {value}" for key, value in machine.items()))
-    click.echo("\n" + report.table([[n, v, PACKAGES[n]] for n, v in versions.items()],
-                                   ["package", "installed", "for"]))  # fmt: skip
-    rows = [[c, "is installed" if not lacks else f"needs {', '.join(lacks)}"]
-            for c, lacks in missing.items()]  # fmt: skip
-    click.echo("\n" + report.table(rows, ["command", "here"]))
-    click.echo(f"\ncameras: {', '.join(cameras) or 'none'}")
-    click.echo(f"the model that ships: {latest.SHIPPED}, and its card: {latest.CARD}")
-    click.echo("\n" + report.table(VERIFIED, ["claim", "verified where"]))
-    click.echo("\nunverified, run on no machine of ours (*: vmoe doctor --self-test runs it):")
-    click.echo("\n".join(f"  {line}" for line in UNVERIFIED))
+        cli.print_json(found)
+    else:
+        click.echo(doctors.text(found))
 
 
 def _self_test(out: Path, device: str, *, dry_run: bool, as_json: bool) -> None:
@@ -364,20 +241,6 @@ def _self_test(out: Path, device: str, *, dry_run: bool, as_json: bool) -> None:
         cli.print_json(found)
     log.info("report: %s", out)
     selftest.refuse(found, out)
-
-
-def _version(package: str) -> str | None:
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _missing(command: str) -> list[str]:
-    """Return what a command imports and is not installed."""
-    return [name for name in COMMANDS[command] if importlib.util.find_spec(name) is None]
 
 
 def _wait_idly() -> None:
@@ -460,9 +323,9 @@ def _is_told(command: str) -> bool:
     """Answer what needs no room: completion; help, where a room is slow to load or is missing."""
     if completion.asked(command):
         completion.answer(command, manual.pages()[command])
-    if "torch" not in COMMANDS[command] or not {"-h", "--help"} & set(sys.argv[1:]):
+    if "torch" not in doctors.COMMANDS[command] or not {"-h", "--help"} & set(sys.argv[1:]):
         return False
-    if manual.CHECKOUT and not _missing(command):
+    if manual.CHECKOUT and not doctors.missing(command):
         return False  # what is being written says itself what it takes
     click.echo(manual.help_text(command, manual.pages()[command]))
     return True
@@ -476,8 +339,8 @@ def _enter(command: str) -> None:
     if _is_told(command):
         return
     _wait_idly()
-    lacks = _missing(command)
-    if lacks and "torch" in COMMANDS[command]:
+    lacks = doctors.missing(command)
+    if lacks and "torch" in doctors.COMMANDS[command]:
         need = f"{', '.join(lacks)} not installed"
         click.echo(f"{command}: {need}: pip install 'vmoe[train,cpu]'.", err=True)
         sys.exit(MissingDependencyError.exit_code)
@@ -499,7 +362,9 @@ def attack() -> None:
 
 def export() -> None:
     """Run vmoe-export; what it does without torch has files of its own."""
-    given = {word.partition("=")[0] for word in sys.argv} if _missing("vmoe-export") else set()
+    given = (
+        {word.partition("=")[0] for word in sys.argv} if doctors.missing("vmoe-export") else set()
+    )
     if "--from-onnx" in given:
         if importlib.util.find_spec("onnx") is None:
             click.echo("vmoe-export: onnx not installed: pip install onnx.", err=True)

@@ -15,8 +15,9 @@ from tests.cuda_fake import CUresult, Driver
 from tests.plans import built
 from tests.tensorrt_fake import Fake
 from vmoe import bundle as reader
-from vmoe.__main__ import UNVERIFIED, main
+from vmoe.__main__ import main
 from vmoe.clips import ClipSpec
+from vmoe.doctor import UNVERIFIED
 from vmoe.errors import MissingDependencyError
 from vmoe.export.tensorrt import acceptance, selftest
 from vmoe.runtime.plugins import nodes
