@@ -1,8 +1,8 @@
 """`plugin`: the dispatch as nodes of the domain `vmoe`, which an engine can take elsewhere.
 
 The part `moe` is for ONNX Runtime. Its one node carries its own meaning, a model-local function:
-the loops of the lowering `if`, an expert's weights inside its own. ONNX Runtime unfolds it, and runs
-it as fast.
+the loops of the lowering `if`, an expert's weights inside its own. ONNX Runtime unfolds it, and
+runs it as fast.
 
     clip, route -- Cast to int32 -- vmoe::Experts_1a2b3c4d(clip, expert) -- logits
 

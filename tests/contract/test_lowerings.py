@@ -173,7 +173,7 @@ def leaves(graph: GraphProto) -> list[GraphProto]:
 
 
 @pytest.mark.parametrize("experts", range(2, MOST + 1))
-def test_if_has_each_experts_weights_inside_its_own_loop_and_no_graph_around_it(experts: int) -> None:
+def test_if_has_each_experts_weights_inside_its_own_loop(experts: int) -> None:
     _, parts = made("r3d18", experts)
     graph = registry.load(LOWERINGS, "if", "lowering").lower(*parts)["moe"].graph
     found = leaves(graph)
