@@ -12,7 +12,7 @@ import torch
 from click.core import ParameterSource
 
 from vmoe import checkpoint, cli, output, registry
-from vmoe.attacks import ranks
+from vmoe.attacks import heap, ranks
 from vmoe.attacks.ranks import Ranks
 from vmoe.data import ClipData, DataSet, DataSettings, open_data
 from vmoe.errors import SettingError, VmoeError
@@ -104,6 +104,7 @@ def main(
 
     A run that was interrupted goes on with --resume and its --out; it knows its own recipe.
     """
+    heap.keep()
     here = ranks.here()
     if not here.first:
         log.setLevel("ERROR")

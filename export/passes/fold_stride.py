@@ -60,7 +60,9 @@ def apply(graph: GraphProto) -> bool:
     scale, shift = (_each(constants.get(node.input[1]), channels) for node in (mul, add))
     if weight is None or scale is None or shift is None or not scale.all() or channels > FEW:
         return False
-    if not frames or weight.ndim != 5 or attributes(move).get("perm") != CHANNELS_FIRST:
+    if weight.ndim != 5 or attributes(move).get("perm") != CHANNELS_FIRST:
+        return False
+    if not (frames and height and width):  # a free size
         return False
     axes = _axes(attributes(conv), height, width, weight)
     if axes is None:
@@ -148,16 +150,6 @@ def _moved(build: Builder, clip: str, move: NodeProto, sizes: list[int]) -> Node
         "Reshape", [beside, build.constant(build.fresh(f"{clip}/joined"), joined)], f"{clip}/folded"
     )
     return helper.make_node("Transpose", [flat], list(move.output), move.name, perm=CHANNELS_FIRST)
-
-
-def _tiled(build: Builder, node: NodeProto, value: NDArray[np.float32], times: int) -> NodeProto:
-    """Return a node that scales or shifts by a value for each channel of a block."""
-    if value.ndim == 0:
-        return node
-    wide = build.constant(
-        build.fresh(f"{node.input[1]}/blocks"), np.tile(value, (1, times, 1, 1, 1))
-    )
-    return helper.make_node(node.op_type, [node.input[0], wide], list(node.output), node.name)
 
 
 def _conv(

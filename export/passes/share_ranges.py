@@ -31,6 +31,8 @@ def apply(graph: GraphProto) -> bool:
     shared: dict[Range, Range] = {}
     for group in _groups(graph, constants):
         ranges = [(constants[scale], constants[zero]) for scale, zero in group]
+        if len({zero.dtype for _, zero in ranges}) > 1:
+            continue
         scale, zero = _union(ranges)
         alike = all(MOST * held >= scale for held, _ in ranges)
         if alike and len({(float(held), int(at)) for held, at in ranges}) > 1:
@@ -42,7 +44,8 @@ def apply(graph: GraphProto) -> bool:
             )
             shared |= dict.fromkeys(group, names)
     for node in graph.node:
-        if node.op_type in PAIR and tuple(node.input[1:]) in shared:
+        stored = node.op_type in PAIR and node.input[0] in constants  # holds what it means
+        if node.op_type in PAIR and not stored and tuple(node.input[1:]) in shared:
             node.input[1], node.input[2] = shared[node.input[1], node.input[2]]
     if shared:
         _scale_biases(graph)
@@ -99,16 +102,16 @@ def _scale_biases(graph: GraphProto) -> None:
     constants = Constants(graph)
     made = {name: node for node in graph.node for name in node.output}
     nodes: list[NodeProto] = []
-    written: dict[tuple[str, bytes], str] = {}  # the value, by what it was and its scale
+    written: dict[tuple[str, str, bytes], str] = {}  # the value, by the old one and its scale
     for node in graph.node:
         parts = [made.get(name) for name in node.input]
         inner = [one for one in parts if one is not None and one.op_type == "DequantizeLinear"]
         if node.op_type in BIASED and len(parts) == len(inner) == 3:
             x, weight, bias = inner
             scale = (constants[x.input[1]] * constants[weight.input[1]]).astype(np.float32)
-            key = bias.input[0], scale.tobytes()
+            key = bias.input[0], bias.input[1], scale.tobytes()
             if not np.array_equal(constants[bias.input[1]], scale) and key not in written:
-                written[key] = f"{bias.output[0]}/{x.input[1]}"
+                written[key] = f"{node.output[0]}/bias"  # of the first that needs this scale
                 nodes.append(_scaled(graph, bias, constants, scale, written[key]))
             node.input[2] = written.get(key, node.input[2])
         nodes.append(node)

@@ -45,8 +45,8 @@ def _constants(graph: GraphProto, clip: str, width: int) -> dict[str, int]:
         if node.op_type == "Reshape" and first in pixels and node.input[1] in constants:
             pixels[out] = constants[node.input[1]].tolist()[-2]
         elif node.op_type == "Transpose" and first in pixels:
-            first_channels = attributes(node).get("perm") in CHANNELS_FIRST
-            (planes if first_channels else pixels)[out] = pixels[first]
+            if attributes(node).get("perm") in CHANNELS_FIRST:
+                planes[out] = pixels[first]
         elif node.op_type in APART and first in pixels:
             pixels[out] = pixels[first]
         elif node.op_type == "Cast" and first in planes:

@@ -38,7 +38,7 @@ from ._names import make_unique
 
 log = logging.getLogger("vmoe.runtime")
 
-FORMAT = 3  # of what this file writes
+FORMAT = 4  # of what this file writes
 ENTRY, GRAPH = "entry.json", "graph.onnx"
 DATA = GRAPH + ".data"
 NEW, OLD = ".new-", ".old-"  # folders on their way in and out
@@ -147,17 +147,19 @@ class Cache:
 
 
 def checksum(path: Path) -> int:
-    """Return the CRC-32 of a file's length and of the sums of its rows: 4 KiB, in words of 8 bytes.
+    """Return the CRC-32 of a file's sizes and sums, over rows and columns of 64 x 512 words.
 
-    Adding runs at the speed of reading. Bits that are flipped, an end that is missing, pages left
-    unwritten or exchanged are found; not two words of one row that are exchanged.
+    A word is of 8 bytes, a row a page of 4 KiB. Adding runs at the speed of reading. Bits that are
+    flipped, an end that is missing, what is left unwritten or exchanged, from words to pages, are
+    found: what keeps the sum of a row changes that of a column.
     """
     words = np.zeros(BLOCK_BYTES // 8, np.uint64)
     block, rows, found = words.data.cast("B"), words.reshape(-1, ROW_WORDS), 0
     with path.open("rb", buffering=0) as file:
         while read := file.readinto(block):
             block[read:] = bytes(BLOCK_BYTES - read)
-            found = zlib.crc32(np.add.reduce(rows, axis=1).tobytes(), found)
+            for axis in (0, 1):
+                found = zlib.crc32(np.add.reduce(rows, axis=axis).tobytes(), found)
             found = zlib.crc32(read.to_bytes(4, "little"), found)
     return found
 

@@ -54,6 +54,20 @@ def found(method: ModuleType, twin: VideoMoE, clip: Tensor, y: Tensor, **values:
     return adversarial
 
 
+@pytest.mark.parametrize("norm", ball.NORMS)
+@pytest.mark.parametrize("method", [pgd, tla_m, apgd_margin, fab, j_tlga_plus])
+def test_steps_in_place_leave_the_clips_and_where_they_begin(method: Any, norm: str) -> None:
+    twin, clip, y = small(), random_clip(3, spec=SMALL), torch.tensor([0, 1, 2])
+    given = (clip + 0.1).clamp_(max=1)  # farther than eps
+    held = clip.clone(), given.clone()
+    twin.begin = lambda order: given  # type: ignore[assignment]
+    how = method.Settings(eps=8 / 255, steps=3, norm=norm, restarts=2, early_stop=False)
+    adversarial = method.attack(twin, clip, y, how).adversarial
+    assert torch.equal(clip, held[0])
+    assert torch.equal(given, held[1])
+    assert not any(adversarial.data_ptr() == own.data_ptr() for own in (clip, given))
+
+
 def test_soft_is_judged_with_the_hard_choice() -> None:
     twin, clip = small(), random_clip(16, spec=SMALL)
     out, hard = losses.answer(twin, clip, "soft")

@@ -141,7 +141,9 @@ def test_the_checksum_finds_what_a_disk_does(size: int, tmp_path: Path) -> None:
     if size:
         others |= {whole[:-1], whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]}
     if size > 8192:
-        others |= {whole[4096:8192] + whole[:4096] + whole[8192:], bytes(4096) + whole[4096:]}
+        for unit in (8, 512, 4096):  # a word, a sector, a page
+            one, other, rest = whole[:unit], whole[unit : 2 * unit], whole[2 * unit :]
+            others |= {other + one + rest, bytes(unit) + other + rest, one + one + rest}
     sums = set()
     for i, held in enumerate([whole, *others]):
         (tmp_path / str(i)).write_bytes(held)

@@ -275,7 +275,7 @@ def test_fold_stride_is_for_the_stem_of_a_residual_network() -> None:
     assert said["pads"] == [1, 2, 2, 1, 1, 1]
 
 
-@pytest.mark.parametrize("why", ["stride", "uneven", "sizes", "dilation", "pixels"])
+@pytest.mark.parametrize("why", ["stride", "uneven", "sizes", "free", "dilation", "pixels"])
 def test_fold_stride_leaves_other_layers(why: str) -> None:
     write = Writer(2, 9 if why == "sizes" else 8)
     x = write.pixels()
@@ -286,6 +286,8 @@ def test_fold_stride_leaves_other_layers(why: str) -> None:
     if why == "pixels":
         y = write.node("Add", y, write.head(write.conv(x, 3, 16, (1, 1, 1)), 16))
     model = write.model(y)
+    if why == "free":
+        model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "H"
     fold_scaling.apply(model.graph)
     assert not fold_stride.apply(copy(model).graph)
 
@@ -385,9 +387,48 @@ def test_share_ranges_gives_what_is_joined_one_range_and_keeps_what_it_means() -
         assert np.abs(before - after).max() < 0.02 * np.abs(before).max()
 
 
+def test_share_ranges_writes_a_bias_that_layers_share_for_each_scale() -> None:
+    model = quantised(-0.5, 3.0)
+    nodes, held = model.graph.node, model.graph.initializer
+    first = next(to_array(t) for t in held if t.name == "wys")
+    held.append(from_array(first * np.float32(1.5), "other"))  # weights of the same bias
+    nodes.append(helper.make_node("DequantizeLinear", ["wy", "other", "wz"], ["wod"], axis=0))
+    nodes.append(helper.make_node("Conv", ["yd", "wod", "byd"], ["out_o"]))
+    model.graph.output.append(copy_as(model.graph.output[1], "out_o"))
+    made = copy(model)
+    assert share_ranges.apply(made.graph)
+    onnx.checker.check_model(made, full_check=True)
+    zeros = {name: np.zeros((1, 4, 6, 6), np.float32) for name in "ab"}  # the bias alone is left
+    for before, after in zip(
+        session(model).run(None, zeros), session(made).run(None, zeros), strict=True
+    ):
+        assert np.allclose(before, after, rtol=1e-3, atol=1e-4)
+
+
+def copy_as(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
+    made = onnx.ValueInfoProto()
+    made.CopyFrom(value)
+    made.name = name
+    return made
+
+
 @pytest.mark.parametrize("high", [1.0, 9.0], ids=["one already", "far apart"])
 def test_share_ranges_leaves_ranges(high: float) -> None:
     assert not share_ranges.apply(copy(quantised(0.0, high)).graph)
+
+
+def test_share_ranges_leaves_what_is_stored_and_what_is_of_two_kinds() -> None:
+    model = quantised(-0.5, 3.0)
+    stored = helper.make_node("DequantizeLinear", ["sevens", "as", "az"], ["stored"])
+    model.graph.node.append(stored)
+    model.graph.initializer.append(from_array(np.full(3, 7, np.uint8), "sevens"))
+    model.graph.output.append(helper.make_tensor_value_info("stored", TensorProto.FLOAT, [3]))
+    made = copy(model)
+    assert share_ranges.apply(made.graph)
+    assert stored in made.graph.node
+    zero = next(t for t in model.graph.initializer if t.name == "bz")
+    zero.CopyFrom(from_array(np.array(0, np.int8), "bz"))
+    assert not share_ranges.apply(model.graph)
 
 
 def test_sink_initializers_moves_each_into_the_branch_that_alone_reads_it(tmp_path: Path) -> None:
