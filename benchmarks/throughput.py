@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from vmoe import cli
+from vmoe.attacks import heap
 from vmoe.batches import Batch, batches
 from vmoe.data.camera_motion import LABELS
 from vmoe.loading import Loader
@@ -115,6 +116,7 @@ def main(quick: bool, out: tuple[Path, ...], overwrite: bool, as_json: bool) -> 
     """Measure how much of a training's CPU time is the model's."""
     figures.check_files(out, overwrite=overwrite)
     torch.set_num_threads(1)
+    heap.keep()  # as vmoe-train does
     machine = context.read()
     found = [figure(quick=quick)]
     figures.say(found, as_json=as_json)
