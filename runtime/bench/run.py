@@ -272,7 +272,8 @@ def _ask_devices(found: Found, subjects: Sequence[Subject]) -> None:
     for form, took in found.measured:
         try:
             times = device.times(form, engines[form.subject, form.threads])
-        except VmoeError:  # it has failed since: the row stands without
+        except Exception as e:  # it has failed since: the row stands without
+            log.debug("", exc_info=e)
             continue
         at = rows[id(took)]
         found.rows[at] = dataclasses.replace(found.rows[at], device=times)

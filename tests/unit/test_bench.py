@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,36 @@ def test_every_form_is_called_once_a_round_and_every_time_is_kept() -> None:
     orders = {tuple(which for n, which in counted if n == number) for number in range(4)}
     assert all(sorted(order) == [0, 1, 2] for order in orders)
     assert len(orders) > 1  # else each form always has the same predecessor
+
+
+def test_orders_are_drawn_anew_for_each_round_and_are_of_the_seed() -> None:
+    rounds = measuring.DRAWN + 3  # more than are drawn at once
+    orders = [list(islice(measuring._orders(4, seed), rounds)) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    assert all(sorted(order) == [0, 1, 2, 3] for order in orders[0])
+    assert len({tuple(order) for order in orders[0]}) == 24
+    assert orders[0][:3] != orders[0][measuring.DRAWN :]
+
+
+def test_a_latency_holds_the_call_and_no_other_clock() -> None:
+    wall, cpu = FakeClock(), FakeClock()
+
+    def cpu_ns() -> int:
+        wall.work(1)  # to read it takes time
+        return cpu()
+
+    (took,) = measuring.interleave(
+        [lambda _: wall.work(5)], Plan(rounds=2), wall_ns=wall, cpu_ns=cpu_ns
+    )
+    assert took.wall_ms.tolist() == [5, 5]
+
+
+def test_no_garbage_is_collected_within_a_call_and_it_is_afterwards() -> None:
+    seen: list[bool] = []
+    assert gc.isenabled()
+    measuring.interleave([lambda _: seen.append(gc.isenabled())], Plan(rounds=2))
+    assert seen == [True, False, False]  # the first is the warm-up
+    assert gc.isenabled()
 
 
 def test_duration_and_warm_up_are_kept() -> None:

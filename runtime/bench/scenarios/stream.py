@@ -74,8 +74,8 @@ def run(
                     began, before = now, _counts(stream)
                     continue
                 ages.append(result.age_ms)
-                if now - began >= settings.duration:
-                    break
+                if now - began >= settings.duration and len(ages) % made.streams == 0:
+                    break  # a last hop of some streams alone would be too few windows for its time
         except KeyboardInterrupt:
             whole = False
         after = _counts(stream)
