@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vmoe.runtime.engines import Times
@@ -51,7 +51,9 @@ def of_certificate(made: Certificate) -> list[Verdict]:
     for against in made.against:
         if not against.dense or against.same_lowering or not certifies:
             said.append(_against(made.bundle, against))
-    return said
+    if made.threads is None:
+        return said
+    return [replace(each, says=f"threads {made.threads}: {each.says}") for each in said]
 
 
 def _sparsity(made: Certificate) -> Verdict:
@@ -64,7 +66,9 @@ def _sparsity(made: Certificate) -> Verdict:
     cost = f"route {worst.route} costs {_figures(ratio, worst.cpu)} of router alone + expert alone"
     if not any(above):
         if made.why is not None:
-            return Verdict("unclear", made.bundle, None, f"{cost}; at most {BOUND}, but {made.why}.")
+            return Verdict(
+                "unclear", made.bundle, None, f"{cost}; at most {BOUND}, but {made.why}."
+            )
         return Verdict("sparse", made.bundle, True, f"{cost}; at most {BOUND}.")
     if not all(above):
         says = f"{cost}: medians and minima disagree about {BOUND}. Measure longer, or alone."

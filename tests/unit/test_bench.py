@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,24 @@ def test_the_certificate_of_a_split_bundle_is_of_its_own_parts() -> None:
     assert (against.baseline, against.same_lowering, against.dense) == ("dense", True, True)
     assert [r.medians for r in against.ratios] == pytest.approx([11 / 40, 22 / 40])
     assert against.worst.medians == pytest.approx(22 / 40)
+
+
+@pytest.mark.parametrize("missing", ["route 0", "expert 0 alone"])
+def test_a_route_that_is_missing_makes_nothing_sparse(missing: str) -> None:
+    some = {name: samples for name, samples in TIMES.items() if name != ("split", missing)}
+    made = certificate.certify(SPLIT, [SPLIT], some)
+    assert made.why == "route 0 of 2 could not be judged: not asked for, or failed"
+    (said,) = verdicts.of_certificate(made)
+    assert (said.name, said.good) == ("unclear", None)
+    assert "route 1 costs 1.10" in said.says
+    assert said.says.endswith(f"but {made.why}.")
+
+
+def test_certificates_of_several_threads_are_told_apart() -> None:
+    made = certificate.certify(SPLIT, [SPLIT, DENSE], TIMES)
+    said = verdicts.of_certificate(replace(made, threads=2))
+    assert [v.name for v in said] == ["sparse", "against"]
+    assert all(v.says.startswith("threads 2: ") for v in said)
 
 
 def test_a_clock_of_cpu_time_that_is_too_coarse_gives_no_ratio() -> None:
