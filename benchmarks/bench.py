@@ -8,10 +8,12 @@ Figures, of the model that ships, on one thread:
 
 bench_overhead
     Time of a measurement by vmoe-bench (interleaving, two clocks a call, the machine looked at
-    between rounds, the collection of garbage before) over that of a bare loop that makes the same
-    calls of the same engine with the same clips. Blocks of both take turns. The value is the median
-    of the blocks' own ratios; `cpu` the same of CPU time, `minima` of the least block of each, and
-    `latency` the mean latency that is reported over the bare loop's time of a call.
+    between rounds) over that of a bare loop that makes the same calls of the same engine with the
+    same clips. It is of one form, free: several share what is done once a round. Within a block
+    both take turns every STRETCH calls, some tens of milliseconds, so that other processes meet
+    them alike. The value is the median of the blocks' own ratios; `cpu` the same of CPU time, which
+    other processes do not stretch, and `latency` the mean latency that is reported over the bare
+    loop's time of a call.
 bench_agreement
     Share of the forms (free, each route, each part alone, all experts) for which two runs of the
     command, one after another, agree: the 95 % intervals of the median that the two records state
@@ -27,7 +29,8 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +43,7 @@ from vmoe import cli, latest, report
 from vmoe.runtime import load
 from vmoe.runtime.bench import context, measuring, render, subjects
 from vmoe.runtime.bench import run as bench
-from vmoe.runtime.bench.measuring import Plan
+from vmoe.runtime.bench.measuring import Plan, Samples
 from vmoe.runtime.bench.record import Record
 from vmoe.runtime.bench.settings import BenchSettings
 from vmoe.runtime.bench.statistics import median_interval
@@ -50,14 +53,15 @@ from vmoe.runtime.bench.watch import Watch
 log = logging.getLogger("vmoe")
 
 OVERHEAD, AGREEMENT = 1.02, 0.95  # what is to be reached
+STRETCH = 20  # calls of one kind, before those of the other
 
 
 class Effort(NamedTuple):
     """How much is measured.
 
     Attributes:
-        blocks: of each kind.
-        block_s: how long a block takes, about; vmoe-bench itself measures for 3 s unless told.
+        blocks: of both kinds.
+        block_s: of each kind in a block, about; vmoe-bench itself measures for 3 s unless told.
         runs: of the command.
         duration_s: of each.
     """
@@ -73,7 +77,7 @@ FULL = Effort(blocks=20, block_s=3.0, runs=7, duration_s=15)
 
 
 class Block(NamedTuple):
-    """What a block took, in seconds: on the clock, and of all threads of this process."""
+    """What some calls took, in seconds: on the clock, and of all threads of this process."""
 
     wall: float
     cpu: float
@@ -107,6 +111,14 @@ def main(quick: bool, out: tuple[Path, ...], overwrite: bool, as_json: bool) -> 
 # ---- what measuring costs
 
 
+class Cost(NamedTuple):
+    """What one block says of vmoe-bench, each over the bare loop's."""
+
+    wall: float
+    cpu: float
+    latency: float
+
+
 def _overhead(effort: Effort) -> Figure:
     with load(latest.shipped(), "onnxruntime", "cpu", 1, all_parts=True) as engine:
         clips = subjects.random_clips(engine.bundle.spec, subjects.CALLS, seed=0)
@@ -115,41 +127,53 @@ def _overhead(effort: Effort) -> Figure:
         def call(number: int) -> object:
             return engine.infer(subject.of_round(number))
 
-        once = _timed(lambda: [call(n) for n in range(100)]).cpu / 100  # others do not enter it
-        calls = max(20, round(effort.block_s / once))
-        bare, measured, latencies = [], [], []
-        means: list[float] = []  # latencies that are reported, in ms
-        for _ in range(effort.blocks):
-            bare.append(_timed(lambda: _bare(call, calls)))
-            measured.append(_timed(lambda: means.append(_measured(call, calls))))
-            latencies.append(means[-1] / 1000 * (calls + 1) / bare[-1].wall)
-    ratios = np.array([m.wall / b.wall for m, b in zip(measured, bare, strict=True)])
-    low, high = median_interval(ratios)
+        once = _timed(lambda: _bare(call, range(100))).cpu / 100  # others do not enter it
+        calls = max(2 * STRETCH, round(effort.block_s / once))
+        costs = [_cost(call, calls) for _ in range(effort.blocks)]
+    wall = np.array([cost.wall for cost in costs])
+    low, high = median_interval(wall)
     return Figure(
         "bench_overhead",
-        float(np.median(ratios)),
+        float(np.median(wall)),
         "ratio",
         OVERHEAD,
         n=effort.blocks,
         spread=None if low is None or high is None else (high - low) / 2,
         more={
-            "minima": min(m.wall for m in measured) / min(b.wall for b in bare),
-            "cpu": float(np.median([m.cpu / b.cpu for m, b in zip(measured, bare, strict=True)])),
-            "latency": float(np.median(latencies)),
+            "cpu": float(np.median([cost.cpu for cost in costs])),
+            "latency": float(np.median([cost.latency for cost in costs])),
             "calls": calls,
         },
     )
 
 
-def _bare(call: Callable[[int], object], calls: int) -> None:
-    for number in range(calls + 1):  # one more, as for the warm-up
+def _cost(call: Callable[[int], object], calls: int) -> Cost:
+    """Measure a call as vmoe-bench does, with stretches of a bare loop between its rounds."""
+    bare: list[Block] = []
+    samples: list[Samples] = []
+
+    def between(rounds: Iterable[int]) -> Iterator[int]:
+        for number in Watch().rounds(rounds):
+            if number % STRETCH == 0:
+                stretch = range(number, min(number + STRETCH, calls))
+                bare.append(_timed(partial(_bare, call, stretch)))
+            yield number
+
+    whole = _timed(
+        lambda: samples.extend(measuring.interleave([call], Plan(rounds=calls), show=between))
+    )
+    wall, cpu = (sum(times) for times in zip(*bare, strict=True))
+    warm = (calls + 1) / calls  # its one call of warm-up is no cost of measuring
+    return Cost(
+        wall=(whole.wall - wall) / (warm * wall),
+        cpu=(whole.cpu - cpu) / (warm * cpu),
+        latency=float(samples[0].wall_ms.mean()) / 1000 * calls / wall,
+    )
+
+
+def _bare(call: Callable[[int], object], numbers: Iterable[int]) -> None:
+    for number in numbers:
         call(number)
-
-
-def _measured(call: Callable[[int], object], calls: int) -> float:
-    """Measure a call as vmoe-bench does; return the mean latency in ms."""
-    (took,) = measuring.interleave([call], Plan(rounds=calls), show=Watch().rounds)
-    return float(took.wall_ms.mean())
 
 
 def _timed(body: Callable[[], object]) -> Block:

@@ -100,7 +100,7 @@ class Certificate:
     Attributes:
         bundle: its name.
         parts_of: the split bundle that gave router alone and expert alone.
-        why: what is missing, where there are no ratios, and what to do.
+        why: what is missing: all ratios, and what to do, or those of some routes.
         routes: every route that was forced.
         worst: the route with the largest median latency.
         against: the baselines.
@@ -152,7 +152,7 @@ def certify(of: Entry, entries: Sequence[Entry], measured: Measured) -> Certific
     return Certificate(
         bundle=of.name,
         parts_of=parts,
-        why=_why(of, routes, parts),
+        why=_why(of, certified, parts),
         routes=certified,
         worst=max(certified, key=lambda r: r.latency_ms).route if certified else None,
         against=tuple(
@@ -176,7 +176,7 @@ def _parts(of: Entry, entries: Sequence[Entry], measured: Measured) -> str | Non
     return None
 
 
-def _why(of: Entry, routes: list[int], parts: str | None) -> str | None:
+def _why(of: Entry, routes: Sequence[Route], parts: str | None) -> str | None:
     if not routes:
         return "no route was forced: use --force-route all"
     if parts is None:
@@ -185,6 +185,11 @@ def _why(of: Entry, routes: list[int], parts: str | None) -> str | None:
             f"of the same twin and precision too (vmoe-export CKPT --lowering split --out DIR; "
             f"vmoe-bench {shlex.quote(str(of.path))} DIR)"
         )
+    known = {route.route for route in routes if route.ratio is not None}
+    unknown = [str(i) for i in range(of.experts) if i not in known]
+    if unknown:
+        which = f"route{'s' * (len(unknown) > 1)} {', '.join(unknown)}"
+        return f"{which} of {of.experts} could not be judged: not asked for, or failed"
     return None
 
 

@@ -28,6 +28,8 @@ COLOURS = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY, "0.3")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 WIDTH = 7.2  # of a picture, in inches: 1150 pixels
 DPI = 160
+LETTERS = 105  # of a legend's line, in that width
+MARK = 7  # letters, whose place a legend's mark and the gap after a label take
 ORDER = ("single", "multi", "offline", "stream")  # the scenario whose latency is drawn
 HIGH = 95.0  # the percentile to which a spread is drawn
 
@@ -389,9 +391,9 @@ def _who(row: Row) -> tuple[Any, ...]:
 
 def _names(who: Sequence[tuple[Any, ...]]) -> list[str]:
     """Return a name for each bundle, threads and backend: with what tells them apart, no more."""
-    more = [len({each[i] for each in who}) > 1 for i in range(3)]
+    told = next(n for n in (1, 2, 3) if n == 3 or len({each[:n] for each in who}) == len(who))
     return [
-        bundle + f", {_count(threads)}" * more[1] + f", {backend}" * more[2]
+        bundle + f", {_count(threads)}" * (told > 1) + f", {backend}" * (told > 2)
         for bundle, threads, backend in who
     ]
 
@@ -413,6 +415,12 @@ def _legend(panel: Axes) -> None:
     handles, labels = panel.get_legend_handles_labels()
     if len(labels) > 1:
         panel.figure.legend(
-            handles, labels, loc="outside upper left", ncols=min(5, len(labels)), frameon=False,
+            handles, labels, loc="outside upper left", ncols=_columns(labels), frameon=False,
             fontsize=8.5, handletextpad=0.4, columnspacing=1.4,
         )  # fmt: skip
+
+
+def _columns(labels: Sequence[str]) -> int:
+    """Return how many labels stand side by side in a legend, so that none is cut off."""
+    each = max(map(len, labels)) + MARK
+    return max(1, min(5, len(labels), LETTERS // each))

@@ -111,20 +111,35 @@ def run(paths: Sequence[Path], baselines: Sequence[Path | str], settings: BenchS
         machine["during"] = watch.found()
         _ask_devices(found, opened.subjects)
         method = _beside(found, asked, opened.subjects, settings)
-        whole = [want for want in wanted if isinstance(want.bundle, Bundle)]
-        abouts = tuple(about.of(want, opened.subjects) for want in whole)
-        fixed = about.fixed_batches(opened.subjects)
+        made = _record(wanted, opened, found, machine, settings)
+    return dataclasses.replace(
+        made,
+        energy=method,
+        comparison=None if old is None else _compared(old, machine, made.rows, settings),
+    )
+
+
+def _record(
+    wanted: Sequence[Wanted],
+    opened: Opened,
+    found: Found,
+    machine: dict[str, Any],
+    settings: BenchSettings,
+) -> Record:
+    """Put what was found in the order of the bundles, and judge it; the engines are still open."""
     order = [want.name for want in wanted]
     rows = sorted(
         [*found.rows, *(row for row, _ in opened.failed)], key=lambda row: order.index(row.bundle)
     )
+    whole = [want for want in wanted if isinstance(want.bundle, Bundle)]
     entries = [certificate.entry(w.name, w.read(), baseline=w.baseline) for w in whole]
     made = _certificates(entries, found, settings)
+    fixed = about.fixed_batches(opened.subjects)
     return Record(
         command=_command(),
         context=machine,
         settings=settings.resolved(),
-        bundles=abouts,
+        bundles=tuple(about.of(want, opened.subjects) for want in whole),
         rows=tuple(rows),
         certificates=made,
         verdicts=(
@@ -136,8 +151,6 @@ def run(paths: Sequence[Path], baselines: Sequence[Path | str], settings: BenchS
             *verdicts.of_accuracy(rows, [entry.name for entry in entries if entry.random]),
         ),
         interrupted=found.interrupted,
-        energy=method,
-        comparison=None if old is None else _compared(old, machine, rows, settings),
     )
 
 
@@ -272,7 +285,8 @@ def _ask_devices(found: Found, subjects: Sequence[Subject]) -> None:
     for form, took in found.measured:
         try:
             times = device.times(form, engines[form.subject, form.threads])
-        except VmoeError:  # it has failed since: the row stands without
+        except Exception as e:  # it has failed since: the row stands without
+            log.debug("", exc_info=e)
             continue
         at = rows[id(took)]
         found.rows[at] = dataclasses.replace(found.rows[at], device=times)

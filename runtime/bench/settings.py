@@ -46,7 +46,8 @@ class BenchSettings(Settings):
                                         above=0, at_most=100)  # fmt: skip
     force_route: str = opt("all", "all: every route; free: only the router's own; or one expert")
     device: str = opt("auto", "auto, cpu or cuda:N")
-    backend: str = opt("auto", "what runs the graphs: auto, onnxruntime, openvino, torch or triton")
+    backend: str = opt("auto", "what runs the graphs: auto, onnxruntime, openvino, tensorrt, "
+                       "torch or triton")  # fmt: skip
     server: str | None = opt(None, "HOST:PORT (HTTP) or grpc://HOST:PORT of a Triton server that "
                              "has all of the bundles: backend triton")  # fmt: skip
     cuda_graph: bool | None = opt(None, "run the parts as CUDA graphs: onnxruntime on CUDA; and "

@@ -107,7 +107,7 @@ class Drift:
 
     Attributes:
         ratio: of the halves' median slowness; 1.1 is 10 % slower at the end.
-        sure: the 95 % intervals of the two medians lie apart.
+        sure: the 95 % intervals of the two medians (`spread`) lie apart.
     """
 
     ratio: float
@@ -128,7 +128,7 @@ def drift(forms: Sequence[Times]) -> Drift | None:
     logs = [np.log(np.maximum(times, 1e-9) / max(float(np.median(times)), 1e-9)) for times in forms]
     slowness = np.exp(np.mean(logs, axis=0))
     first, second = np.array_split(slowness, 2)
-    (low1, high1), (low2, high2) = median_interval(first), median_interval(second)
+    (low1, high1), (low2, high2) = spread(first), spread(second)
     apart = None not in (low1, low2) and bool(low2 > high1 or low1 > high2)  # type: ignore[operator]
     return Drift(float(np.median(second) / np.median(first)), apart)
 

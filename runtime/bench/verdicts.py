@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vmoe.runtime.engines import Times
@@ -51,19 +51,24 @@ def of_certificate(made: Certificate) -> list[Verdict]:
     for against in made.against:
         if not against.dense or against.same_lowering or not certifies:
             said.append(_against(made.bundle, against))
-    return said
+    if made.threads is None:
+        return said
+    return [replace(each, says=f"threads {made.threads}: {each.says}") for each in said]
 
 
 def _sparsity(made: Certificate) -> Verdict:
     known = [(r.ratio, r) for r in made.routes if r.ratio is not None]
     if not known:
-        why = made.why or "a part alone could not be run"
-        return Verdict("uncertified", made.bundle, None, f"no certificate: {why}.")
+        return Verdict("uncertified", made.bundle, None, f"no certificate: {made.why}.")
     ratio, worst = max(known, key=lambda pair: pair[0].medians)
     above = (ratio.medians > BOUND, ratio.minima > BOUND)
     extra_ms = worst.latency_ms - (worst.alone_ms or 0.0)
     cost = f"route {worst.route} costs {_figures(ratio, worst.cpu)} of router alone + expert alone"
     if not any(above):
+        if made.why is not None:
+            return Verdict(
+                "unclear", made.bundle, None, f"{cost}; at most {BOUND}, but {made.why}."
+            )
         return Verdict("sparse", made.bundle, True, f"{cost}; at most {BOUND}.")
     if not all(above):
         says = f"{cost}: medians and minima disagree about {BOUND}. Measure longer, or alone."

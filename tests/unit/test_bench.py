@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import ExitStack
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +106,36 @@ def test_every_form_is_called_once_a_round_and_every_time_is_kept() -> None:
     assert len(orders) > 1  # else each form always has the same predecessor
 
 
+def test_orders_are_drawn_anew_for_each_round_and_are_of_the_seed() -> None:
+    rounds = measuring.DRAWN + 3  # more than are drawn at once
+    orders = [list(islice(measuring._orders(4, seed), rounds)) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    assert all(sorted(order) == [0, 1, 2, 3] for order in orders[0])
+    assert len({tuple(order) for order in orders[0]}) == 24
+    assert orders[0][:3] != orders[0][measuring.DRAWN :]
+
+
+def test_a_latency_holds_the_call_and_no_other_clock() -> None:
+    wall, cpu = FakeClock(), FakeClock()
+
+    def cpu_ns() -> int:
+        wall.work(1)  # to read it takes time
+        return cpu()
+
+    (took,) = measuring.interleave(
+        [lambda _: wall.work(5)], Plan(rounds=2), wall_ns=wall, cpu_ns=cpu_ns
+    )
+    assert took.wall_ms.tolist() == [5, 5]
+
+
+def test_no_garbage_is_collected_within_a_call_and_it_is_afterwards() -> None:
+    seen: list[bool] = []
+    assert gc.isenabled()
+    measuring.interleave([lambda _: seen.append(gc.isenabled())], Plan(rounds=2))
+    assert seen == [True, False, False]  # the first is the warm-up
+    assert gc.isenabled()
+
+
 def test_duration_and_warm_up_are_kept() -> None:
     clock, calls = FakeClock(), []
 
@@ -160,6 +193,24 @@ def test_the_certificate_of_a_split_bundle_is_of_its_own_parts() -> None:
     assert (against.baseline, against.same_lowering, against.dense) == ("dense", True, True)
     assert [r.medians for r in against.ratios] == pytest.approx([11 / 40, 22 / 40])
     assert against.worst.medians == pytest.approx(22 / 40)
+
+
+@pytest.mark.parametrize("missing", ["route 0", "expert 0 alone"])
+def test_a_route_that_is_missing_makes_nothing_sparse(missing: str) -> None:
+    some = {name: samples for name, samples in TIMES.items() if name != ("split", missing)}
+    made = certificate.certify(SPLIT, [SPLIT], some)
+    assert made.why == "route 0 of 2 could not be judged: not asked for, or failed"
+    (said,) = verdicts.of_certificate(made)
+    assert (said.name, said.good) == ("unclear", None)
+    assert "route 1 costs 1.10" in said.says
+    assert said.says.endswith(f"but {made.why}.")
+
+
+def test_certificates_of_several_threads_are_told_apart() -> None:
+    made = certificate.certify(SPLIT, [SPLIT, DENSE], TIMES)
+    said = verdicts.of_certificate(replace(made, threads=2))
+    assert [v.name for v in said] == ["sparse", "against"]
+    assert all(v.says.startswith("threads 2: ") for v in said)
 
 
 def test_a_clock_of_cpu_time_that_is_too_coarse_gives_no_ratio() -> None:

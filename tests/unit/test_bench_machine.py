@@ -176,6 +176,15 @@ def test_a_run_that_slows_down_is_told_from_noise_and_from_one_slow_form() -> No
     assert not one.sure
 
 
+def test_bursts_that_last_for_many_rounds_are_no_trend() -> None:
+    calm = np.random.default_rng(0).normal(10, 0.01, 1200)
+    burst = np.repeat([1, 1, 1.4, 1, 1.4, 1, 1, 1.4, 1.4, 1, 1.4, 1.4], 100)
+    found = drift([calm * burst])
+    assert found is not None
+    assert found.ratio > 1.3  # by the rounds one by one it would be beyond any doubt
+    assert not found.sure
+
+
 def test_a_short_run_has_no_trend() -> None:
     assert drift([np.arange(1.0, 12.0)]) is None
     assert drift([]) is None

@@ -149,3 +149,20 @@ def test_other_formats_are_refused(name: str, tmp_path: Path) -> None:
         plots.targets(tmp_path / "file")
     assert plots.targets(tmp_path / "x.SVG") == [tmp_path / "x.SVG"]
     assert len(plots.targets(tmp_path)) == 6
+
+
+def test_names_in_a_legend_tell_apart_and_are_never_cut_off() -> None:
+    one, two, other = ("b", 1, "onnxruntime"), ("b", 2, "onnxruntime"), ("torch", 1, "torch")
+    assert plots._names([one, other]) == ["b", "torch"]
+    assert plots._names([one, two, other]) == ["b, 1 thread", "b, 2 threads", "torch, 1 thread"]
+    assert plots._names([one, ("b", 1, "torch")]) == [
+        "b, 1 thread, onnxruntime", "b, 1 thread, torch",
+    ]  # fmt: skip
+    assert plots._names([]) == []
+    long = "a-bundle-of-a-long-name, 2 threads"
+    for labels in (["routed", "part alone"], [long] * 4, ["x" * 90, "y"]):
+        beside = plots._columns(labels)
+        assert beside == 1 or beside * (max(map(len, labels)) + plots.MARK) <= plots.LETTERS
+    assert plots._columns(["routed", "part alone"]) == 2
+    assert plots._columns(["a" * 300]) == 1
+    assert plots._columns([long] * 4) == 2

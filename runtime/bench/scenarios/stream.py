@@ -74,8 +74,8 @@ def run(
                     began, before = now, _counts(stream)
                     continue
                 ages.append(result.age_ms)
-                if now - began >= settings.duration:
-                    break
+                if now - began >= settings.duration and len(ages) % made.streams == 0:
+                    break  # a last hop of some streams alone would be too few windows for its time
         except KeyboardInterrupt:
             whole = False
         after = _counts(stream)
@@ -83,17 +83,22 @@ def run(
     if not ages:
         why = f"no window was labelled in {how.duration:.1f} s of {made.streams} streams"
         return (record.failure(made, why) if whole else None), whole
-    counted = {name: after[name] - before[name] for name in COUNTS}
-    counts = Streamed(
-        seconds=max(now - began, 1e-9),
-        hop_s=hop_s,
-        windows=len(ages),
-        windows_dropped=counted["windows_dropped"] + counted["results_dropped"],
-        windows_incomplete=counted["windows_incomplete"],
-        frames=counted["frames"],
-        frames_dropped=counted["frames_dropped"],
-    )
+    since = {name: after[name] - before[name] for name in COUNTS}
+    counts = _streamed(since, len(ages), max(now - began, 1e-9), hop_s)
     return record.stream_row(made, np.array(ages), counts, settings.percentile), whole
+
+
+def _streamed(since: dict[str, int], windows: int, seconds: float, hop_s: float) -> Streamed:
+    """Return what was counted since the warm-up; a result that was dropped is a window lost."""
+    return Streamed(
+        seconds=seconds,
+        hop_s=hop_s,
+        windows=windows,
+        windows_dropped=since["windows_dropped"] + since["results_dropped"],
+        windows_incomplete=since["windows_incomplete"],
+        frames=since["frames"],
+        frames_dropped=since["frames_dropped"],
+    )
 
 
 def _counts(stream: Stream) -> dict[str, int]:
