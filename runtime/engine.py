@@ -28,6 +28,7 @@ from .online import States
 from .threads import of_engine
 
 TRITON = "triton"  # what --server is for
+MOST_THREADS = 256  # a thousand take minutes to start
 
 
 class Prediction(NamedTuple):
@@ -84,8 +85,8 @@ def load(
         MissingDependencyError: the backend is not installed.
         ServerError: the server does not answer.
     """
-    if threads is not None and threads < 1:
-        raise SettingError(f"--threads is {threads}; it must be at least 1.")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise SettingError(f"--threads is {threads}; it must be from 1 to {MOST_THREADS}.")
     if threads is None and streams:
         threads = of_engine(streams)
     read = bundle if isinstance(bundle, Bundle) else bundles.read(Path(bundle))

@@ -218,8 +218,9 @@ def test_backend_and_device_are_checked(path: Path) -> None:
         load(path, backend="onnxruntim")
     with pytest.raises(SettingError, match="--device is 'gpu'"):
         load(path, device="gpu")
-    with pytest.raises(SettingError, match="--threads is 0"):
-        load(path, threads=0)
+    for threads in (0, 1000):
+        with pytest.raises(SettingError, match=f"--threads is {threads}; it must be from 1 to 256"):
+            load(path, threads=threads)
 
 
 def test_without_a_backend_it_says_what_to_install(
