@@ -70,7 +70,7 @@ class Page:
 
 def page(command: click.Command) -> Page:
     """Return what a command says of itself."""
-    ctx = click.Context(command, info_name=command.name)
+    ctx = click.Context(command, info_name=command.name, **command.context_settings)
     arguments = [p for p in command.params if isinstance(p, click.Argument)]
     grouped = getattr(command, "topics", None)
     options = [

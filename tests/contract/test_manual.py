@@ -28,7 +28,7 @@ def test_the_table_is_what_the_commands_take() -> None:
 @pytest.mark.parametrize("name", DOORS)
 def test_help_from_the_table_is_the_commands_own(name: str) -> None:
     command = _real(name)
-    own = command.get_help(click.Context(command, info_name=name))
+    own = command.get_help(click.Context(command, info_name=name, **command.context_settings))
     assert manual.help_text(name, manual.pages()[name]) == own
 
 

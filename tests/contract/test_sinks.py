@@ -7,20 +7,23 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
 from tests import videos
 from vmoe import registry
-from vmoe.errors import OutputError, SettingError, SourceError
+from vmoe.errors import MissingDependencyError, OutputError, SettingError, SourceError
 from vmoe.runtime import sinks
 from vmoe.runtime.frames import Frame, Stop
 from vmoe.runtime.results import Result
@@ -374,9 +377,33 @@ def test_no_screen_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
             window.open(Stop())
 
 
+def with_windows(folder: Path) -> dict[str, str]:
+    """Return an environment whose OpenCV has windows: ours has none, another goes to a folder."""
+    if re.search(r"GUI: +NONE", cv2.getBuildInformation()) is None:
+        return dict(os.environ)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--target",
+        str(folder),
+        f"opencv-python=={version('opencv-python-headless')}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"an OpenCV with windows cannot be installed: {done.stderr.strip()[-200:]}")
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
 @pytest.mark.skipif(shutil.which("Xvfb") is None, reason="no Xvfb here to show a window on")
 def test_a_window_shows_the_stream(tmp_path: Path) -> None:
     """In a process of its own: OpenCV keeps one window system for a process's life."""
+    own = with_windows(tmp_path)
     screen = subprocess.Popen(
         ["Xvfb", "-displayfd", "1", "-nolisten", "tcp"],
         stdout=subprocess.PIPE,
@@ -393,7 +420,7 @@ def test_a_window_shows_the_stream(tmp_path: Path) -> None:
         )
         root = Path(__file__).parents[2]
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=root, env={**os.environ, "DISPLAY": display},
+            [sys.executable, "-c", code], cwd=root, env={**own, "DISPLAY": display},
             capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -402,6 +429,18 @@ def test_a_window_shows_the_stream(tmp_path: Path) -> None:
         screen.wait()
         assert screen.stdout is not None
         screen.stdout.close()
+
+
+def test_windows_that_opencv_does_not_have_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise cv2.error("The function is not implemented.")
+
+    monkeypatch.setattr(cv2, "namedWindow", refuse)
+    with (
+        pytest.raises(MissingDependencyError, match="pip uninstall opencv-python-headless && pip"),
+        window.Screen(Stop()),
+    ):
+        pass
 
 
 def test_long_labels_and_small_frames_can_be_drawn() -> None:

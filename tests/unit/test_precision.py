@@ -314,7 +314,7 @@ class Transform(nn.Module):
     """A layer that ONNX has no operator for."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.special.i0e(x) * torch.linalg.matrix_exp(x[..., :4, :4]).sum()
+        return torch.special.i0e(x) * torch.linalg.matrix_exp(x[..., :4, :4].contiguous()).sum()
 
 
 def test_a_layer_that_cannot_be_exported_is_named_with_its_place() -> None:
