@@ -1,4 +1,4 @@
-"""The `vmoe` command: demo, doctor, inspect; and the doors of the other commands.
+"""The `vmoe` command: demo, inspect, doctor, completion, man; and the doors of the others.
 
 The one base file that imports rooms, lazily: a command whose packages are missing says so.
 """
