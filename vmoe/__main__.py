@@ -229,10 +229,10 @@ def _self_test(out: Path, device: str, *, dry_run: bool, as_json: bool) -> None:
 
     if dry_run:
         steps = selftest.listed()
-        text = "\n".join(f"{step['step']}: {step['what']}" for step in steps)
-        cli.print_json({"steps": steps, "out": str(out)}) if as_json else click.echo(
-            f"{text}\nreport: {out}"
-        )
+        if as_json:
+            cli.print_json({"steps": steps, "out": str(out)})
+        else:
+            click.echo("\n".join(f"{s['step']}: {s['what']}" for s in steps) + f"\nreport: {out}")
         return
     output.probe(out)
     found = selftest.run(device)

@@ -65,10 +65,10 @@ def _command(name: str, about: Page, parts: Mapping[str, Page]) -> click.Command
 
 
 def _option(option: Option) -> click.Option:
-    known: Callable[[], list[str]] | None = lambda: list(option.choices)  # noqa: E731
     name = option.names[0].lstrip("-").replace("-", "_")
-    if not option.choices:
-        known = VALUES.get(name)
+    known: Callable[[], list[str]] | None = (
+        (lambda: list(option.choices)) if option.choices else VALUES.get(name)
+    )
     kind = _Values(known, path=option.path or name in TEXTS_OR_PATHS, many=option.many)
     extra: dict[str, Any] = {"is_flag": True} if option.takes == "flag" else {"type": kind}
     if option.takes == "optional":

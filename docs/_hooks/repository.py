@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS, SHOWN = "docs", "repository"
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)")
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+AS_IT_IS = (".md", ".png", ".svg")  # what is a page or a picture already
 LANGUAGES = {".py": "python", ".json": "json", ".toml": "toml", ".yaml": "yaml"}
 
 
@@ -53,7 +54,7 @@ def found(origin: str, link: str) -> str | None:
 def page(config: Any, target: str) -> File:
     """Return a file outside of docs/ as a page or a picture of the site."""
     path = ROOT / target
-    if path.suffix in (".md", ".png", ".svg"):
+    if path.suffix in AS_IT_IS:
         return File.generated(config, f"{SHOWN}/{target}", abs_src_path=str(path))
     code = path.read_text(encoding="utf-8")
     text = f"# {target}\n\n````{LANGUAGES.get(path.suffix, 'text')}\n{code}````\n"
@@ -80,8 +81,7 @@ def at(target: str) -> str:
     """Return where the site has a file of the repository."""
     if target.startswith(f"{DOCS}/"):
         return target.removeprefix(f"{DOCS}/")
-    plain = Path(target).suffix in (".md", ".png", ".svg")
-    return f"{SHOWN}/{target}" if plain else f"{SHOWN}/{target}.md"
+    return f"{SHOWN}/{target}" if Path(target).suffix in AS_IT_IS else f"{SHOWN}/{target}.md"
 
 
 def relative(here: str, target: str) -> str:
