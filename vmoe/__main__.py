@@ -212,8 +212,11 @@ def doctor(self_test: bool, dry_run: bool, out: Path, device: str, as_json: bool
     if self_test:
         _self_test(out, device, dry_run=dry_run, as_json=as_json)
         return
-    if dry_run:
-        raise SettingError("--dry-run is for --self-test: give that too, or leave it out.")
+    given = click.get_current_context().get_parameter_source
+    for name in ("dry_run", "out", "device"):
+        if given(name) is click.core.ParameterSource.COMMANDLINE:
+            flag = f"--{name.replace('_', '-')}"
+            raise SettingError(f"{flag} is for --self-test: give that too, or leave it out.")
     found = doctors.found()
     if as_json:
         cli.print_json(found)
