@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +14,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vmoe.runtime")
 T = TypeVar("T")
+_loggers: dict[Any, Any] = {}  # by the module tensorrt
 
 
-@functools.cache
 def logger(trt: Any) -> Any:
     """Return the logger of a TensorRT: it keeps the last error, and tells -v the warnings.
 
@@ -27,6 +26,12 @@ def logger(trt: Any) -> Any:
 
     `logger.said()` gives the last error, and forgets it.
     """
+    if trt not in _loggers:
+        _loggers.setdefault(trt, _made(trt))  # another thread's, if that was sooner
+    return _loggers[trt]
+
+
+def _made(trt: Any) -> Any:
     severity = trt.ILogger.Severity
 
     class Log(trt.ILogger):  # type: ignore[misc]  # a class of TensorRT's, known when it is there
