@@ -129,7 +129,10 @@ class Fake(ModuleType):
         self.calls.append((f"{path}.{name}", given))
         if f"{path}.{name}" in self.answers:
             self.complain()
-            return self.answers[f"{path}.{name}"]
+            answer = self.answers[f"{path}.{name}"]
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
         work = getattr(self, f"_{path}_{name}", None)
         assert work is not None, f"the fake does not know what {path}.{name} does"
         return work(me, *given)
@@ -170,6 +173,7 @@ class Fake(ModuleType):
         pass
 
     def _ILogger___init__(self, me: Any) -> None:
+        assert not hasattr(self, "_logger"), "TensorRT writes to the first logger, gone or not"
         self._logger = me
 
     def _Builder___init__(self, me: Any, logger: Any) -> None:

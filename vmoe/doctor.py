@@ -48,7 +48,7 @@ UNVERIFIED = [  # on any machine of ours; --self-test is for those marked with *
     "* TensorRT reading the ONNX, its plans and what they answer, fp32, fp16",
     "* CUDA graphs of plans, the arena that parts share, latency by route",
     "* the layers that TensorRT's inspector names, and their types",
-    "plans that are int8, stripped, version-compatible or for other GPUs; --torch-trt",
+    "plans that are int8, TF32, dense, stripped, version-compatible, for other GPUs; --torch-trt",
     "* the plugins of --lowering plugin in TensorRT, and its one plan",
     "Triton's onnxruntime and tensorrt backends; the images of docker/",
     "Jetson (JetPack 6 and 7), ARM servers",

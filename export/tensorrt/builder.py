@@ -188,10 +188,7 @@ def inspected(
     engine = runtime.deserialize_cuda_engine(plan)
     checked(engine, f"{name}: deserialize_cuda_engine", log_)
     if settings.strip:
-        refitter = trt.Refitter(engine, log_)
-        parser = trt.OnnxParserRefitter(refitter, log_)
-        checked(parser.refit_from_bytes(onnx), f"{name}: refit_from_bytes", log_)
-        checked(refitter.refit_cuda_engine(), f"{name}: refit_cuda_engine", log_)
+        _trt.refit(trt, engine, onnx, name, log_)
     strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED  # it will not be run
     context = checked(
         engine.create_execution_context(strategy), f"{name}: create_execution_context", log_

@@ -106,7 +106,7 @@ def run(
     with output.whole_folder(out, overwrite=overwrite) as folder:
         made, gates = plans.write(source, folder, settings, at)
         _plan.note(part.hashes[part.file] for part in made.parts.values())
-        compared = _agrees(source, folder, gpu)
+        compared = _agrees(source, folder, gpu, settings)
         gates += compared
         for gate in gates:
             log.info("%s", gate.line())
@@ -129,12 +129,12 @@ KEPT = ("model", "lowering", "calibration", "flops_per_clip")  # as true of plan
 OF_ONNX = ("clean", "robust")  # measured on the ONNX: nobody looked whether the plans hold them
 
 
-def _agrees(source: bundles.Bundle, folder: Path, gpu: str) -> list[Gate]:
+def _agrees(source: bundles.Bundle, folder: Path, gpu: str, settings: BuildSettings) -> list[Gate]:
     why = agreement.why_unavailable()
     if why:
         log.warning("the plans are not compared with their ONNX: %s", why)
         return []
-    return agreement.compare(source, folder, gpu).gates()
+    return agreement.compare(source, folder, gpu, tf32=settings.tf32).gates()
 
 
 if __name__ == "__main__":

@@ -174,9 +174,7 @@ def write(
         gates += proof.gates(name, part.layers, parts[name].layers)
         log.info("plan     %s: %.1f MiB, layers %s (%.1f s)", name, len(made.plan) / 2**20,
                  _counts(parts[name].layers), time.monotonic() - begin)  # fmt: skip
-    if settings.timing_cache is not None:
-        with output.whole_file(settings.timing_cache) as file:
-            file.write_bytes(cache)
+    _keep(settings.timing_cache, cache)
     made_of = replace(
         source, path=folder, parts=parts, others={},
         versions={**source.versions, "tensorrt": at.machine.tensorrt},
@@ -242,6 +240,12 @@ def plugins(graph: bytes) -> tuple[str, ...]:
 def _read(path: Path | None) -> bytes:
     """Return a timing cache that is there; empty where it is not yet."""
     return path.read_bytes() if path is not None and path.exists() else b""
+
+
+def _keep(path: Path | None, cache: bytes) -> None:
+    if path is not None:
+        with output.whole_file(path) as file:
+            file.write_bytes(cache)
 
 
 def _counts(found: Mapping[str, int]) -> str:

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from vmoe.errors import EngineMismatchError, MissingDependencyError, SettingError
 
 NAME_BYTES = 256
-# How long the host asks whether the stream is done, before it sleeps until it is. A sleep ends 25
-# to 60 us late (benchmarks/results/gpu.md); a router takes about 100 us, and what takes longer than
+# How long the host asks whether the stream is done, before it leaves the wait to the driver (who
+# spins or sleeps, as the context's flags say: by default mostly the former). That wait ends 25 to
+# 60 us late (benchmarks/results/gpu.md); a router takes about 100 us, and what takes longer than
 # this is an expert, beside which 60 us are little. To ask costs others little, too: each question
 # lets go of the interpreter's lock, and though who asks again mostly has it back first, 200 us are
 # far below the 5 ms after which a thread that waits for the lock is given it.
@@ -85,7 +86,7 @@ def _check(name: str, error: Any) -> None:
 
 
 def finish(driver: Any, stream: Any) -> None:
-    """Wait until a stream has done all it was given: ask for SPIN_S, then sleep.
+    """Wait until a stream has done all it was given: ask for SPIN_S, then let the driver wait.
 
     Args:
         driver: `cuda.bindings.driver`.

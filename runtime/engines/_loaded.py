@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from vmoe.bundle import Part, Port
 from vmoe.errors import EngineMismatchError
 
-from . import Outputs, _plan
+from . import Outputs, _plan, _trt
 from ._clock import Clock
 from ._cuda import Gpu
 from ._trt import checked
@@ -200,8 +200,7 @@ class Loaded:
                    "set_optimization_profile_async")  # fmt: skip
         gpu.wait()
         self._must(context.set_input_shape(CLIP, (size, *shared.shape)), "set_input_shape")
-        unknown = context.infer_shapes()
-        self._must(not unknown, f"infer_shapes ({', '.join(unknown)})")
+        _trt.shapes(context, self.name, shared.log)
         return context
 
     def _must(self, ok: bool, what: str) -> None:

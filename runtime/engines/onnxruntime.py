@@ -14,7 +14,7 @@ import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -120,7 +120,8 @@ class OnnxRuntime:
         Raises:
             CorruptBundleError: its files changed since the bundle was read.
             BundleError: the graph is not one that ONNX Runtime reads.
-            EngineMismatchError: its inputs or outputs are not what the manifest says.
+            EngineMismatchError: its inputs or outputs are not what the manifest says, or it cannot
+                run as CUDA graphs.
             MissingDependencyError: the device asked cannot be used.
         """
         path = self._folder / part.file
@@ -131,7 +132,7 @@ class OnnxRuntime:
         try:
             session = session or self._session(path, self._options())
         except Exception as e:  # ORT's errors share no base class but Exception
-            raise BundleError(f"{path}: onnxruntime cannot load it: {_first_line(e)}") from e
+            self._refuse(path, _first_line(e), e)
         if self._cuda is not None and CUDA not in session.get_providers():
             if self._asked or self._graphs:
                 raise MissingDependencyError(
@@ -154,6 +155,14 @@ class OnnxRuntime:
             return answer
 
         return run
+
+    def _refuse(self, path: Path, said: str, e: Exception) -> NoReturn:
+        if self._graphs:  # it takes no node that runs on the CPU, nor control flow
+            raise EngineMismatchError(
+                f"{path}: onnxruntime makes no CUDA graph of it: {said.rstrip('.')}. "
+                "Leave out --cuda-graph."
+            ) from e
+        raise BundleError(f"{path}: onnxruntime cannot load it: {said}") from e
 
     def _as_graph(self, session: Any, part: Part) -> Run:
         """Make a part ready to run as CUDA graphs, one for each batch."""

@@ -16,7 +16,7 @@ import importlib.util
 import math
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -35,10 +35,7 @@ from . import BackendSettings, Outputs, Run, Times, _cuda, _plan, _trt
 from ._clock import Clock
 from ._cuda import Gpu
 from ._loaded import CLIP, Loaded, Shared
-from ._trt import checked, constructed
-
-if TYPE_CHECKING:
-    import tensorrt as trt
+from ._trt import constructed
 
 FORMATS = ("plan",)
 DEVICES = ("cuda",)
@@ -145,7 +142,8 @@ class TensorRt:
                 said = self._shared.log.said()
                 raise BundleError(f"{self._folder / part.file}: TensorRT cannot load it: {said}.")
             if was.weights:
-                self._refit(engine, was.weights)
+                weights = self._folder / was.weights
+                _trt.refit(self._trt, engine, weights, str(weights), self._shared.log)
             self._grow(engine.device_memory_size_v2)
             loaded = Loaded(self._shared, engine, part, was.batch)
             self._loaded.append(loaded)
@@ -163,14 +161,6 @@ class TensorRt:
                 f"{self._folder} changed while {part.file} was loaded. Load it again."
             )
         return plan
-
-    def _refit(self, engine: trt.ICudaEngine, weights: str) -> None:
-        """Give a stripped plan its weights, from the graph that it was built from."""
-        trt, log, path = self._trt, self._shared.log, str(self._folder / weights)
-        refitter = trt.Refitter(engine, log)
-        parser = trt.OnnxParserRefitter(refitter, log)
-        checked(parser.refit_from_file(path), f"{path}: refit_from_file", log)
-        checked(refitter.refit_cuda_engine(), f"{path}: refit_cuda_engine", log)
 
     def _grow(self, size: int) -> None:
         """Make the arena large enough; what was captured with the old one is made anew."""

@@ -127,9 +127,13 @@ def shared() -> Launcher:
 
 
 def _context() -> int:
+    """Return a number that no other context of the process has, also when this one is gone.
+
+    Its address is another's after that, whose kernels are not those that were loaded here.
+    """
     try:
         from cuda.bindings import driver
 
-        return int(driver.cuCtxGetCurrent()[1])
+        return int(driver.cuCtxGetId(None)[1] or 0)
     except (ImportError, RuntimeError):
         return 0  # Launcher says what is missing

@@ -145,7 +145,8 @@ class Node:
 
     def get_fields_to_serialize(self) -> Any:
         """Return the attributes; their memory belongs to this plugin, and lives as long."""
-        return collection(self.trt, self.values)
+        self._fields = fields_of(self.trt, self.values)
+        return self._fields[0]
 
     def attach_to_context(self, _context: Any) -> Any:
         """Return a copy for one execution context."""
@@ -281,10 +282,15 @@ class Convolution(Node):
 NODES: tuple[type[Node], ...] = (TopK, Linear, Convolution)
 
 
-def collection(trt: Any, values: Mapping[str, NDArray[np.int32]]) -> Any:
-    """Return attributes as TensorRT takes them: it keeps the arrays' addresses, not the arrays."""
+def fields_of(trt: Any, values: Mapping[str, NDArray[np.int32]]) -> tuple[Any, list[Any]]:
+    """Return attributes as TensorRT takes them, and the fields inside.
+
+    TensorRT takes addresses, and reads there later: of the collection's memory, of names, of
+    arrays. Who gives it a collection has to keep both that are returned, and the arrays.
+    """
     kind = trt.PluginFieldType.INT32
-    return trt.PluginFieldCollection([trt.PluginField(n, v, kind) for n, v in values.items()])
+    fields = [trt.PluginField(name, value, kind) for name, value in values.items()]
+    return trt.PluginFieldCollection(fields), fields
 
 
 def plugin(trt: Any, node: type[Node]) -> type[Any]:
@@ -312,7 +318,8 @@ def creator(trt: Any, node: type[Node]) -> Any:
         self.name, self.plugin_version = node.op_type, VERSION
         self.plugin_namespace = NAMESPACE
         self.held = {name: np.array(value, np.int32) for name, value in node.fields.items()}
-        self.field_names = collection(trt, self.held)
+        self.fields = fields_of(trt, self.held)
+        self.field_names = self.fields[0]
 
     def create_plugin(_self: Any, _name: str, given: Any, _phase: Any) -> Any:
         return made({

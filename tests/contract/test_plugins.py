@@ -44,7 +44,8 @@ def hidden(made):
 
 def answers(node):
     creator = nodes.creator(trt, node)
-    given = nodes.collection(trt, {k: np.array(v, np.int32) + 1 for k, v in node.fields.items()})
+    values = {k: np.array(v, np.int32) + 1 for k, v in node.fields.items()}
+    given, _held = nodes.fields_of(trt, values)
     built = creator.create_plugin("layer", given, trt.TensorRTPhase.BUILD)
     kept = built.get_fields_to_serialize()
     run = creator.create_plugin("layer", kept, trt.TensorRTPhase.RUNTIME).attach_to_context(None)
@@ -66,6 +67,8 @@ def answers(node):
                     fields(*theirs(creator, trt.IPluginCreatorV3One, "field_names"))],
         "plugin": [*theirs(run, CORE, "plugin_name", "plugin_version", "plugin_namespace"),
                    *theirs(run, BUILD, "num_outputs")],
+        # The bindings keep addresses inside of what Python returned.
+        "keeps": built._fields[0] is kept and len(built._fields[1]) == len(node.fields),
         "hidden": hidden(run) + hidden(creator),
         "lacks": [name for name in DEMANDED
                   if not any(name in vars(cls) for cls in (node, *node.__mro__))],
@@ -100,6 +103,7 @@ def test_classes_and_creators_answer_alike_on_every_version(bindings: Bindings) 
         assert said["creator"][:3] == [name, "1", "vmoe"]
         assert said["plugin"][:3] == [name, "1", "vmoe"]
         assert said["fields"][0] == said["fields"][1], "a plan would give other attributes back"
+        assert said["keeps"] is True
         assert said["is"] == [True] * 4
         assert said["capabilities"] is True
         assert said["hidden"] == [], "TensorRT would never see what is set"

@@ -208,6 +208,9 @@ def test_plans_of_onnx_are_compared_with_onnx_runtime(
         assert engine.backend_name == "tensorrt"
     assert gpu.left() == {}
     assert "exists" in last_line(run(parts, "--trt", "--from-onnx", "--out", out))
+    result = run(parts, "--trt", "--from-onnx", "--tf32", "--out", tmp_path / "tf32", "--json")
+    coarser = [gate["bound"] for gate in json.loads(result.stdout)["gates"][-3:]]
+    assert coarser == [agreement.PARITY["fp16"]] * 2 + [0]
     monkeypatch.setattr(agreement, "PARITY", {"fp32": -1.0})
     result = run(parts, "--trt", "--from-onnx", "--out", tmp_path / "wrong")
     assert result.exit_code == 3

@@ -98,6 +98,18 @@ def test_a_graph_that_fails_is_one_line(path: Path, spec: ClipSpec, asked: list[
             engine.infer(clips)
 
 
+def test_a_part_that_onnx_runtime_makes_no_graph_of_says_what_to_leave_out(
+    path: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL : not all nodes are on CUDA.")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuses)
+    why = r"router\.onnx: onnxruntime makes no CUDA graph of it: not .* CUDA\. Leave out --cuda-g"
+    with pytest.raises(EngineMismatchError, match=why):
+        load(path, "onnxruntime", "cuda:0", cuda_graph=True)
+
+
 def test_a_cpu_has_no_cuda_graphs(path: Path) -> None:
     with pytest.raises(SettingError, match="onnxruntime runs on the CPU here, which has no CUDA g"):
         load(path, "onnxruntime", "cpu", cuda_graph=True)

@@ -217,6 +217,8 @@ DRIVER = r"""
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+static int contexts = 7;  /* the number of the current one */
+void another(void) { contexts++; }
 static int params;  /* of the kernel that was found last */
 static int fails(const char *name) {
     const char *wanted = getenv("STUB_FAILS");
@@ -224,7 +226,7 @@ static int fails(const char *name) {
 }
 int cuInit(unsigned flags) { return 0; }
 int cuCtxGetDevice(int *device) { *device = 0; return fails("cuCtxGetDevice"); }
-int cuCtxGetCurrent(void **context) { *context = (void *)7; return 0; }
+int cuCtxGetId(void *context, unsigned long long *id) { *id = contexts; return 0; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
     *value = atoi(getenv(attribute == 75 ? "STUB_MAJOR" : "STUB_MINOR"));
     return 0;
@@ -257,7 +259,7 @@ int cuLaunchKernel(void *f, unsigned x, unsigned y, unsigned z, unsigned threads
 #define GIVE(function) if (!strcmp(name, #function)) { *found = (void *)function; return 0; }
 int cuGetProcAddress_v2(const char *name, void **found, int version, unsigned long flags,
                         void *status) {
-    GIVE(cuInit) GIVE(cuCtxGetDevice) GIVE(cuCtxGetCurrent) GIVE(cuDeviceGetAttribute)
+    GIVE(cuInit) GIVE(cuCtxGetDevice) GIVE(cuCtxGetId) GIVE(cuDeviceGetAttribute)
     GIVE(cuModuleLoadData) GIVE(cuModuleGetFunction) GIVE(cuFuncSetAttribute) GIVE(cuLaunchKernel)
     if (!strcmp(name, "cuGetProcAddress")) { *found = (void *)cuGetProcAddress_v2; return 0; }
     *found = 0;
@@ -268,9 +270,12 @@ int cuGetProcAddress(const char *name, void **found, int version, unsigned long 
 }
 """
 LAUNCHES = """
+import ctypes
 from vmoe.runtime.plugins import calls, launch
 made = launch.shared()
 assert launch.shared() is made
+ctypes.CDLL("libcuda.so.1").another()
+assert launch.shared() is not made
 for call in calls.topk(101, 102, 103, 9, 4, 2) * 2:
     made.launch(call, 77)
 conv = calls.Conv3d(64, 64, (8, 56, 56), 64, (3, 3, 3), (1, 1, 1), (1, 1, 1))

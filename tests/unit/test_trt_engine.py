@@ -152,6 +152,8 @@ def test_every_refusal_while_it_runs_is_one_line_with_its_words(
          "router.plan: set_optimization_profile_async"),
         ("IExecutionContext.set_input_shape", False, "router.plan: set_input_shape"),
         ("IExecutionContext.infer_shapes", ["clip"], "router.plan: infer_shapes (clip)"),
+        ("IExecutionContext.infer_shapes", RuntimeError("infer_shapes error code: -1"),
+         "router.plan: infer_shapes failed"),
         ("IExecutionContext.set_tensor_address", False, "router.plan: set_tensor_address(clip)"),
         ("IExecutionContext.execute_async_v3", False, "router.plan: execute_async_v3"),
     ]  # fmt: skip

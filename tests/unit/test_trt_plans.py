@@ -100,6 +100,10 @@ def test_a_stripped_plan_gets_its_weights_from_the_onnx_beside_it(
         trt.answers = {call: False}
         with pytest.raises(EngineMismatchError, match=rf"^router: {why} failed: {WHY}"):
             built(source, BuildSettings(strip=True), "refused")
+    for made in ("Refitter", "OnnxParserRefitter"):
+        trt.answers = {made: None}
+        with pytest.raises(EngineMismatchError, match=f"^TensorRT: {made} cannot be made: "):
+            load(path)
 
 
 def test_the_timing_cache_is_kept_and_one_of_another_version_is_replaced(
