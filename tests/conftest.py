@@ -31,13 +31,16 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _log_as_found() -> Iterator[None]:
-    """Put the log back as it was: a command that runs in this process talks to its own stderr."""
-    log = logging.getLogger("vmoe")
-    handlers, level, propagate = list(log.handlers), log.level, log.propagate
+def _log_of_nobody() -> Iterator[None]:
+    """Make the log nobody's again: a command that ran in this process talks to its own stderr.
+
+    Not as it was found: a fixture of the session may have run one before.
+    """
     yield
-    log.handlers[:], log.propagate = handlers, propagate
-    log.setLevel(level)
+    log = logging.getLogger("vmoe")
+    log.handlers.clear()
+    log.propagate = True
+    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
