@@ -16,8 +16,8 @@ bench_overhead
     loop's time of a call.
 bench_agreement
     Share of the forms (free, each route, each part alone, all experts) for which two runs of the
-    command, one after another, agree: the 95 % intervals of the median that the two records state
-    (`low` to `high` of `latency_ms`) overlap. `apart` is the largest distance between two medians
+    command, one after another, agree: the spreads that the two records state (`low` to `high` of
+    `latency_ms`) overlap. `apart` is the largest distance between two medians
     of a form, as a share, and `outside` the largest among those that do not agree; `cpu` is the
     share by CPU time, which other processes do not stretch.
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 Times = NDArray[np.float64]  # one value for each round, in ms
 LEVEL = 0.95
-BLOCKS = 12
+BLOCKS, LEAST = 12, 6  # stretches of a run; calls below which nothing is said of them
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Summary:
         min, max, mean, median: in ms.
         percentiles: in ms, by the percentile's name: "50", "99.9".
         cv: coefficient of variation: deviation over mean; 0 of a single call.
-        low, high: 95 % interval of the median (`spread`); None below 6 calls.
+        low, high: least and greatest median of a stretch (`spread`); None below 6 calls.
     """
 
     n: int
@@ -72,14 +72,23 @@ def summarise(times: Times, percentiles: Sequence[float] = (50, 90, 95, 99)) -> 
 
 
 def spread(times: Times) -> tuple[float | None, float | None]:
-    """Return a 95 % interval of the median of calls in their order; (None, None) below 6.
+    """Return how far a run's median moves meanwhile, of calls in order; (None, None) below 6.
 
     Calls that follow each other share what happens to the machine, so that each is no evidence of
-    its own. The interval is that of the medians of up to BLOCKS stretches of the run: batch means,
-    with medians.
+    its own, and an interval of the median that takes them for that is too narrow to hold the next
+    run's. The ends are the least and the greatest median of BLOCKS stretches of the run: were
+    stretches alike, the next would lie between them in 11 of 13 cases.
     """
+    if len(times) < LEAST:
+        return None, None
+    medians = _by_stretches(times)
+    return float(medians.min()), float(medians.max())
+
+
+def _by_stretches(times: Times) -> Times:
+    """Return the medians of up to BLOCKS stretches of a run."""
     stretches = np.array_split(times, min(BLOCKS, len(times)))
-    return median_interval(np.array([np.median(stretch) for stretch in stretches]))
+    return np.array([np.median(stretch) for stretch in stretches])
 
 
 def ratio(over: Times, *under: Times) -> Ratio:
@@ -107,7 +116,7 @@ class Drift:
 
     Attributes:
         ratio: of the halves' median slowness; 1.1 is 10 % slower at the end.
-        sure: the 95 % intervals of the two medians (`spread`) lie apart.
+        sure: the 95 % intervals of the halves' medians, by stretches, lie apart.
     """
 
     ratio: float
@@ -128,7 +137,7 @@ def drift(forms: Sequence[Times]) -> Drift | None:
     logs = [np.log(np.maximum(times, 1e-9) / max(float(np.median(times)), 1e-9)) for times in forms]
     slowness = np.exp(np.mean(logs, axis=0))
     first, second = np.array_split(slowness, 2)
-    (low1, high1), (low2, high2) = spread(first), spread(second)
+    (low1, high1), (low2, high2) = (median_interval(_by_stretches(h)) for h in (first, second))
     apart = None not in (low1, low2) and bool(low2 > high1 or low1 > high2)  # type: ignore[operator]
     return Drift(float(np.median(second) / np.median(first)), apart)
 
