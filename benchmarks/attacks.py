@@ -125,10 +125,7 @@ def read_models(text: str) -> list[Model]:
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--ablations", is_flag=True, help="Take j-tlga-plus apart; measure no costs.")
 @click.option("--quick", is_flag=True, help="Under a minute; tells the direction.")
-@click.option("--out", multiple=True, type=click.Path(path_type=Path),
-              help="Write the results, .json or .md; may be given again.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace results that exist.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a figure on stdout.")
+@figures.result_options
 @cli.seed_option
 def main(
     models: str | None, train: Path | None, gradients: int, n: int, split: str, batch: int,

@@ -90,10 +90,7 @@ class Block(NamedTuple):
     "python benchmarks/bench.py --quick --out quick.json --out quick.md",
 )
 @click.option("--quick", is_flag=True, help="Under a minute; tells the direction.")
-@click.option("--out", multiple=True, type=click.Path(path_type=Path),
-              help="Write the results, .json or .md; may be given again.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace results that exist.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a figure on stdout.")
+@figures.result_options
 def main(quick: bool, out: tuple[Path, ...], overwrite: bool, as_json: bool) -> None:
     """Measure what vmoe-bench costs beside a bare loop, and whether two runs agree."""
     figures.check_files(out, overwrite=overwrite)

@@ -107,10 +107,7 @@ def measure(target: Target, steps: int, rounds: int) -> list[Figure]:
 )
 @click.option("--bundle", type=click.Path(path_type=Path), help="[default: the one that ships]")
 @click.option("--quick", is_flag=True, help="Under a minute; tells the direction.")
-@click.option("--out", multiple=True, type=click.Path(path_type=Path),
-              help="Write the results, .json or .md; may be given again.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace results that exist.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a figure on stdout.")
+@figures.result_options
 def main(
     bundle: Path | None, quick: bool, out: tuple[Path, ...], overwrite: bool, as_json: bool
 ) -> None:

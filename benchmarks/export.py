@@ -94,10 +94,7 @@ FULL = Effort({"": Rounds(40, 12, 5), "large_": Rounds(12, 6, 3)}, 1000, {112: 1
     "python benchmarks/export.py --quick --out quick.json --out quick.md",
 )
 @click.option("--quick", is_flag=True, help="About a minute; small clips and one thread alone.")
-@click.option("--out", multiple=True, type=click.Path(path_type=Path),
-              help="Write the results, .json or .md; may be given again.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace results that exist.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a figure on stdout.")
+@figures.result_options
 def main(quick: bool, out: tuple[Path, ...], overwrite: bool, as_json: bool) -> None:
     """Measure the figures of export, everything that is compared interleaved in one run."""
     figures.check_files(out, overwrite=overwrite)

@@ -7,10 +7,10 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -19,6 +19,7 @@ from vmoe.errors import SettingError
 from vmoe.runtime.bench import context as contexts
 
 ROOT = Path(__file__).parent.parent
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,18 @@ def say(figures: Sequence[Figure], *, as_json: bool) -> None:
             click.echo(json.dumps(figure.to_json()))
     else:
         click.echo(table(figures))
+
+
+def result_options(function: F) -> F:
+    """Add --out, --overwrite and --json to a benchmark's command."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="One JSON object a figure on stdout."),
+        click.option("--overwrite", is_flag=True, help="Replace results that exist."),
+        click.option("--out", multiple=True, type=click.Path(path_type=Path),
+                     help="Write the results, .json or .md; may be given again."),
+    ):  # fmt: skip
+        function = option(function)
+    return function
 
 
 def check_files(paths: Sequence[Path], *, overwrite: bool) -> None:

@@ -85,10 +85,7 @@ UNMEASURED = {  # by section: the figures that a machine without a GPU says it h
               help="Only this one; may be given again.")  # fmt: skip
 @click.option("--limit-s", type=float, default=90.0, show_default=True,
               help="No section begins after so many seconds.")  # fmt: skip
-@click.option("--out", multiple=True, type=click.Path(path_type=Path),
-              help="Write the results, .json or .md; may be given again.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace results that exist.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a figure on stdout.")
+@figures.result_options
 def main(
     quick: bool, chosen: tuple[str, ...], limit_s: float, out: tuple[Path, ...], overwrite: bool,
     as_json: bool,

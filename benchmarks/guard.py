@@ -201,10 +201,7 @@ class Guarded:
 @click.option("--steps", type=click.IntRange(1), default=15, show_default=True,
               help="Steps of an attack; those on whole streams take 5 more.")  # fmt: skip
 @click.option("--eps", type=cli.EpsType(), default="8/255", show_default=True, help="L-infinity.")
-@click.option("--out", multiple=True, type=click.Path(path_type=Path),
-              help="Write the results, .json or .md; may be given again.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace results that exist.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a figure on stdout.")
+@figures.result_options
 def main(
     quick: bool, streams: int, steps: int, eps: float, out: tuple[Path, ...], overwrite: bool,
     as_json: bool,

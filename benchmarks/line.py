@@ -138,10 +138,7 @@ FULL = Effort(experts=4, rounds=60, duration_s=20, starts=9)
 )
 @click.option("--quick", is_flag=True, help="Under a minute; tells the direction.")
 @click.option("--threads", type=int, default=1, show_default=True, help="CPU threads of an engine.")
-@click.option("--out", multiple=True, type=click.Path(path_type=Path),
-              help="Write the results, .json or .md; may be given again.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace results that exist.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a figure on stdout.")
+@figures.result_options
 def main(quick: bool, threads: int, out: tuple[Path, ...], overwrite: bool, as_json: bool) -> None:
     """Measure the figures of the whole line, everything that is compared interleaved in one run."""
     figures.check_files(out, overwrite=overwrite)

@@ -84,10 +84,7 @@ class NeverKept:
 )
 @click.option("--quick", is_flag=True, help="Under a minute; tells the direction.")
 @click.option("--threads", type=int, default=1, show_default=True, help="CPU threads of torch.")
-@click.option("--out", multiple=True, type=click.Path(path_type=Path),
-              help="Results, .json or .md; may be given twice.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace results that exist.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a figure on stdout.")
+@figures.result_options
 @cli.device_option
 def main(
     quick: bool, threads: int, out: tuple[Path, ...], overwrite: bool, as_json: bool, device: str

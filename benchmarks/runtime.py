@@ -45,10 +45,7 @@ from vmoe.runtime.threads import serving
 @click.option("--only", type=click.Choice(["speed", "faults"]), help="One half alone.")
 @click.option("--minutes", type=float, default=10.0, show_default=True,
               help="How long 16 streams run; not with --quick.")  # fmt: skip
-@click.option("--out", multiple=True, type=click.Path(path_type=Path),
-              help="Write the results, .json or .md; may be given again.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace results that exist.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a figure on stdout.")
+@figures.result_options
 def main(
     quick: bool, only: str | None, minutes: float, out: tuple[Path, ...], overwrite: bool,
     as_json: bool,

@@ -108,10 +108,7 @@ def _attacked(twin: VideoMoE, batch: Batch) -> Tensor:
     "python benchmarks/throughput.py --json",
 )
 @click.option("--quick", is_flag=True, help="Under a minute; tells the direction.")
-@click.option("--out", multiple=True, type=click.Path(path_type=Path),
-              help="Results, .json or .md; may be given twice.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace results that exist.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a figure on stdout.")
+@figures.result_options
 def main(quick: bool, out: tuple[Path, ...], overwrite: bool, as_json: bool) -> None:
     """Measure how much of a training's CPU time is the model's."""
     figures.check_files(out, overwrite=overwrite)

@@ -221,6 +221,14 @@ def _branch(g: _Graph, expert: int) -> None:
     g.add("If", f"any{expert}", out=f"logits{expert}", **branches)
 
 
+def fast(iterations: int) -> tuple[str, ...]:
+    """Return flags of a vmoe-bench that calls each form so often, and is done."""
+    return (
+        "--iterations", str(iterations), "--duration", "0", "--warmup", "0", "--threads", "1",
+        "--power", "none",
+    )  # fmt: skip
+
+
 def _write_part(folder: Path, name: str, g: _Graph, spec: ClipSpec, batch: int | None) -> Part:
     info = helper.make_tensor_value_info
     clip = info("clip", TensorProto.UINT8, [batch or "N", *spec.shape])

@@ -37,14 +37,13 @@ import numpy as np
 from vmoe import report
 from vmoe.errors import SettingError, VmoeError
 
-from .statistics import LEVEL, Times
+from .statistics import LEAST, LEVEL, Times
 
 if TYPE_CHECKING:
     from .record import Row
 
 DRAWS = 500  # of a bootstrap: they give an SE, no far percentile
 AT_ONCE = 1 << 20  # values drawn in one piece
-LEAST = 6  # calls of a row, below which it has no interval
 MACHINE = ("cpu", "cores", "quota_cores", "gpu", "board", "virtual")  # of the context
 SLOWER, FASTER, SAME, UNCLEAR = "slower", "faster", "same", "unclear"
 FEW, FAILED = "few calls", "fails now"

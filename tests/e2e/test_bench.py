@@ -20,18 +20,7 @@ from vmoe import output
 from vmoe.clips import ClipSpec
 from vmoe.runtime.bench.cli import main
 
-FAST = (
-    "--iterations",
-    "6",
-    "--duration",
-    "0",
-    "--warmup",
-    "0",
-    "--threads",
-    "1",
-    "--power",
-    "none",
-)
+FAST = tiny.fast(6)
 
 
 @pytest.fixture(scope="module")

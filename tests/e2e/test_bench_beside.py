@@ -24,18 +24,7 @@ from vmoe.runtime.bench import energy
 from vmoe.runtime.bench.cli import main
 from vmoe.runtime.bench.power import nvml, rapl, tegrastats
 
-FAST = (
-    "--iterations",
-    "8",
-    "--duration",
-    "0",
-    "--warmup",
-    "0",
-    "--threads",
-    "1",
-    "--power",
-    "none",
-)
+FAST = tiny.fast(8)
 AUTO = ("--power", "auto")  # of two, the last counts
 
 

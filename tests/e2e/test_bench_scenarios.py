@@ -25,18 +25,7 @@ from vmoe.runtime.bench import context
 from vmoe.runtime.bench.cli import main
 from vmoe.runtime.engine import Engine
 
-FAST = (
-    "--iterations",
-    "3",
-    "--duration",
-    "0",
-    "--warmup",
-    "0",
-    "--threads",
-    "1",
-    "--power",
-    "none",
-)
+FAST = tiny.fast(3)
 
 
 @pytest.fixture
