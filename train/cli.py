@@ -88,7 +88,8 @@ def main(
         twin = build(plan.trained, plan.run.spec, seed)  # refuses what does not fit
         _introduce(plan, twin, folder)
         if dry_run:
-            cli.print_json(plan.mapping()) if as_json else click.echo(_lines(plan))
+            if here.first:
+                _show(plan, twin, fresh=not resume, as_json=as_json)
             return
         if not resume and here.first and folder.exists():
             raise SettingError(f"{folder} exists. Choose another --out, or go on with --resume.")
@@ -131,6 +132,13 @@ def _introduce(plan: Plan, twin: VideoMoE, folder: Path) -> None:
     remark = family.remark(plan.run.frames) if hasattr(family, "remark") else ""
     if remark:
         log.warning("%s", remark)
+
+
+def _show(plan: Plan, twin: VideoMoE, *, fresh: bool, as_json: bool) -> None:
+    """Show the plan; weights that a fresh training begins with have to fit."""
+    if fresh and plan.init_from:
+        log.info("weights: %s", initial.take_weights(twin, Path(plan.init_from)))
+    cli.print_json(plan.mapping()) if as_json else click.echo(_lines(plan))
 
 
 def _begin(
@@ -182,9 +190,15 @@ def _as_before(
 
     Raises:
         SettingError: another method, other weights to begin with, or another seed.
+        VmoeError: no run of vmoe-train.
     """
     recipe = states.recipe_of(folder)
-    parts = (recipe[part] for part in ("run", "model", "loop", "clips", "method"))
+    try:
+        parts = [recipe[part] for part in ("run", "model", "loop", "clips", "method")]
+    except KeyError as e:
+        raise VmoeError(
+            f"{folder} holds no run of vmoe-train (its recipe has no {e}): name one with --out."
+        ) from e
     held = {key: value for part in parts for key, value in part.items()}
     given = {key: value for key, value in flags.items() if value is not None}
     if init_from is not None and str(init_from) != recipe["init_from"]:
@@ -226,6 +240,8 @@ def _train(
 ) -> None:
     """Train; keep every epoch's weights, the best one's, and the state to go on from.
 
+    An interrupt says how to go on.
+
     Raises:
         VmoeError: as of `loop.run`, with where the weights of the last whole epoch are.
     """
@@ -239,6 +255,10 @@ def _train(
                 if here.first:
                     _keep(now, plan, train.labels, folder, now.best > best)
                 best = now.best
+    except KeyboardInterrupt:
+        if (folder / states.FILE).exists():
+            log.info("next: vmoe-train --out %s --resume", folder)
+        raise
     except VmoeError as e:
         last = folder / "last.safetensors"
         kept = f" The last whole epoch's weights: {last}." if last.exists() else ""

@@ -17,10 +17,12 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from tests.twins import small
 from tests.videos import write
 from vmoe import checkpoint
 from vmoe.models.experts import tsm
-from vmoe.train import router_start
+from vmoe.train import loop, router_start
+from vmoe.train import state as states
 from vmoe.train.cli import main
 
 SMALL = [
@@ -120,6 +122,29 @@ def test_a_training_is_named_by_its_folder_or_is_the_newest(
     assert "resumed after epoch 1" in newest.output
 
 
+def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, save = tmp_path / "run", states.save
+
+    def interrupted(*arguments: Any) -> None:
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(states, "save", interrupted)
+    talking = [a for a in SMALL if a != "--quiet"]
+    method = ["--method", "standard", "--epochs", "2", "--experts", "1"]
+    result = CliRunner().invoke(main, [*talking, *method, "--out", str(out)])
+    assert result.exit_code == 130
+    assert f"next: vmoe-train --out {out} --resume" in result.output
+
+
+def test_a_state_of_another_making_is_refused(tmp_path: Path) -> None:
+    state = loop.start(small(1), loop.LoopSettings())
+    states.save(state, {"method": "at-m"}, tmp_path)
+    result = train("--resume", "--out", str(tmp_path))
+    assert result.exit_code == 1
+    assert "holds no run of vmoe-train (its recipe has no 'run')" in result.output
+
+
 def test_an_l2_budget_is_what_is_trained_validated_and_reported(tmp_path: Path) -> None:
     out = tmp_path / "run"
     method = ["--method", "at-s", "--norm", "l2", "--steps", "1", "--epochs", "1"]
@@ -146,9 +171,11 @@ def test_experts_begin_as_copies_of_a_single_expert(tmp_path: Path) -> None:
     name = "experts.{}.1.layer1.0.conv1.weight"
     for i in range(4):
         np.testing.assert_allclose(mixed[name.format(i)], single[name.format(0)], atol=1e-8)
-    other = train(*method, "--init-from", begin, "--arch", "r3d18", "--out", str(tmp_path / "x"))
-    assert other.exit_code == 2
-    assert "has arch tsm; what is trained here has r3d18" in other.output.replace("\n", " ")
+    for dry in ([], ["--dry-run"]):
+        other = train(*method, "--init-from", begin, "--arch", "r3d18", "--out",
+                      str(tmp_path / "x"), *dry)  # fmt: skip
+        assert other.exit_code == 2
+        assert "has arch tsm; what is trained here has r3d18" in other.output.replace("\n", " ")
 
 
 def test_collapsed_routing_is_said_with_what_to_change(
@@ -188,8 +215,8 @@ PLANS = [
 
 @pytest.mark.parametrize(("arguments", "line"), PLANS)
 def test_what_the_plan_says(arguments: list[str], line: str) -> None:
-    small = [a for a in SMALL if a != "--quiet"]
-    result = CliRunner().invoke(main, [*small, *arguments, "--dry-run"])
+    talking = [a for a in SMALL if a != "--quiet"]
+    result = CliRunner().invoke(main, [*talking, *arguments, "--dry-run"])
     assert result.exit_code == 0, result.output
     assert line in result.output
 
