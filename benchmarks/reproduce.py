@@ -55,15 +55,17 @@ import torch
 from cells import Held, Task, Trial
 from corruptions import CORRUPTIONS
 
-from vmoe import output, report
+from vmoe import checkpoint, cli, output, report
 from vmoe.attacks.judge import of_twin
 from vmoe.attacks.record import context as machine_of
+from vmoe.errors import SettingError, UnknownNameError
 from vmoe.models import VideoMoE, flops
 from vmoe.runtime.bench import context
 from vmoe.train.report import experts
 
 log = logging.getLogger("vmoe")
 
+DATA = ("camera-motion", "ut-interaction")
 METHODS = (
     "standard", "at-s", "at-d", "at-m", "oud-m", "aat-m", "tlat", "j-tlat", "j-tlat-plus",
 )  # fmt: skip
@@ -149,10 +151,17 @@ class Run:
         log.info("%s, trial %d: worth %.3f", method, number, worth)
 
     def best(self, seed: int, method: str) -> Trial:
-        """Return a method's best trial."""
+        """Return a method's best trial.
+
+        Raises:
+            SettingError: one is not made.
+        """
         folder = self.camera / "all" if self.camera else self.folder / self.task(seed).name
         worth = reproduce_tables.worth_of(folder / "trials", method, self.size.trials)
-        return TRIALS[method][int(np.argmax(worth))]
+        found = [one for one in worth if one is not None]
+        if len(found) < len(worth):
+            raise SettingError(f"{folder / 'trials'} lacks a trial of {method}: make it first.")
+        return TRIALS[method][int(np.argmax(found))]
 
     def cell(self, seed: int, name: str) -> None:
         """Make one cell: trained, attacked, corrupted; nothing where it has been made."""
@@ -267,49 +276,84 @@ def phases(run: Run, names: list[str], seeds: list[int], count: int) -> None:
         do([made(run.cell, seed, name) for seed in seeds for name in ours] + variants)
 
 
-@click.command()
-@click.option("--data", default="camera-motion", help="camera-motion or ut-interaction.")
+@cli.command(
+    "reproduce.py",
+    "python benchmarks/reproduce.py --quick",
+    "python benchmarks/reproduce.py --methods at-m,j-tlat --jobs 2 --out table.md",
+    "python benchmarks/reproduce.py --tables-only --folder runs/reproduce/camera-motion",
+)
+@click.option(
+    "--data", type=cli.NameType(DATA), default=DATA[0], show_default=True, help="Which task."
+)
 @click.option("--ut", type=click.Path(path_type=Path), help="UT-Interaction's folder of classes.")
 @click.option(
     "--camera", type=click.Path(path_type=Path),
     help="Folder of camera-motion's run, whose starts ut-interaction's begin with.",
 )  # fmt: skip
 @click.option("--folder", type=click.Path(path_type=Path), help="[default: runs/reproduce/DATA]")
-@click.option("--methods", default=",".join(METHODS), help="Which to make, by commas.")
-@click.option("--seeds", default="0,1,2", help="Which, by commas; folds of ut-interaction.")
+@click.option(
+    "--methods", default=",".join(METHODS), show_default=True,
+    help="Which to make, by commas; also the ablations of VARIANTS.",
+)  # fmt: skip
+@click.option(
+    "--seeds", type=cli.ListType(click.IntRange(0)), default="0,1,2", show_default=True,
+    help="Which, by commas; folds of ut-interaction.",
+)  # fmt: skip
 @click.option("--quick", is_flag=True, help="Tiny: does it run, and in which direction?")
 @click.option("--large", is_flag=True, help="Four times the budget, for a GPU.")
-@click.option("--jobs", default=1, help="Processes that share the work, each with one CPU thread.")
-@click.option("--device", default="cpu", help="cpu or cuda:N.")
+@click.option(
+    "--jobs", type=click.IntRange(1), default=1, show_default=True,
+    help="Processes that share the work, each with one CPU thread.",
+)  # fmt: skip
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda:N.")
 @click.option("--tables-only", is_flag=True, help="Make no cell; the tables of what there is.")
-@click.option("--out", type=click.Path(path_type=Path), multiple=True, help=".json or .md.")
-@click.option("--overwrite", is_flag=True, help="Replace --out.")
+@figures.result_options
 def main(
     data: str, ut: Path | None, camera: Path | None, folder: Path | None, methods: str,
-    seeds: str, quick: bool, large: bool, jobs: int, device: str, tables_only: bool,
-    out: tuple[Path, ...], overwrite: bool,
+    seeds: tuple[int, ...], quick: bool, large: bool, jobs: int, device: str, tables_only: bool,
+    out: tuple[Path, ...], overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Make the cells that are not there yet, and the tables of all that are."""
     _quiet()
     figures.check_files(out, overwrite=overwrite)
+    names = _chosen(methods)
+    if quick and large:
+        raise SettingError("--quick and --large are two sizes: give one of them.")
     machine = context.read()
     size = tasks.QUICK if quick else tasks.LARGE if large else tasks.Size()
     place = folder or Path("runs/reproduce") / f"{data}{'-quick' * quick}{'-large' * large}"
-    numbers = [int(seed) for seed in seeds.split(",")]
     speed = []
     if not tables_only:
-        run = Run(data, place, size, device, ut, camera)
-        tasks.prepare(data, place, size, max(numbers), jobs)
-        phases(run, methods.split(","), numbers, jobs)
+        if data == "ut-interaction" and ut is None:
+            raise SettingError("--data ut-interaction needs --ut FOLDER, of its classes.")
+        run = Run(data, place, size, str(checkpoint.device(device)), ut, camera)
+        tasks.prepare(data, place, size, max(seeds), jobs)
+        phases(run, names, list(seeds), jobs)
         if not large:
             speed = [throughput.figure(quick=quick)]
     trials = {name: TRIALS[name][: size.trials] for name in METHODS}
-    found = reproduce_tables.gather(place, [*METHODS, *VARIANTS], numbers, trials, size)
+    found = reproduce_tables.gather(place, [*METHODS, *VARIANTS], seeds, trials, size)
+    if not found["rows"]:
+        raise SettingError(f"{place} holds no cell of these seeds: leave --tables-only out.")
     found |= {"data": data}
     shown = reproduce_tables.tables(found, trials)
-    click.echo("\n\n".join(f"{title}\n\n{text}" for title, text in shown.items()))
-    figures.say(speed, as_json=False)
+    if not as_json:
+        click.echo("\n\n".join(f"{title}\n\n{text}" for title, text in shown.items()))
+    figures.say(speed, as_json=as_json)
     figures.write(out, f"Reproduction: {data}{', large' * large}", speed, machine, shown, found)
+
+
+def _chosen(methods: str) -> list[str]:
+    """Return the names of methods and ablations.
+
+    Raises:
+        UnknownNameError: one that there is not.
+    """
+    names, known = methods.split(","), [*METHODS, *VARIANTS]
+    for name in names:
+        if name not in known:
+            raise UnknownNameError("method", name, known)
+    return names
 
 
 if __name__ == "__main__":

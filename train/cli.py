@@ -11,60 +11,21 @@ import click
 import torch
 from click.core import ParameterSource
 
-from vmoe import checkpoint, cli, output, registry
+from vmoe import checkpoint, cli, latest, output, registry
 from vmoe.attacks import heap, ranks
 from vmoe.attacks.ranks import Ranks
 from vmoe.data import ClipData, DataSet, DataSettings, open_data
 from vmoe.errors import SettingError, VmoeError
 from vmoe.loading import Loader, LoadSettings
 from vmoe.models import ModelSettings, VideoMoE, build, flops
-from vmoe.settings import Settings
-from vmoe.train import initial, loop, report, router_start, together
+from vmoe.models.moe import FAMILIES
+from vmoe.settings import format_eps
+from vmoe.train import initial, loop, options, report, router_start, together
 from vmoe.train import state as states
-from vmoe.train.planned import RECIPES, Plan, RunSettings
+from vmoe.train.passes import RobustSettings
+from vmoe.train.planned import Plan, RunSettings
 
 log = cli.log
-
-
-def _every_recipe_option(function: Any) -> Any:
-    """Give the command the options of all recipes, each once."""
-    seen = _of_all_recipes()
-    for cls in _recipes():
-        function = cli.options(cls, skip=seen)(function)
-        seen |= _fields(cls)
-    return function
-
-
-def _of_all_recipes() -> set[str]:
-    return {f for cls in (RunSettings, ModelSettings, loop.LoopSettings) for f in _fields(cls)}
-
-
-def _recipes() -> list[type[Settings]]:
-    return [registry.load(RECIPES, name, "recipe").Settings for name in registry.names(RECIPES)]
-
-
-def _fields(cls: type[Settings]) -> set[str]:
-    return set(_names(cls))
-
-
-def _names(cls: type[Settings]) -> list[str]:
-    return list(cls.__dataclass_fields__)
-
-
-NO_FLAGS = ["classes", "denoise", "seed", "epoch"]  # decided elsewhere
-
-
-def _topics() -> dict[str, list[str]]:
-    """Return the options by the classes that hold them; a recipe's are those of its method."""
-    of_methods = dict.fromkeys(f for cls in _recipes() for f in cls.__dataclass_fields__)
-    fields = {
-        "The run": [*_names(RunSettings), "init_from", "out", "resume", "reported", "dry_run"],
-        "The model": _names(ModelSettings),
-        "Optimisation and validation": _names(loop.LoopSettings),
-        "Data": _names(DataSettings) + _names(LoadSettings),
-        "Of the method": [f for f in of_methods if f not in _of_all_recipes()],
-    }
-    return {topic: [f for f in names if f not in NO_FLAGS] for topic, names in fields.items()}
 
 
 @cli.command(
@@ -72,22 +33,25 @@ def _topics() -> dict[str, list[str]]:
     "vmoe-train camera-motion --arch tsm --width 0.125 --method j-tlat",
     "vmoe-train /data/clips --method standard --experts 1 --group 'seq\\d+' --epochs 30",
     "vmoe-train --out runs/train/mine --resume",
-    topics=_topics(),
+    topics=options.topics(),
 )
 @click.argument("data", required=False)
 @cli.options(RunSettings)
-@cli.options(ModelSettings, skip=NO_FLAGS)
-@cli.options(loop.LoopSettings, skip=NO_FLAGS)
-@cli.options(DataSettings, skip=NO_FLAGS)
+@cli.options(ModelSettings, skip=options.NO_FLAGS)
+@cli.options(loop.LoopSettings, skip=options.NO_FLAGS)
+@cli.options(DataSettings, skip=options.NO_FLAGS)
 @cli.options(LoadSettings)
-@_every_recipe_option
+@options.of_every_method
 @click.option(
     "--init-from",
     type=click.Path(path_type=Path),
-    help="Checkpoint to begin with, or weights of torchvision or timm: safetensors or torch.save.",
+    help="Begin with a checkpoint, a training's folder, or weights of torchvision or timm: "
+    "safetensors or torch.save.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder. [default: runs/train/NAME]")
-@click.option("--resume", is_flag=True, help="Go on where --out was interrupted.")
+@click.option(
+    "--resume", is_flag=True, help="Go on where --out, or the newest under runs/, was interrupted."
+)
 @click.option(
     "--report/--no-report", "reported", default=True, help="Measure the best on the test split."
 )
@@ -102,24 +66,19 @@ def main(
 ) -> None:  # fmt: skip
     """Train a twin on DATA: camera-motion (the default), a folder per class, or NAME:/path.
 
-    A run that was interrupted goes on with --resume and its --out; it knows its own recipe.
+    A run that was interrupted goes on with --resume; it knows its own recipe.
     """
     heap.keep()
     here = ranks.here()
     if not here.first:
         log.setLevel("ERROR")
-    if not resume and flags.get("budget") and flags.get("epochs"):
-        raise SettingError("--budget and --epochs both end the training: give one of them.")
+    init_from = init_from and latest.checkpoint(init_from)[0]
     if resume:
-        if out is None:
-            raise SettingError("--resume goes on with the run in a folder; name it with --out.")
-        source = click.get_current_context().get_parameter_source("seed")
-        given = seed if source is ParameterSource.COMMANDLINE else None
-        held = states.recipe_of(out)
-        _refuse_another_begin(held, init_from, given)
-        data, init_from, seed, flags = _as_before(held, data, flags)
-    elif init_from is not None:
-        checkpoint.is_pickle(init_from)  # one that cannot be read is said before any work
+        out, said = latest.training(out)
+        log.info("%s", said)
+        data, init_from, seed, flags = _as_before(out, data, init_from, seed, flags)
+    else:
+        _refuse_at_once(init_from, flags)
     where = checkpoint.device(here.device(device))
     with together.joined(here, where):
         plan = together.first_rank_first(
@@ -127,10 +86,10 @@ def main(
         )
         folder = out or Path("runs/train") / f"{plan.run.method}-{plan.model.arch}"
         twin = build(plan.trained, plan.run.spec, seed)  # refuses what does not fit
-        log.info("data: %s  recipe: %s  out: %s", plan.data, plan.run.method, folder)
-        log.info("%s", _describe(plan.trained, flops.count(twin)))
+        _introduce(plan, twin, folder)
         if dry_run:
-            cli.print_json(plan.mapping()) if as_json else click.echo(_lines(plan.mapping()))
+            if here.first:
+                _show(plan, twin, fresh=not resume, as_json=as_json)
             return
         if not resume and here.first and folder.exists():
             raise SettingError(f"{folder} exists. Choose another --out, or go on with --resume.")
@@ -139,15 +98,47 @@ def main(
         state = _begin(twin.to(where), plan, train, folder, resume=resume)
         output.probe(folder)  # all that can be refused is refused before the first epoch
         _train(state, plan, train, cli.resolve(LoadSettings, flags, config), folder, here)
-    if not here.first:
-        return
-    found = {"validation": state.rows[-1], "recipe": plan.mapping()}
-    if test is not None:
-        found = _report(plan, test, folder, where)
-    if as_json:
-        cli.print_json(found)
-    log.info("next: vmoe-attack %s", folder / "best.safetensors")
-    log.info("next: vmoe-export %s", folder / "best.safetensors")
+    if here.first:
+        _end(state, plan, test, folder, where, as_json=as_json)
+
+
+def _refuse_at_once(init_from: Path | None, flags: dict[str, Any]) -> None:
+    """Refuse what can be refused before any work."""
+    if flags.get("budget") and flags.get("epochs"):
+        raise SettingError("--budget and --epochs both end the training: give one of them.")
+    if flags.get("norm") == "l2" and flags.get("eps") is None:
+        raise SettingError(
+            "--norm l2 has no --eps of its own: give it, as a length with its point, 2.0."
+        )
+    if init_from is not None:
+        checkpoint.is_pickle(init_from)  # says what cannot be read
+
+
+def _introduce(plan: Plan, twin: VideoMoE, folder: Path) -> None:
+    """Say what will be trained, on what, and what may surprise a user of it."""
+    budget = f", eps {format_eps(*plan.budget)}" if isinstance(plan.recipe, RobustSettings) else ""
+    log.info("data: %s  recipe: %s%s  out: %s", plan.data, plan.run.method, budget, folder)
+    model, cost = plan.trained, flops.count(twin)
+    log.info(
+        "model: %s, width %g, %d expert(s), %s",
+        model.arch, model.width, model.experts, cost.said,
+    )  # fmt: skip
+    if cost.dense is not None and cost.dense <= cost.expert:
+        log.warning(
+            "--width %g is so small that every layer has the fewest channels there are: the dense "
+            "counterpart is no wider. Give a larger one.", model.width,
+        )  # fmt: skip
+    family = registry.load(FAMILIES, model.arch, "expert family (--arch)")
+    remark = family.remark(plan.run.frames) if hasattr(family, "remark") else ""
+    if remark:
+        log.warning("%s", remark)
+
+
+def _show(plan: Plan, twin: VideoMoE, *, fresh: bool, as_json: bool) -> None:
+    """Show the plan; weights that a fresh training begins with have to fit."""
+    if fresh and plan.init_from:
+        log.info("weights: %s", initial.take_weights(twin, Path(plan.init_from)))
+    cli.print_json(plan.mapping()) if as_json else click.echo(_lines(plan))
 
 
 def _begin(
@@ -164,12 +155,26 @@ def _begin(
     return loop.start(twin, plan.loop)
 
 
+def _end(
+    state: states.State, plan: Plan, test: ClipData | None, folder: Path, where: torch.device,
+    *, as_json: bool,
+) -> None:  # fmt: skip
+    """Report what came out, and say what to do with it."""
+    found = {"validation": state.rows[-1], "recipe": plan.mapping()}
+    if test is not None:
+        found = _report(plan, test, folder, where)
+    if as_json:
+        cli.print_json(found)
+    log.info("next: vmoe-attack %s", folder / "best.safetensors")
+    log.info("next: vmoe-export %s", folder / "best.safetensors")
+
+
 def _report(plan: Plan, test: ClipData, folder: Path, where: torch.device) -> dict[str, Any]:
     """Measure the best epoch on the test split, which nothing has seen; write the report."""
     best = checkpoint.load(folder / "best.safetensors", where)
-    eps = getattr(plan.recipe, "eps", plan.loop.val_eps)
+    eps, norm = plan.budget
     steps = plan.run.report_steps
-    found = report.make(best, test, batch=plan.loop.batch, steps=steps, eps=eps)
+    found = report.make(best, test, batch=plan.loop.batch, steps=steps, eps=eps, norm=norm)
     output.write_json(folder / "report.json", found)
     output.write_text(folder / "report.md", report.markdown(found))
     log.info("report: %s", folder / "report.md")
@@ -177,75 +182,57 @@ def _report(plan: Plan, test: ClipData, folder: Path, where: torch.device) -> di
 
 
 def _as_before(
-    recipe: dict[str, Any], data: str | None, flags: dict[str, Any]
+    folder: Path, data: str | None, init_from: Path | None, seed: int, flags: dict[str, Any]
 ) -> tuple[str, Path | None, int, dict[str, Any]]:
     """Return data, weights, seed and flags of a run that goes on; a flag given stands over them.
 
-    Where such a flag contradicts the recipe, `loop.load` refuses and says which.
+    Where such a flag contradicts the recipe, `states.load` refuses and says which.
+
+    Raises:
+        SettingError: another method, other weights to begin with, or another seed.
+        VmoeError: no run of vmoe-train.
     """
-    parts = (recipe[part] for part in ("run", "model", "loop", "clips", "method"))
+    recipe = states.recipe_of(folder)
+    try:
+        parts = [recipe[part] for part in ("run", "model", "loop", "clips", "method")]
+    except KeyError as e:
+        raise VmoeError(
+            f"{folder} holds no run of vmoe-train (its recipe has no {e}): name one with --out."
+        ) from e
     held = {key: value for part in parts for key, value in part.items()}
     given = {key: value for key, value in flags.items() if value is not None}
-    given_method = flags.get("method")
-    if given_method not in (None, held["method"]):
-        raise SettingError(
-            f"--resume goes on with --method {held['method']}; leave --method {given_method} out."
-        )
-    begun = Path(recipe["init_from"]) if recipe["init_from"] else None
-    return data or recipe["data"], begun, held["seed"], {**flags, **held, **given}
-
-
-def _refuse_another_begin(recipe: dict[str, Any], init_from: Path | None, seed: int | None) -> None:
-    """Refuse weights to begin with, or a seed, that a run to be resumed did not begin with."""
     if init_from is not None and str(init_from) != recipe["init_from"]:
         raise SettingError(
             f"--init-from {init_from} is where a training begins, and --resume goes on with one: "
             "leave it out, or choose another --out."
         )
-    if seed not in (None, recipe["loop"]["seed"]):
-        raise SettingError(
-            f"--resume goes on with --seed {recipe['loop']['seed']}; leave --seed {seed} out."
-        )
+    source = click.get_current_context().get_parameter_source("seed")
+    if source is ParameterSource.COMMANDLINE:
+        given["seed"] = seed
+    for name in ("method", "seed"):
+        if given.get(name) not in (None, held[name]):
+            raise SettingError(
+                f"--resume goes on with --{name} {held[name]}; leave --{name} {given[name]} out."
+            )
+    begun = Path(recipe["init_from"]) if recipe["init_from"] else None
+    return data or recipe["data"], begun, held["seed"], {**flags, **held, **given}
 
 
 def _plan(
     data: str, init_from: Path | None, seed: int, config: Path | None, flags: dict[str, Any]
 ) -> Plan:
     run = cli.resolve(RunSettings, flags, config)
-    recipe = run.recipe.Settings
-    _refuse_strangers(run.method, recipe, flags)
+    options.refuse_strangers(run.method, flags)
     clips = cli.resolve(DataSettings, flags, config, seed=seed)
     labels = open_data(data, "train", run.spec, clips).labels
     model = cli.resolve(ModelSettings, flags, config, classes=len(labels))
+    if flags.get("val_eps") is None:  # what is trained for is what the best epoch is chosen by
+        flags = {**flags, "val_eps": flags.get("eps")}
     looped = cli.resolve(loop.LoopSettings, flags, config, seed=seed)
-    chosen = cli.resolve(recipe, flags, config)
+    chosen = cli.resolve(run.recipe.Settings, flags, config)
     plan = Plan(data, run, model, looped, clips, chosen, str(init_from or ""))
-    _refuse_balance_of_one(plan, flags)
+    options.refuse_of_a_router(plan, flags)
     return plan
-
-
-OF_A_ROUTER = ("balance", "balance_loss", "on_collapse")
-
-
-def _refuse_balance_of_one(plan: Plan, flags: dict[str, Any]) -> None:
-    """Refuse a flag of the router where the method trains a model that has none."""
-    for name in OF_A_ROUTER:
-        if plan.trained.experts == 1 and flags.get(name) is not None:
-            flag = "--" + name.replace("_", "-")
-            raise SettingError(
-                f"{flag} is of a router, and --method {plan.run.method} trains one network "
-                "without one; leave it out."
-            )
-
-
-def _refuse_strangers(method: str, recipe: type[Settings], flags: dict[str, Any]) -> None:
-    """Refuse a flag of another recipe: it would have no effect."""
-    mine = {RunSettings, ModelSettings, loop.LoopSettings, DataSettings, LoadSettings, recipe}
-    known = {name for cls in mine for name in _fields(cls)}
-    for name, value in flags.items():
-        if value is not None and name not in known:
-            flag = "--" + name.replace("_", "-")
-            raise SettingError(f"{flag} has no meaning for --method {method}; leave it out.")
 
 
 def _train(
@@ -253,11 +240,13 @@ def _train(
 ) -> None:
     """Train; keep every epoch's weights, the best one's, and the state to go on from.
 
+    An interrupt says how to go on.
+
     Raises:
         VmoeError: as of `loop.run`, with where the weights of the last whole epoch are.
     """
     best = state.best
-    recipe = loop.Recipe(plan.walks, plan.recipe.bf16, getattr(plan.recipe, "norm", "linf"))
+    recipe = loop.Recipe(plan.walks, plan.recipe.bf16, plan.budget[1])
     val = plan.open("val", plan.run.val_clips)
     share, where = (here.rank, here.world), next(state.twin.parameters()).device
     try:
@@ -266,6 +255,10 @@ def _train(
                 if here.first:
                     _keep(now, plan, train.labels, folder, now.best > best)
                 best = now.best
+    except KeyboardInterrupt:
+        if (folder / states.FILE).exists():
+            log.info("next: vmoe-train --out %s --resume", folder)
+        raise
     except VmoeError as e:
         last = folder / "last.safetensors"
         kept = f" The last whole epoch's weights: {last}." if last.exists() else ""
@@ -293,19 +286,13 @@ def _csv(rows: list[states.Row]) -> str:
     return text.getvalue()
 
 
-def _describe(model: ModelSettings, cost: flops.Flops) -> str:
-    text = f"model: {model.arch}, width {model.width:g}, {model.experts} expert(s), "
-    text += f"{cost.moe / 1e6:.4g} MFLOPs a clip"
-    if cost.dense is None or cost.saved is None:
-        return text
-    return f"{text} against {cost.dense / 1e6:.4g} of the dense counterpart: {cost.saved:.0%} saved"
-
-
-def _lines(mapping: dict[str, Any]) -> str:
+def _lines(plan: Plan) -> str:
     lines = []
-    for name, value in mapping.items():
+    for name, value in plan.mapping().items():
         inner = value.items() if isinstance(value, dict) else [("", value)]
-        lines += [f"{name}{'.' if key else ''}{key} = {v}" for key, v in inner]
+        for key, v in inner:
+            said = format_eps(v, plan.budget[1]) if cli.is_budget(key) else v
+            lines.append(f"{name}{'.' if key else ''}{key} = {said}")
     return "\n".join(lines)
 
 

@@ -59,7 +59,9 @@ class LoopSettings(Settings):
     val_steps: int = opt(
         10, "PGD steps of the validation; 0 validates clean clips alone", at_least=0
     )
-    val_eps: float = opt(8 / 255, "budget of the validation's attack", at_least=0)
+    val_eps: float = opt(
+        8 / 255, "budget of the validation's attack; where --eps is given, that", at_least=0
+    )
     on_collapse: str = opt(
         "stop", "what a router does to the training that sends all clips to one expert",
         choices=("stop", "warn"),
@@ -137,25 +139,10 @@ def run(
         )
     course = Course(settings.epochs, settings.budget, state, settings.batch // 2)
     while not course.over:
-        begin = time.monotonic()
-        waited_s = loader.waited_s
-        walks = recipe.walks(course.done)
-        course.begin(len(loader), [name_of(walk) for walk in walks])
-        row: Row = {"epoch": state.epoch + 1}
-        gradients = 0
-        for number, walk in enumerate(walks):
-            walked = _Walker(state, walk, number, loader, settings, recipe.bf16, course).go()
-            row |= {f"loss_{name.replace(' ', '_')}": loss for name, loss in walked.losses.items()}
-            gradients += walked.gradients
-        course.end()
+        begin, waited_s = time.monotonic(), loader.waited_s
+        row, gradients = _walk(state, recipe, loader, settings, course)
         train_s = time.monotonic() - begin
-        attack = pgd.Settings(
-            eps=settings.val_eps, steps=max(settings.val_steps, 1), norm=recipe.norm,
-            early_stop=False,  # flips, too
-        )  # fmt: skip
-        found = validate(
-            state.kept, held_val, attack if settings.val_steps else None, settings.batch, ranks
-        )
+        found = _validated(state, recipe, held_val, settings, ranks)
         row |= found.row() | {"gradients": gradients, "tflops": state.tflops}
         row |= {"epoch_s": time.monotonic() - begin, "train_s": train_s}
         row["wait_share"] = (loader.waited_s - waited_s) / train_s
@@ -165,6 +152,45 @@ def run(
         _report(row, found, settings)
         yield state
         _refuse_collapse(state.rows, settings)
+
+
+def _walk(
+    state: State, recipe: Recipe, loader: Loader, settings: LoopSettings, course: Course
+) -> tuple[Row, int]:
+    """Train for one epoch; return its losses, and how many gradients of clips it took."""
+    walks = recipe.walks(course.done)
+    course.begin(len(loader), [name_of(walk) for walk in walks])
+    row: Row = {"epoch": state.epoch + 1}
+    gradients = 0
+    for number, walk in enumerate(walks):
+        walked = _Walker(state, walk, number, loader, settings, recipe.bf16, course).go()
+        row |= {f"loss_{name.replace(' ', '_')}": loss for name, loss in walked.losses.items()}
+        gradients += walked.gradients
+    course.end()
+    return row, gradients
+
+
+def _validated(
+    state: State, recipe: Recipe, data: ClipData, settings: LoopSettings, ranks: Ranks
+) -> Validation:
+    """Measure what an epoch has left.
+
+    Raises:
+        VmoeError: it answers NaN: its last step has ruined it.
+    """
+    attack = pgd.Settings(
+        eps=settings.val_eps, steps=max(settings.val_steps, 1), norm=recipe.norm,
+        early_stop=False,  # flips, too
+    )  # fmt: skip
+    found = validate(
+        state.kept, data, attack if settings.val_steps else None, settings.batch, ranks
+    )
+    if not found.finite:
+        raise VmoeError(
+            f"the model answers NaN to validation clips after epoch {state.epoch + 1}: training "
+            f"diverged. Give a smaller --lr than {settings.lr:g}."
+        )
+    return found
 
 
 def name_of(walk: Walk) -> str:

@@ -22,8 +22,6 @@ from vmoe.settings import Settings, opt
 from vmoe.train.balance import BALANCES, balance_loss
 from vmoe.train.state import State
 
-PARTS = ("whole", "router", "experts", "expert0")
-
 
 @dataclass(frozen=True)
 class RecipeSettings(Settings):
@@ -89,7 +87,8 @@ class Pass:
 
     Attributes:
         name: for the log.
-        part: what it updates, of PARTS; the rest keeps its weights and its statistics.
+        part: what it updates, `whole`, `router`, `experts` or `expert0`; the rest keeps its
+            weights and its statistics.
         update: from a twin (the part being in train mode), a batch and its adversarial clips to
             an Update, whose loss is a mean over the batch.
         prepare: from a twin in eval mode, a batch and a seed to the adversarial clips, and of how
@@ -134,7 +133,7 @@ def training(twin: VideoMoE, part: str, *, statistics: bool = True) -> Iterator[
 
     Args:
         twin: the model.
-        part: of PARTS.
+        part: `whole`, `router`, `experts` or `expert0`.
         statistics: normalise by the batch, and keep its statistics; else by those that are kept.
     """
     parts: dict[str, nn.Module | None] = {

@@ -14,7 +14,7 @@ from vmoe.errors import SettingError
 from vmoe.models import ModelSettings
 from vmoe.settings import Settings, opt, to_mapping
 from vmoe.train import loop
-from vmoe.train.passes import RecipeSettings, Walk
+from vmoe.train.passes import RecipeSettings, RobustSettings, Walk
 
 RECIPES = "vmoe.train.recipes"
 
@@ -81,6 +81,16 @@ class Plan:
                 "give --experts 2 or more, or --method at-m."
             )
         return made
+
+    @property
+    def budget(self) -> tuple[float, str]:
+        """Of the attack that is trained against, on pixels in [0, 1], and its norm.
+
+        Of clean training, those of the validation.
+        """
+        if isinstance(self.recipe, RobustSettings):
+            return self.recipe.eps, self.recipe.norm
+        return self.loop.val_eps, "linf"
 
     def walks(self, done: float) -> list[Walk]:
         """Return the method's walks where such a share of the training is done."""

@@ -23,11 +23,13 @@ from vmoe.train import evidence
 
 ATTACKS = ("pgd", "apgd-ce", "apgd-margin", "tlga-r", "j-tlga")
 ON_DENSE = ATTACKS[:3]
-PARTS = ("denoiser", "router", "expert")  # what a clip costs
+NORMS = {"linf": "L-infinity", "l2": "L2"}
 ROBUST_CLIPS = 200  # of the test split; the attacks take most of the time
 
 
-def make(held: Checkpoint, data: ClipData, *, batch: int, steps: int, eps: float) -> dict[str, Any]:
+def make(
+    held: Checkpoint, data: ClipData, *, batch: int, steps: int, eps: float, norm: str = "linf"
+) -> dict[str, Any]:
     """Measure a checkpoint.
 
     Args:
@@ -36,6 +38,7 @@ def make(held: Checkpoint, data: ClipData, *, batch: int, steps: int, eps: float
         batch: clips of a batch.
         steps: gradient steps of the attacks.
         eps: their budget, on pixels in [0, 1].
+        norm: of the budget, linf or l2.
 
     Returns:
         As JSON holds it: `clean` and `experts` over all clips, `robust` over the first of them
@@ -47,7 +50,8 @@ def make(held: Checkpoint, data: ClipData, *, batch: int, steps: int, eps: float
     clips = np.stack([seen[i][0] for i in range(len(seen))])
     label = np.array([seen[i][1] for i in range(len(seen))], dtype=np.int64)
     some = slice(0, ROBUST_CLIPS)
-    rows = plan(ATTACKS if twin.router is not None else ON_DENSE, [eps], steps=steps)
+    attacks = ATTACKS if twin.router is not None else ON_DENSE
+    rows = plan(attacks, [eps], steps=steps, norm=norm)
     judges = {"twin": of_twin(twin, device)}
     found = evaluate(twin, clips[some], label[some], rows, judges, batch=batch, device=device)
     cost = flops.count(twin)
@@ -60,7 +64,7 @@ def make(held: Checkpoint, data: ClipData, *, batch: int, steps: int, eps: float
         "parameters": sum(p.numel() for p in twin.parameters()),
         "flops": cost._asdict() | {"saved": cost.saved},
         **experts(twin, clips, label, batch, device),
-        "robust": _robust(found, steps, eps),
+        "robust": _robust(found, steps, eps, norm),
         "evidence": evidence.gather(twin, seen, batch) if held.labels == LABELS else None,
     }
     mapped: dict[str, Any] = report.plain(made)
@@ -91,10 +95,11 @@ def experts(
     }
 
 
-def _robust(found: Evaluation, steps: int, eps: float) -> dict[str, Any]:
+def _robust(found: Evaluation, steps: int, eps: float, norm: str) -> dict[str, Any]:
     worst = worst_of(found, eps, "twin")
     return {
         "eps": eps,
+        "norm": norm,
         "steps": steps,
         "clean": worst["clean"],
         "attacks": [figures(found, outcome, "twin") for outcome in found.outcomes],
@@ -105,35 +110,24 @@ def _robust(found: Evaluation, steps: int, eps: float) -> dict[str, Any]:
 
 def markdown(found: dict[str, Any]) -> str:
     """Return the report as Markdown."""
-    model, robust, each = found["model"], found["robust"], found["experts"]
-    rows = [["none (clean)", _percent(robust["clean"]), None, None]]
-    rows += [
-        [a["attack"], _percent(a["robust"]), f"{100 * a['flips']['share']:.1f}",
-         _percent(a["route_kept"])]
-        for a in robust["attacks"]
-    ]  # fmt: skip
-    rows.append(["worst of all, per clip", _percent(robust["worst_of"]), None, None])
-    fixed = ", ".join(_percent(one, interval=False) for one in each["fixed_route"])
-    cost, saved = found["flops"], found["flops"]["saved"]
-    against = "" if saved is None else f", {saved:.0%} saved against the dense counterpart"
+    model, robust = found["model"], found["robust"]
+    cost = flops.Flops(**{part: found["flops"][part] for part in flops.Flops._fields})
+    budget = f"{NORMS[robust['norm']]} {format_eps(robust['eps'], robust['norm'])}"
     lines = [
         f"# {found['recipe']['run']['method']} on {found['recipe']['data']}",
         "",
         f"{model['arch']}, width {model['width']:g}, {model['experts']} expert(s), "
-        f"{found['parameters']} parameters, "
-        f"{sum(cost[part] for part in PARTS) / 1e6:.4g} MFLOPs a clip{against}.",
+        f"{found['parameters']} parameters, {cost.said}.",
         f"Clean accuracy on {found['clean']['n']} test clips: {_percent(found['clean'])} % "
         "(95 % interval).",
         "",
-        f"Robust accuracy in %, L-infinity {format_eps(robust['eps'])}, {robust['steps']} steps, "
+        f"Robust accuracy in %, {budget}, {robust['steps']} steps, "
         f"every route_grad, judged on uint8 clips, {robust['clean']['n']} test clips:",
         "",
-        report.table(rows, ["attack", "accuracy", "flips %", "with the clean route"]),
-        "",
-        f"Experts receive {', '.join(f'{s:.0%}' for s in each['shares'])} of the clips; alone "
-        f"they reach {fixed} %; an oracle that routes, "
-        f"{_percent(each['oracle_route'], interval=False)} %.",
+        _attacks(robust, routed=model["experts"] > 1),
     ]
+    if model["experts"] > 1:
+        lines += ["", _experts(found["experts"])]
     if found["evidence"] is not None:
         seen = [
             [key.replace("_", " "), None if value is None else f"{100 * value:.1f}"]
@@ -141,6 +135,29 @@ def markdown(found: dict[str, Any]) -> str:
         ]
         lines += ["", "Does it see motion? Shares in %:", "", report.table(seen, ["what", "%"])]
     return "\n".join([*lines, ""])
+
+
+def _attacks(robust: dict[str, Any], *, routed: bool) -> str:
+    """Return the table of attacks; a dense model has no route that could flip."""
+    columns = ["attack", "accuracy", "flips %", "with the clean route"]
+    rows = [["none (clean)", _percent(robust["clean"]), None, None]]
+    rows += [
+        [a["attack"], _percent(a["robust"]), f"{100 * a['flips']['share']:.1f}",
+         _percent(a["route_kept"])]
+        for a in robust["attacks"]
+    ]  # fmt: skip
+    rows.append(["worst of all, per clip", _percent(robust["worst_of"]), None, None])
+    shown = len(columns) if routed else 2
+    return report.table([row[:shown] for row in rows], columns[:shown])
+
+
+def _experts(each: dict[str, Any]) -> str:
+    fixed = ", ".join(_percent(one, interval=False) for one in each["fixed_route"])
+    return (
+        f"Experts receive {', '.join(f'{s:.0%}' for s in each['shares'])} of the clips; alone "
+        f"they reach {fixed} %; an oracle that routes, "
+        f"{_percent(each['oracle_route'], interval=False)} %."
+    )
 
 
 def _percent(held: dict[str, Any], *, interval: bool = True) -> str:

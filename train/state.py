@@ -9,12 +9,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from vmoe import checkpoint
+from vmoe import checkpoint, latest
 from vmoe.errors import VmoeError
 from vmoe.models import VideoMoE
 from vmoe.train.averaging import Average
 
-FILE = "state.safetensors"
+FILE = latest.STATE
 
 Row: TypeAlias = "dict[str, float]"
 

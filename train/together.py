@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vmoe.attacks.ranks import Ranks
+from vmoe.errors import VmoeError
 
 
 def alone() -> bool:
@@ -28,7 +29,11 @@ def alone() -> bool:
 
 @contextmanager
 def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
-    """Join the processes that torchrun started, for as long as the context lasts."""
+    """Join the processes that torchrun started, for as long as the context lasts.
+
+    Raises:
+        VmoeError: another of them has ended.
+    """
     if ranks.world == 1:
         yield
         return
@@ -37,6 +42,12 @@ def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
+    except RuntimeError as e:
+        if not isinstance(e, dist.DistError) and "gloo" not in str(e):
+            raise
+        raise VmoeError(
+            f"process {ranks.rank} lost another of the {ranks.world}: its own line says why."
+        ) from e
     finally:
         dist.destroy_process_group()
 

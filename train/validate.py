@@ -35,6 +35,7 @@ class Validation:
             undecided; 0 for a dense model.
         margin: mean gap between the two highest scores; 0 for a dense model.
         flips: share of the clips whose route changes under PGD.
+        finite: whether every answer was a number; where one was not, the rest means nothing.
     """
 
     clean: float
@@ -44,6 +45,7 @@ class Validation:
     route_entropy: float
     margin: float
     flips: float
+    finite: bool = True
 
     @property
     def figure(self) -> float:
@@ -89,6 +91,7 @@ class _Seen(NamedTuple):
     stood: int
     kept: int
     scores: Tensor
+    finite: bool
 
 
 def validate(
@@ -117,6 +120,7 @@ def validate(
         route_entropy=entropy(every.double().softmax(dim=1)),
         margin=_margin(every),
         flips=1 - sum(each.kept for each in seen) / count if attack else 0.0,
+        finite=all(each.finite for each in seen),
     )
 
 
@@ -124,7 +128,7 @@ def _look(
     twin: VideoMoE, data: ClipData, rows: list[int], attack: pgd.Settings | None, batch: int
 ) -> _Seen:
     device = next(twin.parameters()).device
-    right, kept, stood = 0, 0, 0
+    right, kept, stood, finite = 0, 0, 0, True
     scores: list[Tensor] = []
     for part in batches(data, batch, device, rows) if rows else ():
         with torch.no_grad():
@@ -132,12 +136,13 @@ def _look(
         is_right = out.logits.argmax(dim=1) == part.label
         right += int(is_right.sum())
         scores.append(out.scores.cpu())
-        if attack:
+        finite = finite and bool(out.logits.isfinite().all() and out.scores.isfinite().all())
+        if attack and finite:  # an attack refuses a model that answers NaN
             found = pgd.attack(twin, part.clip, part.label, attack, part.index)
             stood += int((is_right & ~found.success).sum())  # zero lies in the ball, too
             kept += int((found.route_before == found.route_after).sum())
     none = torch.zeros(0, len(twin.experts))
-    return _Seen(right, stood, kept, torch.cat([none, *scores]))
+    return _Seen(right, stood, kept, torch.cat([none, *scores]), finite)
 
 
 def entropy(shares: Tensor) -> float:

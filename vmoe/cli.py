@@ -98,6 +98,10 @@ class EpsType(click.ParamType):  # type: ignore[type-arg]
 class NameType(click.Choice):  # type: ignore[type-arg]
     """One of some names; a near miss gets "did you mean"."""
 
+    def get_metavar(self, param: Any, ctx: Any = None) -> str:
+        """Return the names, but for an empty one, which stands for none of them."""
+        return f"[{'|'.join(filter(None, self.choices))}]"
+
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         """Return the name."""
         if value in self.choices:
@@ -278,7 +282,7 @@ def _shown(name: str, default: Any, also: Mapping[str, Any]) -> str:
     return f" [default: {text}{others}]"
 
 
-def _is_budget(name: str) -> bool:
+def is_budget(name: str) -> bool:
     """Return whether a field is a budget: `eps`, `val_eps`; `steps` is none."""
     return name.split("_")[-1] == "eps"
 
@@ -287,12 +291,12 @@ def _one(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, float):
-        return _settings.format_eps(value) if _is_budget(name) else f"{value:.4g}"
+        return _settings.format_eps(value) if is_budget(name) else f"{value:.4g}"
     return str(value)
 
 
 def _click_type(name: str, kind: type, choices: tuple[str, ...] | None) -> click.ParamType[Any]:
-    if _is_budget(name):
+    if is_budget(name):
         return EpsType()
     if choices:
         return NameType(choices)

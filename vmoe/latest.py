@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from vmoe.errors import VmoeError
+from vmoe.errors import SettingError, VmoeError
 
 RUNS = Path("runs")
+STATE = "state.safetensors"  # where a training stands
 REJECTED = ".rejected"  # behind the name of a bundle that vmoe-export refused
 SHIPPED = Path(__file__).parent / "shipped" / "camera-motion"  # a bundle, with its twin
 CARD = SHIPPED.with_name("README.md")  # what it is, what it is worth, what it is not for
@@ -40,6 +41,23 @@ def checkpoint(named: Path | None) -> tuple[Path, str]:
     if found:
         return found, f"checkpoint: {found} (the newest under {RUNS}/)"
     return shipped() / "twin.safetensors", f"checkpoint: {SHIPPED.name} (the one that ships)"
+
+
+def training(named: Path | None) -> tuple[Path, str]:
+    """Return the folder of the training to go on with, and the line that says which it is.
+
+    Args:
+        named: what the user named, or None.
+
+    Raises:
+        SettingError: none was named, and there is none.
+    """
+    if named is not None:
+        return named, f"training: {named}"
+    found = _newest(RUNS.glob(f"**/{STATE}"))
+    if found is None:
+        raise SettingError(f"no training stands under {RUNS}/: name its folder with --out.")
+    return found.parent, f"training: {found.parent} (the newest under {RUNS}/)"
 
 
 def target(named: Path | None) -> tuple[Path, str]:

@@ -45,13 +45,13 @@ def test_the_command_trains_resumes_and_talks_once(tmp_path: Path) -> None:
              "--val-clips", "4", "--batch", "6", "--val-steps", "0", "--no-report"]  # fmt: skip
     out = tmp_path / "run"
 
-    def train(*more: str) -> str:
+    def train(*more: str, code: int = 0) -> str:
         command = [*TORCHRUN, "-m", "vmoe.train.cli", "--out", str(out), *more]
         done = subprocess.run(
             [sys.executable, *command], capture_output=True, text=True, timeout=300, check=False,
             cwd=ROOT, env=two_processes.environment(),
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == code, done.stderr[-3000:]
         return done.stderr
 
     said = train(*small, "--method", "standard", "--epochs", "1")
@@ -60,3 +60,7 @@ def test_the_command_trains_resumes_and_talks_once(tmp_path: Path) -> None:
     rows = (out / "results.csv").read_text().splitlines()
     assert len(rows) == 2
     assert "resumed after epoch 1" in train("--no-report", "--resume")
+    said = train(*small, "--method", "standard", "--epochs", "1", code=1)
+    assert "exists. Choose another --out" in said
+    ours = said.partition("torch/distributed/elastic")[0]  # torchrun's own report stands below
+    assert "Traceback" not in ours

@@ -17,10 +17,12 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from tests.twins import small
 from tests.videos import write
 from vmoe import checkpoint
 from vmoe.models.experts import tsm
-from vmoe.train import router_start
+from vmoe.train import loop, router_start
+from vmoe.train import state as states
 from vmoe.train.cli import main
 
 SMALL = [
@@ -91,16 +93,71 @@ def test_resume_of_another_recipe_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ["--method", "standard", "--epochs", "1", "--no-report", "--out", str(out)]
     assert train(*arguments).exit_code == 0
-    result = train(*arguments, "--lr", "0.5", "--resume")
-    assert result.exit_code == 1
-    assert "lr 0.003 then, 0.5 now" in result.output
+    for flag, value, then in (("--lr", "0.5", "lr 0.003"), ("--arch", "r3d18", "arch tsm")):
+        result = train(*arguments, flag, value, "--resume")
+        assert result.exit_code == 1
+        assert f"was trained otherwise ({then} then, {value} now" in result.output
     for flag, value in (("--seed", "7"), ("--init-from", "other.safetensors")):
         result = train("--out", str(out), "--resume", flag, value)
         assert result.exit_code == 2
         assert f"{flag} {value}" in result.output, result.output
+
+
+def test_a_training_is_named_by_its_folder_or_is_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     nowhere = train("--resume")
     assert nowhere.exit_code == 2
-    assert "name it with --out" in nowhere.output
+    assert "no training stands under runs/: name its folder with --out" in nowhere.output
+    arguments = [a for a in SMALL if a != "--quiet"]
+    method = ["--method", "standard", "--epochs", "1", "--no-report", *arguments]
+    for more in ([], ["--init-from", "runs/train/standard-tsm", "--out", "runs/train/second"]):
+        result = CliRunner().invoke(main, [*method, *more])
+        assert result.exit_code == 0, result.output
+    assert "router and 4 experts from runs/train/standard-tsm/best.safetensors" in result.output
+    newest = CliRunner().invoke(main, ["--resume", "--no-report"])
+    assert newest.exit_code == 0, newest.output
+    assert "training: runs/train/second (the newest under runs/)" in newest.output
+    assert "resumed after epoch 1" in newest.output
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, save = tmp_path / "run", states.save
+
+    def interrupted(*arguments: Any) -> None:
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(states, "save", interrupted)
+    talking = [a for a in SMALL if a != "--quiet"]
+    method = ["--method", "standard", "--epochs", "2", "--experts", "1"]
+    result = CliRunner().invoke(main, [*talking, *method, "--out", str(out)])
+    assert result.exit_code == 130
+    assert f"next: vmoe-train --out {out} --resume" in result.output
+
+
+def test_a_state_of_another_making_is_refused(tmp_path: Path) -> None:
+    state = loop.start(small(1), loop.LoopSettings())
+    states.save(state, {"method": "at-m"}, tmp_path)
+    result = train("--resume", "--out", str(tmp_path))
+    assert result.exit_code == 1
+    assert "holds no run of vmoe-train (its recipe has no 'run')" in result.output
+
+
+def test_an_l2_budget_is_what_is_trained_validated_and_reported(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    method = ["--method", "at-s", "--norm", "l2", "--steps", "1", "--epochs", "1"]
+    result = train(*method, "--eps", "1.5", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    report = json.loads((out / "report.json").read_text())
+    assert (report["robust"]["norm"], report["robust"]["eps"]) == ("l2", 1.5)
+    assert {attack["norm"] for attack in report["robust"]["attacks"]} == {"l2"}
+    assert report["recipe"]["loop"]["val_eps"] == 1.5
+    text = (out / "report.md").read_text()
+    assert "Robust accuracy in %, L2 1.5, 1 steps" in text
+    assert "flips" not in text  # one network has no routes,
+    assert "Experts receive" not in text  # and no experts
 
 
 def test_experts_begin_as_copies_of_a_single_expert(tmp_path: Path) -> None:
@@ -114,9 +171,11 @@ def test_experts_begin_as_copies_of_a_single_expert(tmp_path: Path) -> None:
     name = "experts.{}.1.layer1.0.conv1.weight"
     for i in range(4):
         np.testing.assert_allclose(mixed[name.format(i)], single[name.format(0)], atol=1e-8)
-    other = train(*method, "--init-from", begin, "--arch", "r3d18", "--out", str(tmp_path / "x"))
-    assert other.exit_code == 2
-    assert "has arch tsm; what is trained here has r3d18" in other.output.replace("\n", " ")
+    for dry in ([], ["--dry-run"]):
+        other = train(*method, "--init-from", begin, "--arch", "r3d18", "--out",
+                      str(tmp_path / "x"), *dry)  # fmt: skip
+        assert other.exit_code == 2
+        assert "has arch tsm; what is trained here has r3d18" in other.output.replace("\n", " ")
 
 
 def test_collapsed_routing_is_said_with_what_to_change(
@@ -138,20 +197,47 @@ def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     result = train("--method", "j-tlat", "--dry-run", "--out", str(out))
     assert result.exit_code == 0
     assert "method.gamma1 = 1.0" in result.output
+    assert "method.eps = 8/255 (0.0314)" in result.output
     assert not out.exists()
+
+
+PLANS = [
+    (["--method", "at-m", "--eps", "4/255"], "recipe: at-m, eps 4/255 (0.0157)  out:"),
+    (["--method", "at-m", "--eps", "4/255"], "loop.val_eps = 4/255 (0.0157)"),
+    (["--method", "at-m", "--eps", "4", "--val-eps", "2"], "loop.val_eps = 2/255 (0.0078)"),
+    (["--method", "at-m", "--norm", "l2", "--eps", "1.0"], "loop.val_eps = 1.0"),
+    (["--method", "standard"], "loop.val_eps = 8/255 (0.0314)"),
+    (["--method", "oud-m"], "of the dense counterpart: 42% more"),
+    (["--width", "0.01"], "--width 0.01 is so small that every layer has the fewest channels"),
+    (["--arch", "tsm-online"], "cannot be served frame by frame: a frame sees 8 before it."),
+]
+
+
+@pytest.mark.parametrize(("arguments", "line"), PLANS)
+def test_what_the_plan_says(arguments: list[str], line: str) -> None:
+    talking = [a for a in SMALL if a != "--quiet"]
+    result = CliRunner().invoke(main, [*talking, *arguments, "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert line in result.output
 
 
 BAD = [
     (["--eps", "eight"], 2, "eps 'eight' is not a number"),
     (["--method", "j-tlt"], 2, "did you mean 'j-tlat'?"),
     (["--arch", "r3d"], 2, "did you mean 'r3d18'?"),
-    (["--method", "standard", "--gamma1", "2"], 2, "--gamma1 has no meaning for --method standard"),
+    (
+        ["--method", "standard", "--gamma1", "2"],
+        2,
+        "--method standard: it is of j-tlat, j-tlat-plu",
+    ),
+    (["--norm", "l2"], 2, "--norm l2 has no --eps of its own: give it, as a length"),
     (["--method", "at-s", "--balance", "2"], 2, "--balance is of a router, and --method at-s"),
     (["--epochs", "0"], 2, "--epochs is 0; it must be at least 1"),
     (["no/such/folder"], 2, "no/such/folder"),
     (["camera-moton"], 2, "did you mean 'camera-motion'?"),
     (["--device", "cuda:9"], 2, "--device cuda:9 cannot be used here"),
     (["--method", "j-tlat", "--experts", "1"], 2, "--experts 2 or more"),
+    (["--init-from", str(Path(__file__).parent)], 1, "holds no checkpoint: neither a bundle's"),
     (["--init-from", "missing.safetensors"], 1, "cannot read checkpoint missing.safetensors"),
     (["--init-from", "missing.safetensors", "--dry-run"], 1, "Name a checkpoint of vmoe-train"),
     (["--resume"], 1, "run does not exist: there is no run to go on with. Look under runs/."),

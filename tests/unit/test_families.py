@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from vmoe import registry
 from vmoe.clips import ClipSpec
 from vmoe.errors import SettingError
 from vmoe.models import ModelSettings, build, flops
-from vmoe.models.experts import r2plus1d18, slowfast, tsm
+from vmoe.models.experts import r2plus1d18, slowfast, tsm, tsm_online
 from vmoe.models.moe import FAMILIES
 
 ROOT = Path(__file__).parents[2]
@@ -255,6 +256,12 @@ def test_shift_worked_by_hand() -> None:
     assert moved[:, 0].tolist() == [9, 17, 0]
     assert moved[:, 1].tolist() == [0, 2, 10]
     assert torch.equal(moved[:, 2:], x.view(3, 8)[:, 2:])
+
+
+@pytest.mark.parametrize("family", [tsm, tsm_online])
+def test_at_the_least_width_every_shift_moves_a_channel(family: Any) -> None:
+    blocks = [m for m in family.build(1e-3, 2).modules() if isinstance(m, tsm.Block)]
+    assert [block.conv1.in_channels // 8 for block in blocks] == [1] * 8
 
 
 def test_tsm_without_time_is_a_resnet_of_one_frame() -> None:

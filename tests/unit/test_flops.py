@@ -44,6 +44,16 @@ def test_a_dense_model_has_no_counterpart() -> None:
     assert cost.moe == cost.expert
 
 
+def test_what_a_clip_costs_in_words() -> None:
+    said = [flops.Flops(1_000_000, 2_000_000, dense, extra).said
+            for dense, extra in ((12_000_000, 0), (2_000_000, 0), (None, 1_000_000))]  # fmt: skip
+    assert said == [
+        "3 MFLOPs a clip against 12 of the dense counterpart: 75% saved",
+        "3 MFLOPs a clip against 2 of the dense counterpart: 50% more",
+        "4 MFLOPs a clip",
+    ]
+
+
 def test_counting_leaves_the_twin_alone() -> None:
     twin = build(ModelSettings(arch="tsm", width=0.125), ClipSpec(frames=2)).train()
     before = {name: value.clone() for name, value in twin.state_dict().items()}

@@ -30,6 +30,15 @@ def test_what_is_named_is_taken() -> None:
     assert latest.checkpoint(Path("a.safetensors"))[0] == Path("a.safetensors")
 
 
+def test_the_newest_training() -> None:
+    touch("runs/train/old/state.safetensors", 100)
+    touch("runs/train/new/state.safetensors", 200)
+    touch("runs/train/begun/best.safetensors", 300)
+    found = latest.training(None)
+    assert found == (Path("runs/train/new"), "training: runs/train/new (the newest under runs/)")
+    assert latest.training(Path("mine")) == (Path("mine"), "training: mine")
+
+
 def test_the_newest_bundle() -> None:
     touch("runs/export/old/vmoe.json", 100)
     touch("runs/export/new/vmoe.json", 200)

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
-from vmoe import registry
+from vmoe import output, registry
+from vmoe.errors import SettingError
 from vmoe.train import loop
 from vmoe.train.planned import RECIPES
 
@@ -90,3 +92,42 @@ def test_a_recording_of_ut_interaction_is_in_one_part_alone(tmp_path: Path) -> N
         assert not parts["val"] & (parts["train"] | parts["test"])
         tests.append(parts["test"])
     assert len(set.union(*tests)) == sum(len(test) for test in tests) == 10
+
+
+BAD = [
+    (["--methods", "j-tlt"], "unknown method 'j-tlt': did you mean 'j-tlat'?"),
+    (["--data", "camera"], "'camera': did you mean 'camera-motion'?"),
+    (["--data", "ut-interaction"], "--data ut-interaction needs --ut FOLDER, of its classes."),
+    (["--seeds", "0,x"], "'x' is not a valid integer"),
+    (["--quick", "--large"], "--quick and --large are two sizes: give one of them."),
+    (["--jobs", "0"], "0 is not in the range x>=1"),
+    (["--device", "cuda:9"], "--device cuda:9 cannot be used here"),
+    (["--tables-only"], "holds no cell of these seeds: leave --tables-only out."),
+    (["--out", "table.txt"], "results are .json or .md"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "line"), BAD)
+def test_bad_input_is_one_line(arguments: list[str], line: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(reproduce.main, [*arguments, "--folder", str(tmp_path / "run")])
+    assert result.exit_code == 2
+    assert line in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_tables_of_what_there_is(tmp_path: Path) -> None:
+    for method, seed in (("at-m", 0), ("j-tlat", 0), ("j-tlat", 1)):
+        path = tmp_path / "cells" / f"{method}-{seed}.json"
+        output.write_json(path, cell(method, seed, [1, 0, 1, 0]))
+    result = CliRunner().invoke(reproduce.main, ["--tables-only", "--folder", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "Worst-of: points ahead" in result.output
+
+
+def test_settings_are_of_all_trials_or_of_none(tmp_path: Path) -> None:
+    run = reproduce.Run("camera-motion", tmp_path, tasks.Size(), "cpu", camera=tmp_path)
+    output.write_json(tmp_path / "all" / "trials" / "at-m-0" / "worth.json", {"worth": 0.25})
+    with pytest.raises(SettingError, match="lacks a trial of at-m: make it first"):
+        run.best(0, "at-m")
+    output.write_json(tmp_path / "all" / "trials" / "at-m-1" / "worth.json", {"worth": 0.5})
+    assert run.best(0, "at-m") == reproduce.TRIALS["at-m"][1]

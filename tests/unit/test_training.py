@@ -135,6 +135,18 @@ def test_a_gradient_that_is_no_number_is_never_stepped() -> None:
     assert all(torch.isfinite(p).all() for p in twin.parameters())
 
 
+@pytest.mark.parametrize("val_steps", [0, 1])
+def test_a_model_that_answers_nan_after_an_epoch_is_not_kept(val_steps: int) -> None:
+    def ruin(state: states.State) -> None:
+        with torch.no_grad():
+            next(state.twin.parameters()).fill_(math.nan)
+
+    recipe = loop.Recipe(lambda done: [(Pass("whole", "whole", plain, clean_clips, after=ruin),)])
+    wanted = "answers NaN to validation clips after epoch 1: .* smaller --lr than 0.003"
+    with pytest.raises(VmoeError, match=wanted):
+        list(run(recipe, val_steps=val_steps))
+
+
 def test_statistics_stay_by_bn_running() -> None:
     (state,) = run(of(plain), bn="running")
     fresh, after = small(classes=10).state_dict(), state.twin.state_dict()

@@ -48,6 +48,15 @@ class Flops(NamedTuple):
         """Share of the dense counterpart's FLOPs that is not spent."""
         return None if self.dense is None else 1 - self.moe / self.dense
 
+    @property
+    def said(self) -> str:
+        """What a clip costs, in words, and against what."""
+        text = f"{self.moe / 1e6:.4g} MFLOPs a clip"
+        if self.dense is None or self.saved is None:
+            return text
+        share = f"{self.saved:.0%} saved" if self.saved >= 0 else f"{-self.saved:.0%} more"
+        return f"{text} against {self.dense / 1e6:.4g} of the dense counterpart: {share}"
+
 
 class Counter(TorchDispatchMode):
     """Adds up the FLOPs of all that runs inside of it, backward passes and attacks included.

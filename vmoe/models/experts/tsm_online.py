@@ -118,6 +118,16 @@ def voting(frames: int) -> int:
     return max(1, frames - REACH)
 
 
+def remark(frames: int) -> str:
+    """Return what whoever trains on clips of so many frames should know; empty of none."""
+    if frames > REACH:
+        return ""
+    return (
+        f"tsm-online on clips of {frames} frames cannot be served frame by frame: a frame sees "
+        f"{REACH} before it. Give --frames {REACH + 1} or more for that."
+    )
+
+
 def _half(size: int) -> int:
     return (size + 1) // 2
 
