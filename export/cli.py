@@ -16,6 +16,7 @@ from vmoe.runtime.bench.certificate import BOUND
 from vmoe.settings import to_mapping
 
 from . import pipeline, triton
+from .gates import judged_as
 from .pipeline import Exported
 from .plan import ExportSettings, Plan, calibration_of
 from .tensorrt import pipeline as trt_pipeline
@@ -95,7 +96,7 @@ def main(
     cost = flops.count(plan.checkpoint.twin)
     log.info("%s", _describe(plan, cost))
     if dry_run:
-        planned = _planned(plan, folder, cost)
+        planned = _planned(plan, folder, cost, tf32=build is not None and build.tf32)
         if build:
             planned |= trt_pipeline.planned(build, planned["parts"], settings)
         cli.print_json(planned) if as_json else click.echo(_lines(planned))
@@ -167,7 +168,7 @@ def _describe(plan: Plan, cost: flops.Flops) -> str:
     return f"{what}; {cost.moe / 1e9:.3g} GFLOP a clip{saved}"
 
 
-def _planned(plan: Plan, folder: Path, cost: flops.Flops) -> dict[str, Any]:
+def _planned(plan: Plan, folder: Path, cost: flops.Flops, *, tf32: bool) -> dict[str, Any]:
     settings, twin = plan.settings, plan.checkpoint.twin
     return {
         "out": str(folder),
@@ -183,7 +184,7 @@ def _planned(plan: Plan, folder: Path, cost: flops.Flops) -> dict[str, Any]:
         "calibration": calibration_of(plan),
         "optimize": settings.optimize,
         "opset": settings.opset,
-        "gates": _gates(settings),
+        "gates": _gates(settings, judged_as(settings.precision, tf32=tf32)),
         "verify_data": settings.verify_data or "camera-motion and noise",
         "twin_inside": settings.twin and plan.file is not None,
         "flops_per_clip": cost.moe,
@@ -191,9 +192,9 @@ def _planned(plan: Plan, folder: Path, cost: flops.Flops) -> dict[str, Any]:
     }
 
 
-def _gates(settings: ExportSettings) -> dict[str, Any]:
+def _gates(settings: ExportSettings, precision: str) -> dict[str, Any]:
     """Return the bounds, by the names of their flags."""
-    most, mean = settings.parity(settings.precision)
+    most, mean = settings.parity(precision)
     sparse = None if settings.lowering == "dense" else BOUND
     return {
         "parity": most,
