@@ -95,8 +95,8 @@ class Break(NamedTuple):
 
     def to_report(self) -> dict[str, Any]:
         """Return it as report.json has it."""
-        return {**self._asdict(), "layers": list(self.layers),
-                "steps": [step._asdict() for step in self.steps]}  # fmt: skip
+        steps = [step._asdict() for step in self.steps]
+        return {"said": self.line(), **self._asdict(), "layers": list(self.layers), "steps": steps}
 
 
 class Found(NamedTuple):

@@ -68,13 +68,8 @@ def main(
     """
     settings, build = _settings(flags, config, onnx=onnx, trt=trt)
     how = serving.of_flags(triton_repo, flags)
-    if from_onnx and how is not None:
-        raise SettingError(
-            "--from-onnx makes a bundle: serve that, by vmoe-export BUNDLE --triton-repo DIR."
-        )
     if from_onnx:
-        _from_onnx(settings, build)
-        assert build is not None  # else it was refused
+        build = _from_onnx(settings, build, served=how is not None)
         from_onnx_command(checkpoint, out, build, overwrite=overwrite, dry_run=dry_run,
                           device=device, as_json=as_json)  # fmt: skip
         return
@@ -107,11 +102,7 @@ def main(
         made = pipeline.run(plan, folder, overwrite=overwrite, device=device)
     if how is not None:
         triton.write(made.bundle, how, overwrite=overwrite)
-    if as_json:
-        cli.print_json({"bundle": str(folder), **report.plain(made.report)})
-    else:
-        click.echo(_table(made))
-    log.info("bundle: %s", folder)
+    _say(made, folder, as_json=as_json)
     for next_line in (*_next(made, folder), *serving.next_lines(folder, how)):
         log.info("next: %s", next_line)
 
@@ -134,8 +125,14 @@ def _settings(
     return settings, None
 
 
-def _from_onnx(settings: ExportSettings, build: BuildSettings | None) -> None:
-    """Refuse what would have to be exported anew."""
+def _from_onnx(
+    settings: ExportSettings, build: BuildSettings | None, *, served: bool
+) -> BuildSettings:
+    """Return how plans are built; refuse what would have to be exported anew, or is yet to come."""
+    if served:
+        raise SettingError(
+            "--from-onnx makes a bundle: serve that, by vmoe-export BUNDLE --triton-repo DIR."
+        )
     if build is None:
         raise SettingError("--from-onnx is for --trt: give that too, or leave it out.")
     if build.torch_trt:
@@ -147,6 +144,7 @@ def _from_onnx(settings: ExportSettings, build: BuildSettings | None) -> None:
         raise SettingError(
             f"--from-onnx takes the parts as they are: leave {' and '.join(given)} out."
         )
+    return build
 
 
 def _default(plan: Plan, build: BuildSettings | None) -> Path:
@@ -220,6 +218,15 @@ def _said(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return "-" if value is None else str(value)
+
+
+def _say(made: Exported, folder: Path, *, as_json: bool) -> None:
+    """Say what was made, and where it is."""
+    if as_json:
+        cli.print_json({"bundle": str(folder), **report.plain(made.report)})
+    else:
+        click.echo(_table(made))
+    log.info("bundle: %s", folder)
 
 
 def _table(made: Exported) -> str:

@@ -29,6 +29,7 @@ from vmoe.settings import Settings, opt
 # bf16 3.8e-3 and 5e-4, int8 0.039 and 1.5e-3. tf32 has as many bits as fp16.
 PARITY = {"fp32": 1e-4, "tf32": 2e-3, "fp16": 2e-3, "bf16": 0.02, "int8": 0.12}
 PARITY_MEAN = {"fp32": 2e-5, "tf32": 3e-4, "fp16": 3e-4, "bf16": 3e-3, "int8": 5e-3}
+SMALLEST = 1e-3  # where every logit (or score) is smaller than this, it is the unit
 WITHOUT_FLAG = ("backend", "precision")
 
 

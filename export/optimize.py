@@ -59,6 +59,7 @@ FORMS: dict[str, tuple[Pass, ...]] = {  # over each expert
     "joined": (fold_scaling.apply, fold_stride.apply, pad_channels.apply, join_taps.apply),
     "winograd": (*_BEFORE, temporal_winograd.apply),
 }
+ONLINE: tuple[Pass, ...] = (fold_scaling.apply,)  # over each expert of the online form
 QUANTISED: tuple[Pass, ...] = (widen_scaling.apply,)  # over each part that becomes int8, before
 RANGED: tuple[Pass, ...] = (strip_metadata.apply, share_ranges.apply)  # ... and once it is int8
 LOWERED: tuple[Pass, ...] = (sink_initializers.apply, annotate_batch.apply)  # over what is written

@@ -19,10 +19,9 @@ from vmoe.clips import Clips
 from vmoe.models import VideoMoE
 from vmoe.runtime import Engine, Prediction
 
-from .gates import PARITY, Gate, GateSettings
+from .gates import PARITY, SMALLEST, Gate, GateSettings
 
 BATCH = 8  # clips that are answered at a time
-SMALLEST = 1e-3  # where every reference value is smaller than this, it is the unit
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]

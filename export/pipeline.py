@@ -236,13 +236,17 @@ def _experts(
     That of int8 is known without measuring: the first of INT8_FORMS that there is of them; of
     s8s8, which is for TensorRT, the plain one.
     """
-    if not settings.int8 or settings.optimize != optimize.AUTO:
-        return optimize.choose(plain, settings.optimize)
-    for form in INT8_FORMS if settings.int8_form == "u8s8" else ():
+    asked = settings.optimize
+    if not settings.int8 or asked != optimize.AUTO:
+        made, choice = optimize.choose(plain, asked)
+        if asked not in (optimize.AUTO, choice.form):
+            log.warning("--optimize %s is not for these experts: they stay as exported", asked)
+        return made, choice
+    for form in (*INT8_FORMS, "none") if settings.int8_form == "u8s8" else ("none",):
         made, choice = optimize.choose(plain, form)
         if choice.form == form:
-            return made, choice
-    return optimize.choose(plain, "none")
+            break
+    return made, choice._replace(asked=asked)
 
 
 def _judge(plan: Plan, made: Made, bundle: Bundle, sample: Sample, device: str) -> Verdict:

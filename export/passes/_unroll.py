@@ -11,12 +11,11 @@ import logging
 from onnx import GraphProto, NodeProto
 
 from vmoe.export.passes import _on_frames
-from vmoe.export.passes._builder import attributes, outer_names
+from vmoe.export.passes._builder import CHANNELS_FIRST, attributes, outer_names
 from vmoe.export.passes._frames import Apart, Convolve, Layer, UnknownLayerError
 
 log = logging.getLogger("vmoe.export")
 
-TO_CHANNELS_FIRST = [0, 4, 1, 2, 3]  # [N, T, H, W, C] -> [N, C, T, H, W]
 SCALING = ("Cast", "Add", "Sub", "Mul", "Div")
 
 
@@ -61,7 +60,7 @@ def _walk(graph: GraphProto, apart: Apart) -> Layer:
 
 def _enter(node: NodeProto, graph: GraphProto, apart: Apart) -> None:
     """Take the clip for one where its channels are moved to the front."""
-    if node.op_type != "Transpose" or attributes(node).get("perm") != TO_CHANNELS_FIRST:
+    if node.op_type != "Transpose" or attributes(node).get("perm") != CHANNELS_FIRST:
         return
     clip = node.input[0]
     sizes = _clips(graph, apart).get(clip)

@@ -19,9 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, helper
 
-from vmoe.export.passes._builder import Builder, Constants, attributes, readers
+from vmoe.export.passes._builder import CHANNELS_FIRST, Builder, Constants, attributes, way
 
-CHANNELS_FIRST = [0, 4, 1, 2, 3]
 FEW = 4  # channels of a layer that this is for, at most
 WAY = ["Transpose", "Cast", "Mul", "Add", "Conv"]
 
@@ -53,10 +52,10 @@ class Axis(NamedTuple):
 
 def apply(graph: GraphProto) -> bool:
     """Rewrite the way from the input to the first layer, where it is as above; else leave it."""
-    way = _way(graph)
-    if [node.op_type for node in way] != WAY:
+    nodes = way(graph, WAY[-1])
+    if [node.op_type for node in nodes] != WAY:
         return False
-    move, cast, mul, add, conv = way
+    move, cast, mul, add, conv = nodes
     clip, constants = graph.input[0], Constants(graph)
     frames, height, width, channels = (d.dim_value for d in clip.type.tensor_type.shape.dim[1:])
     weight = constants.get(conv.input[1])
@@ -112,19 +111,6 @@ def _each(value: NDArray[np.float32] | None, channels: int) -> NDArray[np.float6
     if value is None or value.shape not in ((), (1, channels, 1, 1, 1)):
         return None
     return np.broadcast_to(value.ravel(), channels).astype(np.float64)
-
-
-def _way(graph: GraphProto) -> list[NodeProto]:
-    """Return the nodes from the input to the first Conv, each the only one to read the last."""
-    reading, outputs = readers(graph), {value.name for value in graph.output}
-    way: list[NodeProto] = []
-    name = graph.input[0].name
-    while len(reading[name]) == 1 and name not in outputs and reading[name][0].input[0] == name:
-        way.append(reading[name][0])
-        name = way[-1].output[0]
-        if way[-1].op_type == "Conv":
-            break
-    return way
 
 
 def _axes(

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vmoe.bundle import Bundle
-from vmoe.export.gates import PARITY, Gate, judged_as
+from vmoe.export.gates import PARITY, SMALLEST, Gate, judged_as
 from vmoe.runtime import load
 from vmoe.runtime.bench.subjects import random_clips
 from vmoe.runtime.engines.onnxruntime import why_unavailable
 
 REFERENCE = "onnxruntime"
 CLIPS = 32
-SMALLEST = 1e-3  # where every value is smaller than this, it is the unit
 
 __all__ = ["CLIPS", "Agreement", "compare", "why_unavailable"]
 

@@ -227,6 +227,7 @@ def test_what_a_gate_refuses_is_kept_as_rejected_with_its_report(
     assert latest.bundle(None)[0] == latest.SHIPPED, "a refused bundle would be served"
     shown = CliRunner().invoke(vmoe_command, ["inspect", "runs/x.rejected"])
     assert "REFUSED" in shown.stdout
+    assert said["said"] in shown.stdout.splitlines()
     (out.with_name("x.rejected") / "mine").mkdir()
     again = run(small, "--out", out, "--gate-parity", "1e-12")
     assert again.exit_code == 2
