@@ -91,6 +91,7 @@ def main(
     cost = flops.count(plan.checkpoint.twin)
     log.info("%s", _describe(plan, cost))
     if dry_run:
+        pipeline.check(plan)
         planned = _planned(plan, folder, cost, tf32=build is not None and build.tf32)
         if build:
             planned |= trt_pipeline.planned(build, planned["parts"], settings)
