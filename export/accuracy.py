@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -207,7 +207,7 @@ def robust(
     That of the budget by which it loses most counts.
     """
     made, within = [], defaultdict(list)
-    for of in attacked:
+    for of in _told_apart(attacked):
         said = parity.infer(engine, of.clips).logits.argmax(axis=1)
         made.append(compare(of.what, of.twin_said, said, of.label))
         within[of.budget].append((of.attack, of.twin_said != of.label, said != of.label))
@@ -224,6 +224,15 @@ def robust(
     )
     judged = Gate("robust", what, 100 * lost / clips, settings.gate_robust, " %")
     return judged, {"robust": {compared.what: compared.to_report() for compared in made}}
+
+
+def _told_apart(attacked: Sequence[Adversarial]) -> Iterator[Adversarial]:
+    """Yield the clips of attacks under names of their own: the second `pgd` is `pgd (2)`."""
+    count: Counter[str] = Counter()
+    for of in attacked:
+        count[of.what] += 1
+        again = f" ({count[of.what]})" if count[of.what] > 1 else ""
+        yield of._replace(attack=of.attack + again)
 
 
 def attack(held: Checkpoint, sample: Sample, count: int, seed: int) -> list[Adversarial]:

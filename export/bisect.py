@@ -31,6 +31,7 @@ from vmoe.models import VideoMoE
 
 from . import layers
 from .onnx import Parts
+from .passes import fold_stride
 
 BATCH = 2  # clips whose values are held at a time
 KINDS = (nn.modules.conv._ConvNd, nn.Linear)  # layers that get their one input from a call
@@ -94,8 +95,20 @@ class Break(NamedTuple):
 
     def to_report(self) -> dict[str, Any]:
         """Return it as report.json has it."""
-        return {**self._asdict(), "layers": list(self.layers),
-                "steps": [step._asdict() for step in self.steps]}  # fmt: skip
+        steps = [step._asdict() for step in self.steps]
+        return {"said": self.line(), **self._asdict(), "layers": list(self.layers), "steps": steps}
+
+
+class Found(NamedTuple):
+    """A value of the twin in the graph under test.
+
+    Attributes:
+        names: of its frames there, or of itself.
+        scale: what pixels in blocks are yet to be multiplied by; None of what is in no blocks.
+    """
+
+    names: list[str]
+    scale: NDArray[Any] | None = None
 
 
 class UnrunnableError(Exception):
@@ -167,24 +180,24 @@ class _Part:
             for layer in self._layers
             if count[layer.place] == 1
             and isinstance(modules.get(layer.place), KINDS)
-            and self._tested(layer.given)
+            and self._found(layer.given).names
         ]
 
     def steps(self, clips: Clips, given: Sequence[layers.Layer]) -> list[Step]:
         """Compare what these layers are given, and last the part's answer."""
-        names = [self._tested(layer.given) for layer in given]
-        names.append([self.tested.graph.output[0].name])
-        run = _session(self.tested, [name for some in names for name in some])
+        found = [self._found(layer.given) for layer in given]
+        found.append(Found([self.tested.graph.output[0].name]))
+        run = _session(self.tested, [name for value in found for name in value.names])
         places = [layer.place for layer in given]
-        largest = np.zeros((2, len(names)))  # difference, value
-        known = np.ones(len(names), bool)
+        largest = np.zeros((2, len(found)))  # difference, value
+        known = np.ones(len(found), bool)
         for start in range(0, len(clips), BATCH):
             some = clips[start : start + BATCH]
-            found = iter(run(some))
-            for i, (wanted, parts) in enumerate(
-                zip(self._of_twin(some, places), names, strict=True)
+            values = iter(run(some))
+            for i, (wanted, value) in enumerate(
+                zip(self._of_twin(some, places), found, strict=True)
             ):
-                got = _joined([next(found) for _ in parts], wanted)
+                got = _joined([next(values) for _ in value.names], value.scale, wanted)
                 known[i] &= got is not None
                 if got is not None:
                     pair = np.abs(wanted - got).max(initial=0.0), np.abs(wanted).max(initial=0.0)
@@ -218,19 +231,32 @@ class _Part:
                 return place
         return ".".join(around) or self.root
 
-    def _tested(self, value: str) -> list[str]:
-        """Return where a value as exported stands in the graph under test; nowhere: nothing."""
-        graph = self.tested.graph
-        made = {name for node in graph.node for name in node.output}
+    def _found(self, value: str) -> Found:
+        """Return where a value as exported stands in the graph under test; nowhere: no names."""
         maker = {name: node for node in self.plain.graph.node for name in node.output}
         while True:
-            frames: list[str] = []
-            while (frame := f"{value}/t{len(frames)}") in made:
-                frames.append(frame)
-            found = frames or [value] * (value in made)
-            if found or value not in maker or maker[value].op_type not in ROUNDED:
-                return [_dequantised(graph, name) for name in found]
+            names, blocks = self._tested(value), self._tested(fold_stride.in_blocks(value))
+            if blocks:
+                return Found(blocks, self._scale(value))
+            if names or value not in maker or maker[value].op_type not in ROUNDED:
+                return Found(names)
             value = maker[value].input[0]
+
+    def _tested(self, value: str) -> list[str]:
+        """Return a value's frames in the graph under test, or itself, as the layers see them."""
+        graph = self.tested.graph
+        made = {name for node in graph.node for name in node.output}
+        frames: list[str] = []
+        while (frame := f"{value}/t{len(frames)}") in made:
+            frames.append(frame)
+        return [_dequantised(graph, name) for name in frames or [value] * (value in made)]
+
+    def _scale(self, value: str) -> NDArray[Any]:
+        """Return what pixels are scaled by, as exported: of a white clip over a black one."""
+        ends = np.stack([np.full(self.twin.spec.shape, end, np.uint8) for end in (0, 255)])
+        black, white = _session(self.plain, [value])(ends)[0].astype(np.float64)
+        scale: NDArray[Any] = (white - black) / 255
+        return scale
 
     def _of_twin(self, clips: Clips, places: Sequence[str]) -> Values:
         """Return what the twin's layers are given, and last what the part answers."""
@@ -269,9 +295,14 @@ def _dequantised(graph: GraphProto, value: str) -> str:
     return back.output[0] if back.op_type == "DequantizeLinear" else value
 
 
-def _joined(frames: Values, like: NDArray[Any]) -> NDArray[Any] | None:
-    """Return a value that may be in frames, without padded channels; None of another shape."""
+def _joined(frames: Values, scale: NDArray[Any] | None, like: NDArray[Any]) -> NDArray[Any] | None:
+    """Return a value that may be in frames and in blocks, without padded channels.
+
+    None where it is of another shape.
+    """
     got = frames[0] if len(frames) == 1 and frames[0].ndim == like.ndim else np.stack(frames, 2)
+    if scale is not None:
+        got = fold_stride.pixels(got, like.shape[1]) * scale
     if got.ndim == like.ndim > 1:
         got = got[:, : like.shape[1]]
     return got.astype(np.float64) if got.shape == like.shape else None

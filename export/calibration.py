@@ -53,23 +53,19 @@ def clips_for(held: Checkpoint, settings: CalibrationSettings, seed: int) -> Cli
         seed: of the attacks.
 
     Raises:
-        SettingError: the data cannot be read, has no clip, or is what the twin is tested on.
+        SettingError: as `opened` says; clips that the twin is tested on, under whatever name; clips
+            to be attacked that have no label of the twin's.
     """
-    data = settings.calib or trained_on(held)
-    _refuse_test_split(data)
-    try:
-        opened = _open(data, "train", held, settings.calib_clips)
-    except SettingError as e:
-        raise SettingError(f"--calib: {e}") from e
-    _refuse_tested(opened, data, held)
-    count = min(settings.calib_clips, len(opened))
-    taken = [opened[i] for i in range(count)]
+    data, train = opened(held, settings)
+    _refuse_tested(train, data, held)
+    count = min(settings.calib_clips, len(train))
+    taken = [train[i] for i in range(count)]
     clips = np.stack([clip for clip, _ in taken])
     few = round(settings.calib_adv * count)
     if few:
         which = np.arange(count - few, count)  # every class in turn, so that all are among them
         label = np.array([label for _, label in taken])[which]
-        if opened.labels != held.labels:
+        if train.labels != held.labels:
             raise SettingError(
                 f"--calib-adv attacks clips of known labels, and {data} has other labels than the "
                 "twin. Leave it out, or calibrate on what the twin was trained on."
@@ -77,6 +73,20 @@ def clips_for(held: Checkpoint, settings: CalibrationSettings, seed: int) -> Cli
         made = adversaries.make(held.twin, clips[which], label, trained_eps(held), STEPS, seed)
         clips[which] = made
     return clips
+
+
+def opened(held: Checkpoint, settings: CalibrationSettings) -> tuple[str, ClipData]:
+    """Return what the clips of a calibration are taken from: its name, and its training split.
+
+    Raises:
+        SettingError: the data cannot be read, has no clip, or is called as another split.
+    """
+    data = settings.calib or trained_on(held)
+    _refuse_test_split(data)
+    try:
+        return data, _open(data, "train", held, settings.calib_clips)
+    except SettingError as e:
+        raise SettingError(f"--calib: {e}") from e
 
 
 def trained_on(held: Checkpoint) -> str:

@@ -16,6 +16,7 @@ from vmoe.runtime.bench.certificate import BOUND
 from vmoe.settings import to_mapping
 
 from . import pipeline, triton
+from .gates import judged_as
 from .pipeline import Exported
 from .plan import ExportSettings, Plan, calibration_of
 from .tensorrt import pipeline as trt_pipeline
@@ -67,13 +68,8 @@ def main(
     """
     settings, build = _settings(flags, config, onnx=onnx, trt=trt)
     how = serving.of_flags(triton_repo, flags)
-    if from_onnx and how is not None:
-        raise SettingError(
-            "--from-onnx makes a bundle: serve that, by vmoe-export BUNDLE --triton-repo DIR."
-        )
     if from_onnx:
-        _from_onnx(settings, build)
-        assert build is not None  # else it was refused
+        build = _from_onnx(settings, build, served=how is not None)
         from_onnx_command(checkpoint, out, build, overwrite=overwrite, dry_run=dry_run,
                           device=device, as_json=as_json)  # fmt: skip
         return
@@ -95,7 +91,8 @@ def main(
     cost = flops.count(plan.checkpoint.twin)
     log.info("%s", _describe(plan, cost))
     if dry_run:
-        planned = _planned(plan, folder, cost)
+        pipeline.check(plan)
+        planned = _planned(plan, folder, cost, tf32=build is not None and build.tf32)
         if build:
             planned |= trt_pipeline.planned(build, planned["parts"], settings)
         cli.print_json(planned) if as_json else click.echo(_lines(planned))
@@ -106,11 +103,7 @@ def main(
         made = pipeline.run(plan, folder, overwrite=overwrite, device=device)
     if how is not None:
         triton.write(made.bundle, how, overwrite=overwrite)
-    if as_json:
-        cli.print_json({"bundle": str(folder), **report.plain(made.report)})
-    else:
-        click.echo(_table(made))
-    log.info("bundle: %s", folder)
+    _say(made, folder, as_json=as_json)
     for next_line in (*_next(made, folder), *serving.next_lines(folder, how)):
         log.info("next: %s", next_line)
 
@@ -133,8 +126,14 @@ def _settings(
     return settings, None
 
 
-def _from_onnx(settings: ExportSettings, build: BuildSettings | None) -> None:
-    """Refuse what would have to be exported anew."""
+def _from_onnx(
+    settings: ExportSettings, build: BuildSettings | None, *, served: bool
+) -> BuildSettings:
+    """Return how plans are built; refuse what would have to be exported anew, or is yet to come."""
+    if served:
+        raise SettingError(
+            "--from-onnx makes a bundle: serve that, by vmoe-export BUNDLE --triton-repo DIR."
+        )
     if build is None:
         raise SettingError("--from-onnx is for --trt: give that too, or leave it out.")
     if build.torch_trt:
@@ -146,6 +145,7 @@ def _from_onnx(settings: ExportSettings, build: BuildSettings | None) -> None:
         raise SettingError(
             f"--from-onnx takes the parts as they are: leave {' and '.join(given)} out."
         )
+    return build
 
 
 def _default(plan: Plan, build: BuildSettings | None) -> Path:
@@ -167,7 +167,7 @@ def _describe(plan: Plan, cost: flops.Flops) -> str:
     return f"{what}; {cost.moe / 1e9:.3g} GFLOP a clip{saved}"
 
 
-def _planned(plan: Plan, folder: Path, cost: flops.Flops) -> dict[str, Any]:
+def _planned(plan: Plan, folder: Path, cost: flops.Flops, *, tf32: bool) -> dict[str, Any]:
     settings, twin = plan.settings, plan.checkpoint.twin
     return {
         "out": str(folder),
@@ -183,7 +183,7 @@ def _planned(plan: Plan, folder: Path, cost: flops.Flops) -> dict[str, Any]:
         "calibration": calibration_of(plan),
         "optimize": settings.optimize,
         "opset": settings.opset,
-        "gates": _gates(settings),
+        "gates": _gates(settings, judged_as(settings.precision, tf32=tf32)),
         "verify_data": settings.verify_data or "camera-motion and noise",
         "twin_inside": settings.twin and plan.file is not None,
         "flops_per_clip": cost.moe,
@@ -191,9 +191,9 @@ def _planned(plan: Plan, folder: Path, cost: flops.Flops) -> dict[str, Any]:
     }
 
 
-def _gates(settings: ExportSettings) -> dict[str, Any]:
+def _gates(settings: ExportSettings, precision: str) -> dict[str, Any]:
     """Return the bounds, by the names of their flags."""
-    most, mean = settings.parity(settings.precision)
+    most, mean = settings.parity(precision)
     sparse = None if settings.lowering == "dense" else BOUND
     return {
         "parity": most,
@@ -219,6 +219,15 @@ def _said(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return "-" if value is None else str(value)
+
+
+def _say(made: Exported, folder: Path, *, as_json: bool) -> None:
+    """Say what was made, and where it is."""
+    if as_json:
+        cli.print_json({"bundle": str(folder), **report.plain(made.report)})
+    else:
+        click.echo(_table(made))
+    log.info("bundle: %s", folder)
 
 
 def _table(made: Exported) -> str:

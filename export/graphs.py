@@ -50,11 +50,6 @@ def scopes(model: ModelProto) -> Iterator[GraphProto]:
                 yield from walk(inner)
 
 
-def weight_bytes(graph: GraphProto) -> int:
-    """Return the bytes of a graph's own initializers, those of its subgraphs left out."""
-    return sum(tensor_bytes(tensor) for tensor in graph.initializer)
-
-
 def tensor_bytes(tensor: TensorProto) -> int:
     """Return the bytes that a tensor's values take."""
     count = 1

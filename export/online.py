@@ -23,9 +23,8 @@ from vmoe.models.experts.tsm_online import REACH, TSMOnline18
 from vmoe.runtime import Engine
 from vmoe.runtime.online import after
 
-from . import graphs
+from . import graphs, optimize
 from .onnx import Parts, trace, trace_doors
-from .passes import fold_scaling
 
 TRACED = (2, 3)  # streams and frames that a graph is traced with: 1 would be taken as fixed
 
@@ -100,7 +99,8 @@ def _experts(twin: VideoMoE, opset: int) -> list[ModelProto]:
         ["logits", *map(after, names)], ({0: batch, 1: frames}, [{0: batch}] * len(states)), opset,
     )  # fmt: skip
     for model in made:
-        fold_scaling.apply(model.graph)
+        for apply in optimize.ONLINE:
+            apply(model.graph)
     return [graphs.model(model.graph, model) for model in made]
 
 

@@ -59,6 +59,7 @@ FORMS: dict[str, tuple[Pass, ...]] = {  # over each expert
     "joined": (fold_scaling.apply, fold_stride.apply, pad_channels.apply, join_taps.apply),
     "winograd": (*_BEFORE, temporal_winograd.apply),
 }
+ONLINE: tuple[Pass, ...] = (fold_scaling.apply,)  # over each expert of the online form
 QUANTISED: tuple[Pass, ...] = (widen_scaling.apply,)  # over each part that becomes int8, before
 RANGED: tuple[Pass, ...] = (strip_metadata.apply, share_ranges.apply)  # ... and once it is int8
 LOWERED: tuple[Pass, ...] = (sink_initializers.apply, annotate_batch.apply)  # over what is written
@@ -127,12 +128,8 @@ def finish(model: ModelProto) -> ModelProto:
     return graphs.model(model.graph, model) if any(changed) else model
 
 
-def choose(
-    experts: Sequence[ModelProto],
-    asked: str,
-    candidates: Sequence[str] = CANDIDATES,
-) -> tuple[list[ModelProto], Choice]:
-    """Return a model's experts in the form that is asked, or in the fastest of the candidates.
+def choose(experts: Sequence[ModelProto], asked: str) -> tuple[list[ModelProto], Choice]:
+    """Return a model's experts in the form that is asked, or in the fastest of CANDIDATES.
 
     Measured is the first expert: all have one architecture, and time does not depend on weights.
     Of forms that tie, the one that does the least work is taken.
@@ -140,12 +137,11 @@ def choose(
     Args:
         experts: as exported, clip -> logits.
         asked: a form, or auto.
-        candidates: what auto may choose.
 
     Raises:
         SettingError: a form that is asked computes something else than the plain one.
     """
-    names = candidates if asked == AUTO else ("none", asked)
+    names = CANDIDATES if asked == AUTO else ("none", asked)
     forms = {"none": experts[0]}
     for name in names:
         made = lower(experts[0], name)

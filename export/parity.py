@@ -7,7 +7,7 @@ with its route forced, expert after expert: none goes unseen because the router 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,9 @@ from vmoe.clips import Clips
 from vmoe.models import VideoMoE
 from vmoe.runtime import Engine, Prediction
 
-from .gates import PARITY, Gate, GateSettings
+from .gates import PARITY, SMALLEST, Gate, GateSettings
 
 BATCH = 8  # clips that are answered at a time
-SMALLEST = 1e-3  # where every reference value is smaller than this, it is the unit
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -109,28 +108,34 @@ def check(
         np.abs(answer.logits - reference.logits[rows, forced])
         for answer, forced in zip(each, rounds, strict=True)
     ])  # fmt: skip
-    of_experts = tuple(_largest(off[np.concatenate(rounds) == i]) for i in range(experts))
-    most, mean_most = settings.parity(precision)
-    logits_unit, scores_unit = _scale(reference.logits), _scale(reference.scores)
-    scores_bound = settings.parity(router)[0] * scores_unit
     # However coarse the router may be: only where the fp32 router itself could turn is it a tie.
-    agree, ties = _agreement(free, reference, PARITY["fp32"] * scores_unit)
-    agreement_pct = 100 * agree / n
-    logits, mean = _largest(off_free), float(np.mean(np.concatenate([off_free, off])))
-    worst = float(np.max([logits, *of_experts]))  # NaN stays NaN, as in scores
-    return Findings(
-        gates=(
-            Gate("parity", "max |d logits|", worst, most * logits_unit),
-            Gate("parity", "max |d scores|", scores, scores_bound),
-            Gate("parity-mean", "mean |d logits|", mean, mean_most * logits_unit),
-            Gate("route", "route agreement", agreement_pct, settings.gate_route, " %", least=True),
-        ),
-        clips=n, logits=logits, scores=scores, mean=mean, experts=of_experts,
-        agreement_pct=agreement_pct, ties=ties,
+    agree, ties = _agreement(free, reference, PARITY["fp32"] * _scale(reference.scores))
+    found = Findings(
+        gates=(), clips=n, logits=_largest(off_free), scores=scores,
+        mean=float(np.mean(np.concatenate([off_free, off]))),
+        experts=tuple(_largest(off[np.concatenate(rounds) == i]) for i in range(experts)),
+        agreement_pct=100 * agree / n, ties=ties,
         routed=tuple(int(count) for count in np.bincount(free.route, minlength=experts)),
         twin_said=reference.logits[rows, best].argmax(axis=1),
         engine_said=free.logits.argmax(axis=1), reference=reference,
     )  # fmt: skip
+    return replace(found, gates=_gates(found, settings, precision, router))
+
+
+def _gates(
+    found: Findings, settings: GateSettings, precision: str, router: str
+) -> tuple[Gate, ...]:
+    """Judge what was measured; shares are of the twin's largest logit or score."""
+    logits, scores = _scale(found.reference.logits), _scale(found.reference.scores)
+    most, mean = settings.parity(precision)
+    worst = float(np.max([found.logits, *found.experts]))  # NaN stays NaN
+    agree = found.agreement_pct
+    return (
+        Gate("parity", "max |d logits|", worst, most * logits),
+        Gate("parity", "max |d scores|", found.scores, settings.parity(router)[0] * scores),
+        Gate("parity-mean", "mean |d logits|", found.mean, mean * logits),
+        Gate("route", "route agreement", agree, settings.gate_route, " %", least=True),
+    )
 
 
 def infer(engine: Engine, clips: Clips, forced: Ints | None = None) -> Prediction:

@@ -122,6 +122,21 @@ def export(
     return run(made, Path(out), overwrite=overwrite, device=device)
 
 
+def check(plan: Plan) -> None:
+    """Refuse, before any work, what would else be told in the middle of it.
+
+    Raises:
+        VmoeError: an expression that keeps nothing or everything, calibration clips that cannot be
+            had or are called as another split, adversarial clips that are not this twin's.
+    """
+    settings, held = plan.settings, plan.checkpoint
+    precision.check(held.twin, settings)
+    if settings.int8:
+        calibration.opened(held, settings)
+    if settings.robust is not None:
+        accuracy.saved(held, settings.robust, plan.sha256)
+
+
 def run(plan: Plan, out: Path, *, overwrite: bool = False, device: str = "cpu") -> Exported:
     """Carry a plan out.
 
@@ -132,8 +147,8 @@ def run(plan: Plan, out: Path, *, overwrite: bool = False, device: str = "cpu") 
         device: where it is checked: cpu (auto is that too) or cuda:N.
 
     Raises:
-        SettingError: `out` exists, no such device is here, the data of the check cannot be read, or
-            the twin holds a layer that cannot be exported.
+        SettingError: `out` exists, no such device is here, the data of the check cannot be read,
+            the twin holds a layer that cannot be exported, or as `check` says.
         GateError: a gate refused the bundle, which is kept beside `out` as NAME.rejected.
         OutputError: the disk is full; nothing is left of it.
     """
@@ -144,9 +159,7 @@ def run(plan: Plan, out: Path, *, overwrite: bool = False, device: str = "cpu") 
     settings, held = plan.settings, plan.checkpoint
     device = "cpu" if device == "auto" else str(checkpoint.device(device))
     optimize.check()
-    precision.check(held.twin, settings)
-    if settings.robust is not None:
-        accuracy.saved(held, settings.robust, plan.sha256)  # else told after all the work
+    check(plan)
     stages = Stages()
     with stages.stage("clips", "to check the bundle with"):
         sample = sample_of(plan)
@@ -236,13 +249,17 @@ def _experts(
     That of int8 is known without measuring: the first of INT8_FORMS that there is of them; of
     s8s8, which is for TensorRT, the plain one.
     """
-    if not settings.int8 or settings.optimize != optimize.AUTO:
-        return optimize.choose(plain, settings.optimize)
-    for form in INT8_FORMS if settings.int8_form == "u8s8" else ():
+    asked = settings.optimize
+    if not settings.int8 or asked != optimize.AUTO:
+        made, choice = optimize.choose(plain, asked)
+        if asked not in (optimize.AUTO, choice.form):
+            log.warning("--optimize %s is not for these experts: they stay as exported", asked)
+        return made, choice
+    for form in (*INT8_FORMS, "none") if settings.int8_form == "u8s8" else ("none",):
         made, choice = optimize.choose(plain, form)
         if choice.form == form:
-            return made, choice
-    return optimize.choose(plain, "none")
+            break
+    return made, choice._replace(asked=asked)
 
 
 def _judge(plan: Plan, made: Made, bundle: Bundle, sample: Sample, device: str) -> Verdict:

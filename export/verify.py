@@ -31,7 +31,7 @@ from vmoe.runtime.online import is_online
 from . import accuracy, executed, latency, online, parity, routed, sparsity
 from .accuracy import Adversarial, Sample
 from .executed import Executed
-from .gates import Gate, GateSettings
+from .gates import Gate, GateSettings, judged_as
 from .parity import Findings, Reference
 from .precision import PrecisionSettings, Proof, prove
 
@@ -90,6 +90,7 @@ class Case:
         device: cpu or cuda:N.
         seed: of what is drawn.
         write_split: writes the same model as a split bundle into a folder.
+        tf32: whether the engine may round fp32 layers to it.
         known: what the twin said of the clips so far, so that it is asked once.
     """
 
@@ -100,7 +101,15 @@ class Case:
     device: str
     seed: int
     write_split: Callable[[Path], object]
+    tf32: bool = False
     known: Reference | None = None
+
+    @property
+    def judged_as(self) -> tuple[str, str]:
+        """By the bounds of which precisions experts and router are judged."""
+        asked = self.settings.precision, self.settings.asked(ROUTER)
+        experts, router = (judged_as(each, tf32=self.tf32) for each in asked)
+        return experts, router
 
     @cached_property
     def proofs(self) -> list[Proof]:
@@ -157,9 +166,8 @@ def _of_others(case: Case) -> list[Gate]:
     part = case.bundle.others.get("tensorrt")
     if part is None or case.known is None:
         return []
-    asked = case.settings.precision, case.settings.asked(ROUTER)
     return routed.gates(case.bundle.path / part.file, case.held.twin, case.sample.clips,
-                        case.settings, asked, case.known)  # fmt: skip
+                        case.settings, case.judged_as, case.known)  # fmt: skip
 
 
 def _verdict(gates: Sequence[Gate], found: Findings | None, report: dict[str, Any]) -> Verdict:
@@ -168,10 +176,8 @@ def _verdict(gates: Sequence[Gate], found: Findings | None, report: dict[str, An
 
 def judge(case: Case, engine: Engine) -> Judged:
     """Measure a bundle on one backend, by every gate."""
-    settings, asked = case.settings, case.settings.precision
-    router = settings.asked(ROUTER)
-    clips = case.sample.clips
-    found = parity.check(case.held.twin, engine, clips, settings, asked, router, case.known)
+    settings, clips = case.settings, case.sample.clips
+    found = parity.check(case.held.twin, engine, clips, settings, *case.judged_as, case.known)
     case.known = found.reference
     gates, report = [*found.gates], parity.to_report(found)
     if is_online(case.bundle):
@@ -191,7 +197,7 @@ def judge(case: Case, engine: Engine) -> Judged:
         )  # fmt: skip
         gates += [sparse] if sparse else []
         report |= said
-    ran = executed.on(engine.backend_name, case.bundle) if asked == "int8" else {}
+    ran = executed.on(engine.backend_name, case.bundle) if settings.int8 else {}
     if ran and settings.int8_form == "u8s8":  # s8s8 is for TensorRT: a CPU's own choice is said
         gates.append(executed.gate(engine.backend_name, case.proofs, ran))
     return Judged(gates, found, report, ran)

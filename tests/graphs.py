@@ -134,6 +134,11 @@ def _walk(graph: GraphProto) -> list[GraphProto]:
     return list(graphs.walk(graph))
 
 
+def weight_bytes(graph: GraphProto) -> int:
+    """Return the bytes of a graph's own initializers, those of its subgraphs left out."""
+    return sum(map(graphs.tensor_bytes, graph.initializer))
+
+
 def session(model: ModelProto, path: Path | None = None) -> onnxruntime.InferenceSession:
     """Return a session on one thread; `path` is where the optimised graph goes."""
     options = onnxruntime.SessionOptions()

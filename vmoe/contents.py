@@ -78,10 +78,13 @@ def _measured(said: dict[str, Any]) -> Iterator[str]:
         columns = ["backend", "verdict", "ms a clip, at export", "runs int8 as", "why not"]
         yield report.table(rows, columns)
     lines = []
-    for key in ("clean", "robust", "route", "optimize", "calibration", "bisect"):
+    for key in ("clean", "robust", "route", "optimize", "calibration"):
         found = _flat(said.get(key))
         if found:
             lines.append(f"{key}: {found}")
+    bisect = _dict(said.get("bisect")).get("said")
+    if bisect:
+        lines.append(str(bisect))
     routes = [_dict(route) for route in _list(_dict(said.get("sparsity")).get("routes"))]
     ratios = [_dict(r.get("ratio")).get("medians") for r in routes]
     if ratios and all(isinstance(ratio, (int, float)) for ratio in ratios):

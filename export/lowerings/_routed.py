@@ -25,6 +25,7 @@ from onnx.numpy_helper import from_array, to_array
 
 from vmoe.errors import SettingError
 from vmoe.export import graphs
+from vmoe.export.passes._builder import attributes, outer_names
 
 DOMAIN, VERSION = "vmoe", "1"
 NAMED = {"plugin_namespace": DOMAIN, "plugin_version": VERSION}  # by which parsers find a plugin
@@ -146,7 +147,7 @@ class _Routes:
         raise self._refused(node, f"no routed {node.op_type}")
 
     def _convolution(self, node: NodeProto) -> list[NodeProto]:
-        said = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        said = attributes(node)
         w = self._stacked(node.input[1])
         axes = w.ndim - 3  # M, O, C
         pads = list(said.get("pads", [0] * 2 * axes))
@@ -155,25 +156,25 @@ class _Routes:
         if not plain or pads[:axes] != pads[axes:] or axes not in (2, 3):
             raise self._refused(node, "no routed convolution with groups, dilations or uneven pads")
         lead = [0] * (3 - axes)
-        attributes = {
+        kernel = {
             "strides": [1] * len(lead) + list(said.get("strides", [1] * axes)),
             "pads": (lead + pads[:axes]) * 2,
             "tf32": 0,
         }
         b, route = self._bias(node, w), self._route(node, axes + 2)
         if axes == 3:
-            return [self._call("RoutedConv3d", node, node.input[0], route, w, b, attributes)]
+            return [self._call("RoutedConv3d", node, node.input[0], route, w, b, kernel)]
         deep, flat = f"{node.output[0]}/deep", f"{node.output[0]}/flat"
         axis = self._constant(f"{PREFIX}time_axis", np.array([2], np.int64))
         w = w[:, :, :, None]
         return [
             _node("Unsqueeze", [node.input[0], axis], [deep]),
-            self._call("RoutedConv3d", node, deep, route, w, b, attributes, flat),
+            self._call("RoutedConv3d", node, deep, route, w, b, kernel, flat),
             _node("Squeeze", [flat, axis], [node.output[0]]),
         ]
 
     def _linear(self, node: NodeProto) -> list[NodeProto]:
-        said = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        said = attributes(node)
         w = self._stacked(node.input[1])
         plain = said.get("alpha", 1.0) == said.get("beta", 1.0) == 1 and not said.get("transA", 0)
         if not plain or w.ndim != 3:
@@ -185,7 +186,7 @@ class _Routes:
 
     def _call(
         self, kind: str, node: NodeProto, x: str, route: str, w: NDArray[Any], b: NDArray[Any],
-        attributes: dict[str, Any], out: str | None = None,
+        kernel: dict[str, Any], out: str | None = None,
     ) -> NodeProto:  # fmt: skip
         if helper.np_dtype_to_tensor_dtype(w.dtype) not in KINDS:
             raise self._refused(node, f"no routed layers in {w.dtype}")
@@ -193,7 +194,7 @@ class _Routes:
         names = [self._constant(node.input[1], w), self._constant(bias, b)]
         return _node(
             kind, [x, route, *names], [out or node.output[0]], name=node.name, domain=DOMAIN,
-            **attributes, relu=0, **NAMED,
+            **kernel, relu=0, **NAMED,
         )  # fmt: skip
 
     def _stacked(self, name: str) -> NDArray[Any]:
@@ -240,10 +241,8 @@ class _Routes:
 
 
 def _taken(node: NodeProto) -> set[str]:
-    """Return the values that a node takes, those inside of its subgraphs among them."""
-    inner = [scope for graph in graphs.subgraphs_of(node) for scope in graphs.walk(graph)]
-    inside = {name for scope in inner for each in scope.node for name in each.input}
-    return inside | set(node.input)
+    """Return the values that a node takes, or its subgraphs from around it."""
+    return {*node.input, *outer_names(node)}
 
 
 def _fused(nodes: list[NodeProto]) -> list[NodeProto]:

@@ -12,6 +12,8 @@ from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from vmoe.export import graphs
 
+CHANNELS_FIRST = [0, 4, 1, 2, 3]  # [N, T, H, W, C] -> [N, C, T, H, W]
+
 
 def attributes(node: NodeProto) -> dict[str, Any]:
     """Return a node's attributes as Python values."""
@@ -49,6 +51,22 @@ def readers(graph: GraphProto) -> dict[str, list[NodeProto]]:
     for node in graph.node:
         for name in {*node.input, *outer_names(node)} - {""}:
             found[name].append(node)
+    return found
+
+
+def way(graph: GraphProto, last: str) -> list[NodeProto]:
+    """Return the nodes from a graph's input to the first of a type.
+
+    Each is the only one to read what the one before it gives; where they part, the way ends.
+    """
+    reading, outputs = readers(graph), {value.name for value in graph.output}
+    found: list[NodeProto] = []
+    name = graph.input[0].name
+    while len(reading[name]) == 1 and name not in outputs:
+        found.append(reading[name][0])
+        name = found[-1].output[0]
+        if found[-1].op_type == last:
+            break
     return found
 
 

@@ -9,27 +9,20 @@ One transposition of bytes instead of two, one of them of floats.
 from __future__ import annotations
 
 import numpy as np
-from onnx import GraphProto, NodeProto, helper
+from onnx import GraphProto, helper
 
-from vmoe.export.passes._builder import Builder, Constants, attributes, readers
+from vmoe.export.passes._builder import CHANNELS_FIRST, Builder, Constants, attributes, way
 
-CHANNELS_FIRST, FRAMES_FIRST = [0, 4, 1, 2, 3], [0, 2, 1, 3, 4]
+FRAMES_FIRST = [0, 2, 1, 3, 4]
+WAY = ["Transpose", "Cast", "Mul", "Add", "Transpose", "Reshape"]
 
 
 def apply(graph: GraphProto) -> bool:
     """Rewrite the way from the input to the frames, where it is as above; else leave it."""
-    constants = Constants(graph)
-    way = _way(graph)
-    if [node.op_type for node in way] != [
-        "Transpose",
-        "Cast",
-        "Mul",
-        "Add",
-        "Transpose",
-        "Reshape",
-    ]:
+    constants, nodes = Constants(graph), way(graph, WAY[-1])
+    if [node.op_type for node in nodes] != WAY:
         return False
-    first, cast, mul, add, second, reshape = way
+    first, cast, mul, add, second, reshape = nodes
     clip = next((value for value in graph.input if value.name == first.input[0]), None)
     values = [name for node in (mul, add) for name in node.input if name in constants]
     if clip is None or len(values) != 2 or reshape.input[1] not in constants:
@@ -54,21 +47,7 @@ def apply(graph: GraphProto) -> bool:
     scaled = build.node("Mul", [floats, scale], f"{clip.name}/scaled")
     out = reshape.output[0]
     build.nodes.append(helper.make_node("Add", [scaled, shift], [out], out))
-    gone = {node.output[0] for node in way}
+    gone = {node.output[0] for node in nodes}
     build.nodes.extend(node for node in graph.node if node.output[0] not in gone)
     build.put_into(graph)
     return True
-
-
-def _way(graph: GraphProto) -> list[NodeProto]:
-    """Return the nodes from the input to the first Reshape, each the only one to read the last."""
-    reading, outputs = readers(graph), {value.name for value in graph.output}
-    way: list[NodeProto] = []
-    name = graph.input[0].name
-    while len(reading[name]) == 1 and name not in outputs:
-        node = reading[name][0]
-        way.append(node)
-        name = node.output[0]
-        if node.op_type == "Reshape":
-            break
-    return way

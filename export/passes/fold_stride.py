@@ -3,6 +3,8 @@
 before: clip [N, T, H, W, 3] -- Transpose -- Cast -- Mul a -- Add b -- Conv3d(w, stride [1, s, s])
 after:  clip, moved to [N, T, H/s, W/s, 3 s s] -- Transpose -- Cast -- Add b / a -- Conv3d(a w', 1)
 
+What the layer is given is another value then, and is called so (`in_blocks`).
+
 The same sums, with weights of zero where a block reaches beyond the kernel: 4x4 of 12 channels for
 7x7 of 3. With 3 channels a pixel, ONNX Runtime's int8 convolution copies every window (its kernel
 without copies wants multiples of 4), and stacking taps copies 3 bytes at a time.
@@ -10,15 +12,15 @@ without copies wants multiples of 4), and stacking taps copies 3 bytes at a time
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, helper
 
-from vmoe.export.passes._builder import Builder, Constants, attributes, readers
+from vmoe.export.passes._builder import CHANNELS_FIRST, Builder, Constants, attributes, way
 
-CHANNELS_FIRST = [0, 4, 1, 2, 3]
 FEW = 4  # channels of a layer that this is for, at most
 WAY = ["Transpose", "Cast", "Mul", "Add", "Conv"]
 
@@ -50,10 +52,10 @@ class Axis(NamedTuple):
 
 def apply(graph: GraphProto) -> bool:
     """Rewrite the way from the input to the first layer, where it is as above; else leave it."""
-    way = _way(graph)
-    if [node.op_type for node in way] != WAY:
+    nodes = way(graph, WAY[-1])
+    if [node.op_type for node in nodes] != WAY:
         return False
-    move, cast, mul, add, conv = way
+    move, cast, mul, add, conv = nodes
     clip, constants = graph.input[0], Constants(graph)
     frames, height, width, channels = (d.dim_value for d in clip.type.tensor_type.shape.dim[1:])
     weight = constants.get(conv.input[1])
@@ -68,6 +70,7 @@ def apply(graph: GraphProto) -> bool:
     if axes is None:
         return False
     build, s = Builder(graph), axes[0].stride
+    given = build.fresh(in_blocks(add.output[0]))
     build.nodes.append(
         _moved(build, clip.name, move, [frames, height // s, width // s, channels, s])
     )
@@ -75,11 +78,11 @@ def apply(graph: GraphProto) -> bool:
         out = node.output[0]
         if out == conv.output[0]:
             scaled = (weight * scale.reshape(1, -1, 1, 1, 1)).astype(weight.dtype)
-            build.nodes.append(_conv(build, node, scaled, axes))
+            build.nodes.append(_conv(build, node, given, scaled, axes))
         elif out == add.output[0]:
             wide = np.tile(shift / scale, s * s).reshape(1, -1, 1, 1, 1).astype(weight.dtype)
             by = build.constant(build.fresh(f"{node.input[1]}/blocks"), wide)
-            build.nodes.append(helper.make_node("Add", [cast.output[0], by], [out], node.name))
+            build.nodes.append(helper.make_node("Add", [cast.output[0], by], [given], given))
         elif out not in (move.output[0], mul.output[0]):
             build.nodes.append(node)
     graph.ClearField("value_info")  # some of it has the old sizes
@@ -87,24 +90,27 @@ def apply(graph: GraphProto) -> bool:
     return True
 
 
+def in_blocks(value: str) -> str:
+    """Return the name of what stands in a value's place, in blocks."""
+    return f"{value}/blocks"
+
+
+def pixels(blocks: NDArray[Any], channels: int) -> NDArray[Any]:
+    """Return what is in blocks, [N, s s C, T, H/s, W/s], as pixels, [N, C, T, H, W].
+
+    They are not scaled: `a` stands in the weights.
+    """
+    n, inner, frames, high, wide = blocks.shape
+    s = math.isqrt(inner // channels)
+    apart = blocks.reshape(n, s, s, channels, frames, high, wide)
+    return apart.transpose(0, 3, 4, 5, 1, 6, 2).reshape(n, channels, frames, s * high, s * wide)
+
+
 def _each(value: NDArray[np.float32] | None, channels: int) -> NDArray[np.float64] | None:
     """Return a value for each channel; None where it is something else."""
     if value is None or value.shape not in ((), (1, channels, 1, 1, 1)):
         return None
     return np.broadcast_to(value.ravel(), channels).astype(np.float64)
-
-
-def _way(graph: GraphProto) -> list[NodeProto]:
-    """Return the nodes from the input to the first Conv, each the only one to read the last."""
-    reading, outputs = readers(graph), {value.name for value in graph.output}
-    way: list[NodeProto] = []
-    name = graph.input[0].name
-    while len(reading[name]) == 1 and name not in outputs and reading[name][0].input[0] == name:
-        way.append(reading[name][0])
-        name = way[-1].output[0]
-        if way[-1].op_type == "Conv":
-            break
-    return way
 
 
 def _axes(
@@ -153,9 +159,10 @@ def _moved(build: Builder, clip: str, move: NodeProto, sizes: list[int]) -> Node
 
 
 def _conv(
-    build: Builder, node: NodeProto, weight: NDArray[np.float32], axes: tuple[Axis, Axis]
-) -> NodeProto:
-    """Return the convolution over blocks."""
+    build: Builder, node: NodeProto, given: str, weight: NDArray[np.float32],
+    axes: tuple[Axis, Axis],
+) -> NodeProto:  # fmt: skip
+    """Return the convolution over blocks, of `given`."""
     outer, channels, taps = weight.shape[:3]
     high, wide = axes
     s = high.stride
@@ -166,11 +173,11 @@ def _conv(
             made[:, y, x, :, :, i, j] = weight[..., u, v]
     made = made.reshape(outer, s * s * channels, taps, high.blocks, wide.blocks)
     name = build.constant(build.fresh(f"{node.input[1]}/blocks"), made)
-    given = attributes(node)
-    pads = given.get("pads", [0] * 6)
-    given |= {
-        "kernel_shape": list(made.shape[2:]), "strides": [given["strides"][0], 1, 1],
+    said = attributes(node)
+    pads = said.get("pads", [0] * 6)
+    said |= {
+        "kernel_shape": list(made.shape[2:]), "strides": [said["strides"][0], 1, 1],
         "pads": [pads[0], -high.first, -wide.first, pads[3], high.after, wide.after],
     }  # fmt: skip
-    inputs = [node.input[0], name, *node.input[2:]]
-    return helper.make_node("Conv", inputs, list(node.output), node.name, **given)
+    inputs = [given, name, *node.input[2:]]
+    return helper.make_node("Conv", inputs, list(node.output), node.name, **said)

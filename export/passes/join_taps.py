@@ -12,7 +12,8 @@ from __future__ import annotations
 from onnx import GraphProto
 
 from vmoe.export.passes import unroll_frames
-from vmoe.export.passes._frames import Convolution, Frames, Layer, unroll
+from vmoe.export.passes._frames import Convolution, Frames, Layer
+from vmoe.export.passes._unroll import unroll
 
 
 def apply(graph: GraphProto) -> bool:

@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from onnx import GraphProto
 
 from vmoe.export.passes import unroll_frames
-from vmoe.export.passes._frames import Convolution, Frames, Layer, unroll
+from vmoe.export.passes._frames import Convolution, Frames, Layer
+from vmoe.export.passes._unroll import unroll
 
 ALIGN = 16  # a depthwise convolution is in the blocked layout for multiples of so many channels
 SUM_FLOPS = 64  # what a sum a x + y costs for each number, in FLOPs of a convolution

@@ -16,7 +16,8 @@ from __future__ import annotations
 import numpy as np
 from onnx import GraphProto
 
-from vmoe.export.passes._frames import Convolution, Frames, Layer, unroll
+from vmoe.export.passes._frames import Convolution, Frames, Layer
+from vmoe.export.passes._unroll import unroll
 
 BLOCK = 16  # channels of a block of the fast layout, at most
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 import numpy as np
 from onnx import GraphProto, numpy_helper
 
-from vmoe.export.passes._builder import Constants, attributes, readers
+from vmoe.export.passes._builder import CHANNELS_FIRST, Constants, attributes, readers
 
 APART = ("Concat", "Gather", "Slice")  # what the clip goes through before its channels come first
-CHANNELS_FIRST = ([0, 3, 1, 2], [0, 4, 1, 2, 3])
+PLANES = (CHANNELS_FIRST, [0, 3, 1, 2])  # of a clip, of frames
 
 
 def apply(graph: GraphProto) -> bool:
@@ -45,7 +45,7 @@ def _constants(graph: GraphProto, clip: str, width: int) -> dict[str, int]:
         if node.op_type == "Reshape" and first in pixels and node.input[1] in constants:
             pixels[out] = constants[node.input[1]].tolist()[-2]
         elif node.op_type == "Transpose" and first in pixels:
-            if attributes(node).get("perm") in CHANNELS_FIRST:
+            if attributes(node).get("perm") in PLANES:
                 planes[out] = pixels[first]
         elif node.op_type in APART and first in pixels:
             pixels[out] = pixels[first]

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vmoe.bundle import Bundle
-from vmoe.export.gates import PARITY, Gate
+from vmoe.export.gates import PARITY, SMALLEST, Gate, judged_as
 from vmoe.runtime import load
 from vmoe.runtime.bench.subjects import random_clips
 from vmoe.runtime.engines.onnxruntime import why_unavailable
 
 REFERENCE = "onnxruntime"
 CLIPS = 32
-SMALLEST = 1e-3  # where every value is smaller than this, it is the unit
 
 __all__ = ["CLIPS", "Agreement", "compare", "why_unavailable"]
 
@@ -65,7 +64,7 @@ def compare(
         plans: the bundle that was built of it.
         device: the GPU.
         clips: how many.
-        tf32: whether the plans may round to it: 10 bits, as many as fp16 has, in every part.
+        tf32: whether the plans may round to it, in every part.
     """
     shown = random_clips(source.spec, clips, seed=0)
     with load(source, REFERENCE, "cpu") as engine:
@@ -75,7 +74,7 @@ def compare(
     unit = max(SMALLEST, float(np.abs(wanted.scores).max()))
     rows = np.arange(clips)
     gap = wanted.scores[rows, wanted.route] - wanted.scores[rows, got.route]
-    router = "fp16" if tf32 else "fp32"
+    router = judged_as("fp32", tf32=tf32)
     return Agreement(
         precision=max(_precision(source), router, key=lambda word: PARITY[word]),
         router=router,

@@ -129,7 +129,7 @@ def _judge(
     gpu = "cuda:0" if device == "auto" else device
     case = verify.Case(
         plan.checkpoint, bundle, sample, plan.settings, gpu, plan.seed,
-        write_split=lambda folder: _write_split(plan, build, at, folder),
+        write_split=lambda folder: _write_split(plan, build, at, folder), tf32=build.tf32,
     )  # fmt: skip
     with load(bundle, BACKEND, gpu, all_parts=True) as engine:
         judged = verify.judge(case, engine)

@@ -29,7 +29,7 @@ from vmoe import latest
 from vmoe.bundle import Bundle, Part
 from vmoe.errors import GateError, MissingDependencyError, VmoeError
 from vmoe.export import layers
-from vmoe.export.gates import PARITY
+from vmoe.export.gates import PARITY, SMALLEST
 from vmoe.export.graphs import ports
 from vmoe.export.lowerings import plugin as lowering
 from vmoe.runtime import Engine, load
@@ -143,7 +143,7 @@ def graphs(state: State) -> dict[str, Any]:
         without = [f"{name} at {size}" for name, of in captured.items()
                    for size, ok in of.items() if not ok]  # fmt: skip
         wrong += [f"{kind}: {name} runs without a graph" for name in without]
-        bound = _bound(kind) * max(agreement.SMALLEST, float(np.abs(every).max()))
+        bound = _bound(kind) * max(SMALLEST, float(np.abs(every).max()))
         if not worst <= bound:
             d = f"max |d logits| between batches is {worst:.2g}, at most {bound:.2g}"
             wrong.append(f"{kind}: {d}")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from onnx import GraphProto
 
-from tests.graphs import experts_of, session
+from tests.graphs import experts_of, session, weight_bytes
 from tests.twins import SPEC, lively, random_clips
 from vmoe import registry
 from vmoe.batches import to_tensor
@@ -180,12 +180,12 @@ def test_if_has_each_experts_weights_inside_its_own_loop_and_no_graph_around_it(
     graph = registry.load(LOWERINGS, "if", "lowering").lower(*parts)["moe"].graph
     found = leaves(graph)
     assert parts.router is not None
-    assert [graphs.weight_bytes(leaf) for leaf in found] == [
-        graphs.weight_bytes(expert.graph) for expert in parts.experts
+    assert [weight_bytes(leaf) for leaf in found] == [
+        weight_bytes(expert.graph) for expert in parts.experts
     ]
     around = [s for s in graphs.walk(graph) if not any(s is leaf for leaf in found)]
-    outside = sum(graphs.weight_bytes(scope) for scope in around)
-    assert outside <= graphs.weight_bytes(parts.router.graph) + 64
+    outside = sum(weight_bytes(scope) for scope in around)
+    assert outside <= weight_bytes(parts.router.graph) + 64
     depth = max(path_length(graph, leaf) for leaf in found)
     assert depth == 1  # every level more is checked and inferred once more
     names = [o for scope in graphs.walk(graph) for node in scope.node for o in node.output if o]

@@ -227,6 +227,7 @@ def test_what_a_gate_refuses_is_kept_as_rejected_with_its_report(
     assert latest.bundle(None)[0] == latest.SHIPPED, "a refused bundle would be served"
     shown = CliRunner().invoke(vmoe_command, ["inspect", "runs/x.rejected"])
     assert "REFUSED" in shown.stdout
+    assert said["said"] in shown.stdout.splitlines()
     (out.with_name("x.rejected") / "mine").mkdir()
     again = run(small, "--out", out, "--gate-parity", "1e-12")
     assert again.exit_code == 2
@@ -281,11 +282,14 @@ def said_int8(found: dict[str, dict[str, int]]) -> int:
         (["--int8", "--keep-fp32", "layer9"], "matches none of the twin's"),
         (["--int8"], "does not say what it was trained on: name clips of its training split"),
         (["--int8", "--calib", "{}/empty"], "--calib: "),
+        (["--int8", "--calib", "{}/empty", "--dry-run"], "--calib: {}/empty has 0 folders"),
+        (["--int8", "--keep-fp32", "layer9", "--dry-run"], "matches none of the twin's"),
         (["--calib-clips", "3"], "--calib-clips is for --int8"),
         (["--form", "online"], "no online form"),
         (["--form", "online", "--dry-run"], "no online form"),
         (["--out", "{}/empty"], "exists. Choose another --out"),
         (["--robust", "{}/empty"], "no adversarial clips"),
+        (["--robust", "{}/empty", "--dry-run"], "no adversarial clips"),
     ],
 )
 def test_a_plan_that_cannot_be_is_one_line(
@@ -295,7 +299,7 @@ def test_a_plan_that_cannot_be_is_one_line(
     out = [] if "--out" in flags else ["--out", tmp_path / "x"]
     result = run(small, *(flag.format(tmp_path) for flag in flags), *out, *FAST)
     assert result.exit_code in (1, 2)
-    assert says in last_line(result)
+    assert says.format(tmp_path) in last_line(result)
     assert "Traceback" not in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 

@@ -17,9 +17,12 @@ from tests.cuda_fake import Driver
 from tests.tensorrt_fake import Fake
 from vmoe import bundle as reader
 from vmoe.__main__ import main as vmoe_main
+from vmoe.batches import to_tensor
 from vmoe.clips import ClipSpec
-from vmoe.export import sparsity
+from vmoe.export import pipeline, sparsity
 from vmoe.export.cli import main
+from vmoe.export.gates import PARITY
+from vmoe.export.plan import ExportSettings, plan
 from vmoe.export.tensorrt import agreement
 from vmoe.runtime import load
 
@@ -33,6 +36,13 @@ def run(*arguments: str | Path) -> Result:
 
 def last_line(result: Result) -> str:
     return result.stderr.strip().splitlines()[-1]
+
+
+def largest_score(small: Path) -> float:
+    """Return the largest score that a twin gives the clips that QUICK checks it with."""
+    made = plan(small, ExportSettings(fp16=True, verify_clips=8))
+    clips = pipeline.sample_of(made).clips
+    return float(made.checkpoint.twin.scores(to_tensor(clips)).detach().abs().max())
 
 
 def without(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -78,6 +88,9 @@ def test_a_dry_run_needs_no_tensorrt_and_prints_the_whole_build(
         assert line in plain.stdout.splitlines()
     told = json.loads(run(small, "--trt", "--dry-run", "--json").stdout)
     assert told["precision"] == "fp32"
+    assert told["gates"]["parity"] == PARITY["fp32"]
+    told |= json.loads(run(small, "--trt", "--tf32", "--dry-run", "--json").stdout)
+    assert (told["gates"]["parity"], told["gates"]["parity_mean"]) == (2e-3, 3e-4)
     assert len(told["build"]) == 11
     assert not list(tmp_path.iterdir())
 
@@ -113,7 +126,8 @@ def test_a_bundle_of_plans_passes_its_gates_and_answers(
     small: Path, tmp_path: Path, trt: Fake, gpu: Driver, bindings: Bindings
 ) -> None:
     out = tmp_path / "plans"
-    result = run(small, "--trt", "--fp16", "--timing-cache", tmp_path / "t", *QUICK, "--out", out)
+    result = run(small, "--trt", "--fp16", "--tf32", "--timing-cache", tmp_path / "t", *QUICK,
+                 "--out", out)  # fmt: skip
     assert result.exit_code == 0, result.stderr
     bundle = reader.read(out)
     assert {part.format for part in bundle.parts.values()} == {"plan"}
@@ -122,6 +136,9 @@ def test_a_bundle_of_plans_passes_its_gates_and_answers(
     assert plan["tensorrt"].startswith(bindings.version)
     assert (plan["gpu"], plan["capability"], plan["batch"]) == ("NVIDIA Test", "8.7", [1, 1, 8])
     said = bundle.report()
+    bounds = {gate["what"]: gate["bound"] for gate in said["gates"]}
+    scores = [bounds["max |d scores|"] / PARITY["tf32"], largest_score(small)]
+    assert scores[0] == pytest.approx(scores[1]), "the router is judged as fp32"
     assert {"parity", "route", "sparsity", "precision"} <= {g["gate"] for g in said["gates"]}
     assert said["backends"]["tensorrt"]["ok"]
     assert (tmp_path / "t").read_bytes().startswith(b"timed ")
@@ -210,7 +227,7 @@ def test_plans_of_onnx_are_compared_with_onnx_runtime(
     assert "exists" in last_line(run(parts, "--trt", "--from-onnx", "--out", out))
     result = run(parts, "--trt", "--from-onnx", "--tf32", "--out", tmp_path / "tf32", "--json")
     coarser = [gate["bound"] for gate in json.loads(result.stdout)["gates"][-3:]]
-    assert coarser == [agreement.PARITY["fp16"]] * 2 + [0]
+    assert coarser == [PARITY["tf32"]] * 2 + [0]
     monkeypatch.setattr(agreement, "PARITY", {"fp32": -1.0})
     result = run(parts, "--trt", "--from-onnx", "--out", tmp_path / "wrong")
     assert result.exit_code == 3

@@ -328,6 +328,10 @@ def test_a_clip_that_another_attack_of_the_budget_breaks_on_the_twin_does_not_co
     assert [each["lost"] for each in report["robust"].values()] == [1, 2]
     gate, _ = accuracy.robust([first, wider], shifted, GateSettings())
     assert "(fgsm 9/255: 2 of 2; on the twin alone 0)" in gate.what
+    gate, report = accuracy.robust([pgd, first, fgsm], shifted, GateSettings())  # two of one name
+    assert "(pgd, pgd (2), fgsm 8/255: 1 of 2; on the twin alone 0)" in gate.what
+    lost = {name: each["lost"] for name, each in report["robust"].items()}
+    assert lost == {"pgd 8/255": 2, "pgd (2) 8/255": 1, "fgsm 8/255": 2}
 
 
 def test_the_gate_of_vmoe_attack_comes_to_the_same(twin: VideoMoE) -> None:

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from onnx import GraphProto, TensorProto, helper
 from onnx.numpy_helper import from_array, to_array
 
-from tests.graphs import Writer, clips_for, optimised, run, session
+from tests.graphs import Writer, clips_for, optimised, run, session, weight_bytes
 from vmoe import registry
 from vmoe.bundle import Port
 from vmoe.export import graphs, optimize
 from vmoe.export.passes import (
     annotate_batch,
+    cast_first,
+    flat_pixels,
     fold_scaling,
     fold_stride,
     join_taps,
@@ -65,9 +67,8 @@ def test_strip_metadata_clears_branches_too_and_nothing_else() -> None:
     assert not strip_metadata.apply(graph), "it says that it changed a graph that was clean"
 
 
-LISTS = (optimize.EXPORTED, *optimize.FORMS.values(), optimize.QUANTISED, optimize.RANGED,
-         optimize.LOWERED,
-         optimize.TENSORRT)  # fmt: skip
+LISTS = (optimize.EXPORTED, *optimize.FORMS.values(), optimize.ONLINE, optimize.QUANTISED,
+         optimize.RANGED, optimize.LOWERED, optimize.TENSORRT)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", registry.names("vmoe.export.passes"))
@@ -94,7 +95,7 @@ def test_renamed_reaches_branches_and_leaves_the_original_alone() -> None:
 def test_walk_and_weight_bytes_tell_branches_from_the_graph_around_them() -> None:
     graph = nested()
     assert [scope.name for scope in graphs.walk(graph)] == ["outer", "Sub", "Add"]
-    assert [graphs.weight_bytes(scope) for scope in graphs.walk(graph)] == [0, 12, 12]
+    assert [weight_bytes(scope) for scope in graphs.walk(graph)] == [0, 12, 12]
 
 
 def test_ports_have_free_sizes_as_none() -> None:
@@ -290,6 +291,28 @@ def test_fold_stride_leaves_other_layers(why: str) -> None:
         model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "H"
     fold_scaling.apply(model.graph)
     assert not fold_stride.apply(copy(model).graph)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 4), st.integers(3, 9), st.integers(1, 3), st.booleans())
+def test_pixels_that_are_moved_as_bytes_or_cast_first_are_the_same(
+    frames: int, size: int, kernel: int, flat: bool
+) -> None:
+    write = Writer(frames, size)
+    x = write.node("Transpose", write.pixels(), perm=[0, 2, 1, 3, 4])
+    x = write.node("Reshape", x, write.constant([-1, 3, size, size], np.int64))
+    x = write.node("Relu", write.conv(x, 3, 8, (kernel, kernel), bias=True))
+    x = write.node("ReduceMean", x, write.constant([2, 3], np.int64), keepdims=0)
+    model = write.model(write.node("Reshape", x, write.constant([-1, 8 * frames], np.int64)))
+    fold_scaling.apply(model.graph)
+    made = copy(model)
+    if flat:
+        assert flat_pixels.apply(made.graph)
+        assert_same(model, made)
+    assert cast_first.apply(made.graph)
+    assert ops(made)[0] == "Cast"
+    assert ops(made).count("Cast") == 1
+    assert_same(model, made)
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -17,14 +17,14 @@ from onnx import ModelProto, TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from tests import videos
-from tests.experts import LABELS, clips_for, plain, small_twin
+from tests.experts import LABELS, clips_for, plain, small_twin, twin_of
 from tests.twins import SPEC, random_clips
 from vmoe.attacks.straight import Straight
 from vmoe.batches import to_tensor
 from vmoe.checkpoint import Checkpoint
 from vmoe.data import DataSettings, open_data
 from vmoe.errors import SettingError
-from vmoe.export import calibration, half, layers, lowerable, optimize, precision
+from vmoe.export import calibration, half, layers, lowerable, optimize, pipeline, precision
 from vmoe.export.calibration import CalibrationSettings
 from vmoe.export.pipeline import graphs
 from vmoe.export.plan import ExportSettings, Plan
@@ -152,6 +152,24 @@ def test_int8_is_run_as_int8_by_onnx_runtime(family: str, form: str, tmp_path: P
     assert off(made, straight, clips) < 0.02
     again = quantise(lowered, "expert0", clips, settings)
     assert again.SerializeToString(deterministic=True) == made.SerializeToString(deterministic=True)
+
+
+def test_the_report_says_which_form_was_asked_and_a_form_for_others_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pipeline, "from_twin", lambda *_: plain("tsm"))
+    held = Checkpoint(twin_of("tsm"), LABELS, {"data": "camera-motion"})
+
+    def choice(settings: ExportSettings) -> tuple[str, str]:
+        made = graphs(Plan(held, None, "t", settings)).choice
+        return made.asked, made.form
+
+    assert choice(ExportSettings(optimize="winograd")) == ("winograd", "none")
+    said = "--optimize winograd is not for these experts: they stay as exported"
+    assert caplog.messages == [said]
+    assert choice(ExportSettings(int8=True, calib_clips=1)) == ("auto", "none")  # it ships as flat
+    assert choice(ExportSettings(int8=True, calib_clips=1, optimize="none")) == ("none", "none")
+    assert caplog.messages == [said]
 
 
 def test_s8s8_is_symmetric_as_tensorrt_reads_it() -> None:

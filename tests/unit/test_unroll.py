@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper
 
-from tests.graphs import Writer, clips_for, experts_of, optimised, run
+from tests.graphs import Writer, clips_for, experts_of, optimised, run, weight_bytes
 from vmoe.export import costs, graphs, optimize
 from vmoe.export.passes import join_taps, temporal_winograd, unroll_frames
 
@@ -267,7 +267,7 @@ def test_what_the_forms_save_on_a_real_expert(tmp_path: Path) -> None:
     nominal, less, least = (costs.flops(model) for model in (plain, direct, winograd))
     assert less < 0.80 * nominal, "taps in the padding are computed"  # 4 frames: a fifth and more
     assert least < 0.85 * less
-    weights = [graphs.weight_bytes(model.graph) for model in (plain, direct)]
+    weights = [weight_bytes(model.graph) for model in (plain, direct)]
     assert weights[1] < 0.85 * weights[0], "weights that no frame needs are kept"
     found = optimised(plain, tmp_path)
     assert not [kind for kind in found if kind.startswith("nchwc")]
