@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vmoe import bundle as bundles
 from vmoe import cli, latest
-from vmoe.errors import SettingError
+from vmoe.errors import BundleError, SettingError
 from vmoe.settings import opt
 
 from . import addresses, topics
@@ -137,13 +138,34 @@ def command(
 
 
 def _refuse_address(replay: Path) -> None:
-    """Refuse an address as --replay; as a path it has lost a slash, and may hold a password."""
-    found = re.match(r"([a-z][a-z0-9+.-]+):/(.*)", str(replay), re.I | re.S)
-    if found and not replay.exists():
-        address = addresses.shown(f"{found[1]}://{found[2]}")
+    """Refuse an address as --replay."""
+    address = _address(replay)
+    if address is not None:
         raise SettingError(
             f"--replay is {address}; it is a video file. Use --source for addresses."
         )
+
+
+def _refuse_no_bundle(path: Path) -> None:
+    """Refuse what is no bundle before a camera is looked for; what can be watched is said to be."""
+    source = _address(path)
+    a_file = path.is_file() and path.suffix != ".safetensors"
+    if a_file or (not path.exists() and re.fullmatch(r"test|\d{1,3}", str(path))):
+        source = str(path)
+    if source is not None:
+        raise BundleError(
+            f"{source} is no folder: not a bundle. To watch it: vmoe-run --source "
+            f"{shlex.quote(source)}"
+        )
+    bundles.require(path)
+
+
+def _address(path: Path) -> str | None:
+    """Return the address that was given as a path, where it lost a slash; passwords hidden."""
+    found = re.match(r"([a-z][a-z0-9+.-]+):/(.*)", str(path), re.I | re.S)
+    if found is None or path.exists():
+        return None
+    return addresses.shown(f"{found[1]}://{found[2]}")
 
 
 def _is_given(settings: RunSettings, flag: str) -> bool:
@@ -162,6 +184,7 @@ def _run(named: Path | None, settings: RunSettings, *, as_json: bool, stop: Stop
     _refuse_one_file(settings, names)
     sinks = _sinks(settings, len(names), as_json=as_json, stop=stop)
     path, said = latest.bundle(named)
+    _refuse_no_bundle(path)
     from . import engine as engines
     from . import threads
     from .pipeline import Pipeline
