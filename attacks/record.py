@@ -26,6 +26,11 @@ from vmoe.clips import ClipSpec
 from vmoe.report import to_csv
 from vmoe.settings import format_eps, to_mapping
 
+NO_TEST = {  # what is said of a split behind the number of its clips
+    "train": " (NOT A TEST: twins are trained on this split)",
+    "val": " (NOT A TEST: training chooses its best epoch by this split)",
+}
+
 
 def header(
     opened: Target, settings: RunSettings, rows: Sequence[Row], saved: AdversarialClips | None,
@@ -60,7 +65,7 @@ def header(
         )
     if opened.channel is not None:
         lines.append(f"channel: {opened.channel}; every model judges what arrives")
-    data = f"{settings.data} {settings.split}, {settings.n} clips"
+    data = f"{settings.data} {settings.split}, {settings.n} clips{NO_TEST.get(settings.split, '')}"
     if settings.group:
         data += f", groups {settings.group!r}"
     if settings.fold not in (None, 1):
@@ -132,7 +137,7 @@ def run_of(
         "--save-adv": keep_clips,
         "clips sha256": chosen.sha256,
         **{
-            f"{name} of {_called(row)} at eps {format_eps(row.eps, row.norm)}, {i}": value
+            f"{name} of {_called(row)} at eps {format_eps(row.eps, row.norm)}, run {i}": value
             for row in rows
             for i, each in enumerate(row.settings, 1)
             for name, value in to_mapping(each).items()

@@ -266,6 +266,10 @@ def _train(
                 if here.first:
                     _keep(now, plan, train.labels, folder, now.best > best)
                 best = now.best
+    except KeyboardInterrupt:
+        if (folder / states.FILE).exists():
+            log.warning("what is finished is kept; to go on: vmoe-train --out %s --resume", folder)
+        raise
     except VmoeError as e:
         last = folder / "last.safetensors"
         kept = f" The last whole epoch's weights: {last}." if last.exists() else ""

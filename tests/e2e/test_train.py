@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 from tests.videos import write
 from vmoe import checkpoint
 from vmoe.models.experts import tsm
+from vmoe.train import cli as train_cli
 from vmoe.train import router_start
 from vmoe.train.cli import main
 
@@ -85,6 +86,19 @@ def test_resumed_is_what_an_uninterrupted_run_gives_bit_for_bit(tmp_path: Path) 
         assert one.keys() == two.keys()
         assert all(np.array_equal(one[key], two[key]) for key in one), name
     assert not list(parts.glob(".*")), "a half-written file was left"
+
+
+def test_interrupted_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def keep(*arguments: Any) -> None:
+        kept(*arguments)
+        raise KeyboardInterrupt
+
+    kept = train_cli._keep
+    monkeypatch.setattr(train_cli, "_keep", keep)
+    out = tmp_path / "cut"
+    result = train("--method", "standard", "--epochs", "2", "--no-report", "--out", str(out))
+    assert result.exit_code == 130
+    assert f"to go on: vmoe-train --out {out} --resume" in result.stderr.replace("\n", " ")
 
 
 def test_resume_of_another_recipe_is_refused(tmp_path: Path) -> None:
