@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vmoe import bundle as bundles
 from vmoe import cli, latest
-from vmoe.errors import BundleError, SettingError
+from vmoe.errors import SettingError
 from vmoe.settings import opt
 
-from . import addresses, topics
+from . import addresses, misplaced, topics
 from .frames import Stop
 from .settings import StreamSettings
 
@@ -130,42 +129,11 @@ def command(
     if len(given) > 1 and given != ["source", "list"]:
         raise SettingError(f"--{given[0]} and --{given[1]} exclude each other; give one.")
     if settings.replay is not None:
-        _refuse_address(settings.replay)
+        misplaced.refuse_address(settings.replay)
         settings = dataclasses.replace(
             settings, source=(str(settings.replay),), buffer="block", max_staleness=None
         )
     _run(bundle, settings, as_json=as_json, stop=stop)
-
-
-def _refuse_address(replay: Path) -> None:
-    """Refuse an address as --replay."""
-    address = _address(replay)
-    if address is not None:
-        raise SettingError(
-            f"--replay is {address}; it is a video file. Use --source for addresses."
-        )
-
-
-def _refuse_no_bundle(path: Path) -> None:
-    """Refuse what is no bundle before a camera is looked for; what can be watched is said to be."""
-    source = _address(path)
-    a_file = path.is_file() and path.suffix != ".safetensors"
-    if a_file or (not path.exists() and re.fullmatch(r"test|\d{1,3}", str(path))):
-        source = str(path)
-    if source is not None:
-        raise BundleError(
-            f"{source} is no folder: not a bundle. To watch it: vmoe-run --source "
-            f"{shlex.quote(source)}"
-        )
-    bundles.require(path)
-
-
-def _address(path: Path) -> str | None:
-    """Return the address that was given as a path, where it lost a slash; passwords hidden."""
-    found = re.match(r"([a-z][a-z0-9+.-]+):/(.*)", str(path), re.I | re.S)
-    if found is None or path.exists():
-        return None
-    return addresses.shown(f"{found[1]}://{found[2]}")
 
 
 def _is_given(settings: RunSettings, flag: str) -> bool:
@@ -184,7 +152,7 @@ def _run(named: Path | None, settings: RunSettings, *, as_json: bool, stop: Stop
     _refuse_one_file(settings, names)
     sinks = _sinks(settings, len(names), as_json=as_json, stop=stop)
     path, said = latest.bundle(named)
-    _refuse_no_bundle(path)
+    misplaced.refuse_source(path)
     from . import engine as engines
     from . import threads
     from .pipeline import Pipeline
@@ -293,7 +261,15 @@ def _counts(pipeline: Pipeline) -> list[str]:
     missed = [f"{sink.name}: {sink.failures} failures, {sink.missed} not written"
               for sink in pipeline.sinks if sink.failures]  # fmt: skip
     again = [f"server: away, {pipeline.retries} requests repeated"] if pipeline.retries else []
-    return [*lines, *pipeline.tally.lines(), *again, *missed]
+    return [*lines, *pipeline.tally.lines(), *_guarded(pipeline), *again, *missed]
+
+
+def _guarded(pipeline: Pipeline) -> list[str]:
+    """Return what the guard found, also where that is nothing; empty without a guard."""
+    if pipeline.guard_mode not in ("monitor", "enforce"):
+        return []
+    tally = pipeline.tally
+    return [f"guard ({pipeline.guard_mode}): {tally.alarms} alarms in {tally.windows} windows"]
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
