@@ -23,7 +23,7 @@ from vmoe.attacks.flags import RunSettings, values_of
 from vmoe.attacks.grid import radius
 from vmoe.bundle import Bundle
 from vmoe.clips import ClipSpec
-from vmoe.report import to_csv
+from vmoe.report import plain, to_csv
 from vmoe.settings import format_eps, to_mapping
 
 NO_TEST = {  # what is said of a split behind the number of its clips
@@ -150,11 +150,41 @@ def _called(row: Row) -> str:
     return f"{row.attack}, {row.mode} against {row.against}" if row.against else row.attack
 
 
+def planned(
+    opened: Target, settings: RunSettings, rows: Sequence[Row], saved: AdversarialClips | None,
+    seed: int, early: str, preset: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return what --dry-run would do, by the keys that the report has, too."""
+    data, n = f"{settings.data} {settings.split}", settings.n
+    if saved is not None:
+        data, n = str(saved.origin.get("data")), len(saved.label)
+    what = {"data": data, "n": n, "labels": list(opened.labels), "seed": seed}
+    made: dict[str, Any] = plain({**_asked(opened, rows, early, preset), **what, **_how(rows)})
+    return made
+
+
 def report(
     opened: Target, chosen: Chosen, rows: Sequence[Row], seed: int, found: dict[str, Any],
     sanity: dict[str, Any] | None, early: str, preset: str | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the report as JSON holds it; `found` are its figures, as of `everything`."""
+    return {
+        **_asked(opened, rows, early, preset),
+        "data": chosen.name,
+        "clips_sha256": chosen.sha256,
+        "n": len(chosen.label),
+        "labels": list(opened.labels),
+        "seed": seed,
+        **_how(rows),
+        "sanity": sanity,
+        **found,
+    }
+
+
+def _asked(
+    opened: Target, rows: Sequence[Row], early: str, preset: str | None
+) -> dict[str, Any]:  # fmt: skip
+    """Return what is attacked, by what, and within what."""
     twin = opened.twin
     return {
         "vmoe": vmoe.__version__,
@@ -180,11 +210,12 @@ def report(
         },
         "early_stop": early or None,
         "preset": preset,
-        "data": chosen.name,
-        "clips_sha256": chosen.sha256,
-        "n": len(chosen.label),
-        "labels": list(opened.labels),
-        "seed": seed,
+    }  # fmt: skip
+
+
+def _how(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return every setting of every run of each attack."""
+    return {
         "settings": [
             {
                 "attack": row.attack, "mode": row.mode, "made_on": row.made_on,
@@ -192,8 +223,6 @@ def report(
             }
             for row in rows
         ],
-        "sanity": sanity,
-        **found,
     }  # fmt: skip
 
 

@@ -87,6 +87,11 @@ def attack(asked: Asked, here: Ranks) -> None:
         if asked.gate_robust is not None:
             gate.require(opened.judges, what.rows)  # else told after all the work
         if asked.dry_run:
+            if asked.as_json and here.first:
+                cli.print_json(record.planned(
+                    opened, what.settings, what.rows, what.saved, asked.seed, what.early,
+                    asked.preset,
+                ))  # fmt: skip
             return
         chosen = _chosen(opened, what)
         found = _found(asked, here, folder, opened, what, chosen, path)

@@ -152,6 +152,9 @@ def test_newest_of_runs_is_taken_and_every_run_has_a_folder_of_its_own(twin: Pat
 
 
 def test_dry_run_attacks_nothing(twin: Path) -> None:
+    planned = json.loads(run(twin, *QUICK, "--dry-run", "--json").stdout)
+    assert (planned["n"], planned["data"]) == (6, "camera-motion test")
+    assert {each["steps"] for row in planned["settings"] for each in row["each"]} == {2}
     result = run(twin, *QUICK, "--dry-run")
     assert "threat model: L-infinity, eps 8/255 (0.0314), 8 grey levels" in result.stdout
     assert not Path("runs").exists()
