@@ -133,9 +133,9 @@ def test_another_run_in_the_folder_is_refused(tiny_checkpoint: Path, tiny_bundle
         process.send_signal(signal.SIGKILL)
     for given, why in (
         (["--n", "4"], "cut was begun with --n: 100; this one has 4"),
-        (["--seed", "7"], "cut was begun with seed of pgd at eps 1/255 (0.0039), 1 0, this is 7"),
-        (["--eps", "1"], "cut was begun with --eps "),
-        ([str(tiny_bundle)], "cut was begun with engine sha256 none"),
+        (["--seed", "7"], "seed of pgd at eps 1/255 (0.0039), run 1: 0; this one has 7"),
+        (["--eps", "1"], "cut was begun with --eps: "),
+        ([str(tiny_bundle)], "cut was begun with engine sha256: none"),
     ):
         said = run(*given, "--resume", "--out", "cut", code=2).stderr.strip().splitlines()[-1]
         assert why in said
