@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from vmoe import bundle as bundles
-from vmoe import checkpoint, registry
+from vmoe import checkpoint, latest, registry
 from vmoe.attacks import straight
 from vmoe.attacks.channel import Channel
 from vmoe.attacks.judge import Judge, of_twin
@@ -166,7 +166,7 @@ class How:
     """How a target is opened.
 
     Attributes:
-        twin: a checkpoint in place of the bundle's own twin.
+        twin: a checkpoint, or a folder that holds one, in place of the bundle's own twin.
         device: of twin and engines: auto, cpu or cuda:N.
         compare: bundles beside the first, of the same twin.
         backends: of every bundle; `auto` is the engine's own choice, `all` every one that runs it.
@@ -212,7 +212,8 @@ def open_target(path: Path, how: How | None = None) -> Target:
         _refuse_another(first, other)
     if how.channel is not None:
         how.channel.require(first.spec)
-    file = how.twin or (path / first.twin["file"] if "file" in first.twin else None)
+    own = path / first.twin["file"] if "file" in first.twin else None
+    file = own if how.twin is None else latest.inside(how.twin)
     if file is None and how.needs_twin:
         raise BundleError(
             f"{path} carries no twin to attack: name one with --twin CKPT, or attack it by queries "

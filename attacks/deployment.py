@@ -120,7 +120,10 @@ def says(row: Mapping[str, Any]) -> str:
     interval = f"{held['points']:+.1f} points ({held['low']:+.1f} to {held['high']:+.1f})"
     if not any(held.values()):  # of no clip that differs, a bootstrap's interval has no width
         n = row["clean"]["n"]
-        said = f"no different from {against} on any of {n} clips: by less than {300 / n:.1f} points"
+        said = (
+            f"none of {n} clips differs from {against}, which excludes a gap of "
+            f"{300 / n:.1f} points or more"
+        )
     elif held["low"] > 0:
         said = f"weaker than {against}: {interval}"
     elif held["high"] < 0:

@@ -33,7 +33,7 @@ from vmoe.attacks.judge import (
     rule,
 )
 from vmoe.attacks.loop import improves
-from vmoe.attacks.methods import load, settings_of
+from vmoe.attacks.methods import every_setting, load, settings_of
 from vmoe.attacks.modes import TRANSFER, Deployed
 from vmoe.attacks.outcomes import (
     CLEAN,
@@ -51,7 +51,7 @@ from vmoe.attacks.outcomes import (
 from vmoe.batches import to_tensor
 from vmoe.cli import progress
 from vmoe.clips import Clips
-from vmoe.errors import SettingError, VmoeError
+from vmoe.errors import SettingError, UnknownNameError, VmoeError
 from vmoe.models import ROUTE_GRADS, VideoMoE
 from vmoe.runtime.engine import Prediction
 
@@ -77,9 +77,12 @@ def plan(
         values: settings; each attack takes those that it has.
 
     Raises:
-        UnknownNameError: no such attack, no such route_grad.
+        UnknownNameError: no such attack, no such route_grad, a setting that no attack has.
         SettingError: a value out of its range, or that an attack refuses.
     """
+    known = every_setting() if values else set()
+    for name in sorted(values.keys() - known):
+        raise UnknownNameError("setting of an attack", name, known)
     rows = []
     for budget in eps:
         for spelt in attacks:

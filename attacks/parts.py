@@ -126,7 +126,7 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any], who: str, advice:
         one, other = before.get(name), now.get(name)
         if one != other:
             raise SettingError(
-                f"{who} with {name} {_short(one)}, this is {_short(other)}: {advice}."
+                f"{who} with {name}: {_short(one)}; this one has {_short(other)}: {advice}."
             )
 
 

@@ -23,8 +23,13 @@ from vmoe.attacks.flags import RunSettings, values_of
 from vmoe.attacks.grid import radius
 from vmoe.bundle import Bundle
 from vmoe.clips import ClipSpec
-from vmoe.report import to_csv
+from vmoe.report import plain, to_csv
 from vmoe.settings import format_eps, to_mapping
+
+NO_TEST = {  # what is said of a split behind the number of its clips
+    "train": " (NOT A TEST: twins are trained on this split)",
+    "val": " (NOT A TEST: training chooses its best epoch by this split)",
+}
 
 
 def header(
@@ -60,7 +65,7 @@ def header(
         )
     if opened.channel is not None:
         lines.append(f"channel: {opened.channel}; every model judges what arrives")
-    data = f"{settings.data} {settings.split}, {settings.n} clips"
+    data = f"{settings.data} {settings.split}, {settings.n} clips{NO_TEST.get(settings.split, '')}"
     if settings.group:
         data += f", groups {settings.group!r}"
     if settings.fold not in (None, 1):
@@ -132,7 +137,7 @@ def run_of(
         "--save-adv": keep_clips,
         "clips sha256": chosen.sha256,
         **{
-            f"{name} of {_called(row)} at eps {format_eps(row.eps, row.norm)}, {i}": value
+            f"{name} of {_called(row)} at eps {format_eps(row.eps, row.norm)}, run {i}": value
             for row in rows
             for i, each in enumerate(row.settings, 1)
             for name, value in to_mapping(each).items()
@@ -145,11 +150,41 @@ def _called(row: Row) -> str:
     return f"{row.attack}, {row.mode} against {row.against}" if row.against else row.attack
 
 
+def planned(
+    opened: Target, settings: RunSettings, rows: Sequence[Row], saved: AdversarialClips | None,
+    seed: int, early: str, preset: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return what --dry-run would do, by the keys that the report has, too."""
+    data, n = f"{settings.data} {settings.split}", settings.n
+    if saved is not None:
+        data, n = str(saved.origin.get("data")), len(saved.label)
+    what = {"data": data, "n": n, "labels": list(opened.labels), "seed": seed}
+    made: dict[str, Any] = plain({**_asked(opened, rows, early, preset), **what, **_how(rows)})
+    return made
+
+
 def report(
     opened: Target, chosen: Chosen, rows: Sequence[Row], seed: int, found: dict[str, Any],
     sanity: dict[str, Any] | None, early: str, preset: str | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the report as JSON holds it; `found` are its figures, as of `everything`."""
+    return {
+        **_asked(opened, rows, early, preset),
+        "data": chosen.name,
+        "clips_sha256": chosen.sha256,
+        "n": len(chosen.label),
+        "labels": list(opened.labels),
+        "seed": seed,
+        **_how(rows),
+        "sanity": sanity,
+        **found,
+    }
+
+
+def _asked(
+    opened: Target, rows: Sequence[Row], early: str, preset: str | None
+) -> dict[str, Any]:  # fmt: skip
+    """Return what is attacked, by what, and within what."""
     twin = opened.twin
     return {
         "vmoe": vmoe.__version__,
@@ -175,11 +210,12 @@ def report(
         },
         "early_stop": early or None,
         "preset": preset,
-        "data": chosen.name,
-        "clips_sha256": chosen.sha256,
-        "n": len(chosen.label),
-        "labels": list(opened.labels),
-        "seed": seed,
+    }  # fmt: skip
+
+
+def _how(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return every setting of every run of each attack."""
+    return {
         "settings": [
             {
                 "attack": row.attack, "mode": row.mode, "made_on": row.made_on,
@@ -187,8 +223,6 @@ def report(
             }
             for row in rows
         ],
-        "sanity": sanity,
-        **found,
     }  # fmt: skip
 
 

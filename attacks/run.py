@@ -23,7 +23,7 @@ from vmoe.attacks.figures import everything, telling
 from vmoe.attacks.flags import Rows, RunSettings
 from vmoe.attacks.modes import ADAPTIVE, QUERY, TRANSFER, Deployed
 from vmoe.attacks.ranks import Ranks
-from vmoe.attacks.session import Session
+from vmoe.attacks.session import Session, say_kept
 from vmoe.errors import SettingError
 from vmoe.report import plain
 
@@ -87,16 +87,28 @@ def attack(asked: Asked, here: Ranks) -> None:
         if asked.gate_robust is not None:
             gate.require(opened.judges, what.rows)  # else told after all the work
         if asked.dry_run:
+            if asked.as_json and here.first:
+                cli.print_json(record.planned(
+                    opened, what.settings, what.rows, what.saved, asked.seed, what.early,
+                    asked.preset,
+                ))  # fmt: skip
             return
         chosen = _chosen(opened, what)
         found = _found(asked, here, folder, opened, what, chosen, path)
         if found is None or folder is None:  # not rank 0
             return
-        checked = _check(asked, opened, what, chosen, found)
+        try:
+            checked = _check(asked, opened, what, chosen, found)
+        except BaseException:
+            say_kept(folder)
+            raise
         if asked.save_adv is not None:
             clips_of.save(asked.save_adv, opened, chosen, found, asked.seed)
     figures = everything(found, chosen.index.tolist())
-    figures |= {"deployed": deployment.everything(found) if opened.engines else None}
+    figures |= {
+        "deployed": deployment.everything(found) if opened.engines else None,
+        "unchecked": _unchecked(asked, opened),
+    }
     report = record.report(
         opened, chosen, what.rows, asked.seed, figures, checked, what.early, asked.preset
     )
@@ -129,7 +141,7 @@ def _place(asked: Asked, path: Path) -> Path:
     if asked.save_adv is not None:
         adversarial.refuse_existing(asked.save_adv)
         output.probe(asked.save_adv)
-    name = path.parent.name if path.name == "best.safetensors" else path.stem
+    name = path.parent.name if path.name == latest.BEST else path.stem
     folder = asked.out or _free(RUNS / name)
     if folder.is_file():
         raise SettingError(f"{folder} is a file; --out is a folder.")
@@ -243,14 +255,24 @@ def _command(asked: Asked, path: Path) -> dict[str, Any]:
     return command
 
 
+def _unchecked(asked: Asked, opened: Target) -> str | None:
+    """Return why the attacks themselves are not checked; None where they are."""
+    if not asked.sanity:
+        return "--no-sanity was given"
+    if asked.load_adv is not None:
+        return "saved clips were replayed, and no attack was run"
+    if opened.twin is None:
+        return "they need the twin's gradients, and no twin was given"
+    if opened.channel is not None:
+        return "they are made for clips that arrive as they are, without --codec"
+    return None
+
+
 def _check(
     asked: Asked, opened: Target, what: What, chosen: Chosen, found: Evaluation
 ) -> dict[str, Any] | None:
     """Check the attacks themselves, on some of the clips, where the budget tells most."""
-    if not asked.sanity or what.saved is not None or opened.twin is None:
-        return None
-    if opened.channel is not None:
-        log.info("sanity: left out, as its checks are of clips that arrive as they are")
+    if _unchecked(asked, opened) is not None or opened.twin is None:
         return None
     right = next(iter(found.clean.values())).said == found.label
     some, eps = slice(0, int((right.cumsum() <= SANITY_CLIPS).sum())), telling(found)
@@ -277,8 +299,7 @@ def _show(report: dict[str, Any]) -> None:
     click.echo(tables.agreement(report) or "no engine: TARGET is a checkpoint")
     if report["deployed"]:
         click.echo("\n" + tables.deployed(report))
-    if report["sanity"]:
-        click.echo("\n" + tables.sanity(report))
+    click.echo("\n" + tables.sanity(report))
 
 
 def _say_next(

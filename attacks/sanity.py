@@ -77,8 +77,8 @@ class Sanity:
             said = "no sign of gradient masking"
         elif self.right < ENOUGH:
             said = (
-                f"no check failed, but of {self.right} clips that are right not all can tell: "
-                f"{ENOUGH} are needed (--n)"
+                f"no check failed, but some cannot tell: they need {ENOUGH} clips that are "
+                f"classified rightly, and had {self.right} (more: --n)"
             )
         else:
             said = "no check failed, but not all that would show gradient masking could tell"

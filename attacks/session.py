@@ -80,7 +80,7 @@ class Session:
             if isinstance(e, VmoeError):
                 meeting.failed(str(e))
             if out is not None and here.first:
-                _say_kept(out)  # whole or not: others may be writing there
+                say_kept(out)  # whole or not: others may be writing there
             raise
         lacking = self.work.missing(held, range(self.work.batches))
         if any(lacking.values()):
@@ -100,9 +100,10 @@ class Session:
 def _keep(out: Path) -> None:
     """Say how to go on with what a run that fails has finished; remove it where that is nothing."""
     parts.abandon(out)
-    _say_kept(out)
+    say_kept(out)
 
 
-def _say_kept(out: Path) -> None:
+def say_kept(out: Path) -> None:
+    """Say how to go on with a run that ends too early, where it has finished something."""
     if parts.begun(out):
         log.warning("what is finished is kept; to go on: vmoe-attack --out %s --resume", out)

@@ -17,30 +17,38 @@ ENGINES = (
     "engine", "clean %", "twin %", "transfer %", "adaptive %", "query %", "worst-of %", "gap",
     "to the first",
 )  # fmt: skip
-LEGEND = (
-    "Accuracies with their 95 % interval (Wilson). success: by the attack's own criterion (attacks "
-    "on the router: the route has changed). flips: clips whose route changed; weakest: that went "
-    "to the expert of the lowest clean score; with early stop, both in the clip that was wrong "
-    "first. clean route: accuracy with the clean route kept. gap: mean top-2 gap of the scores, "
-    "clean > adversarial. L_Lip R, L_Lip F: of the router, of the whole model, mean. linf, l2: "
-    "largest change found in the final uint8 clips, in grey levels, and of a whole clip on pixels "
-    "in [0, 1]. passes: forward + backward, mean of a clip, over all route_grads: of the router "
-    "(attacks on it), of an expert (tla-e), else of router and routed expert; by route_grad all "
-    "and soft, of router and every expert; judging is not counted. s: of making the clips, "
-    "looking at them included. "
-    "worst-of: broken by at least one attack of the table."
-)
-LEGEND_DEPLOYED = (
-    "made on: where values come from; transfer: clips of the twin, replayed; adaptive: the engine "
-    "in the loop, from the transfer's clip on, its passes beside the transfer's; query: answers "
-    "alone. queries: how often the engine was asked about a clip, judging not counted. An engine's "
-    "worst-of counts transfers and what was made against itself; the twin's, transfers. twin: "
-    "the twin's own worst-of. gap: robust on the twin less robust on the engine, in points, with "
-    "its 95 % interval (paired bootstrap): above 0 the engine is weaker; of worst-of by the same "
-    "clips, those made against the engine among them: it holds that they were sought there. Saved "
-    "clips that were made against another engine are of no mode. to the first: the same "
-    "against the first engine, by the same attacks."
-)
+LEGEND = """\
+What the columns mean. Shares are per cent of the clips; in brackets the 95 % interval (Wilson).
+
+* clean, robust: accuracy on the clips as they are, and after the attack.
+* success: what the attack wanted. Of an attack on the router: the route has changed. Of the
+  others: a clip that was classified rightly no longer is, in per cent of those clips.
+* flips: clips whose route changed. weakest: clips sent to the expert with the lowest clean
+  score. With early stop both are of the first clip that was classified wrongly.
+* clean route: accuracy on the attacked clips if each kept the route of its clean clip.
+* gap: mean distance of the router's two best scores, clean > attacked.
+* L_Lip R, L_Lip F: mean Lipschitz term of the router, and of the whole model.
+* linf: largest change of a pixel in the final uint8 clips, in grey levels. l2: largest length
+  of a clip's change, on pixels in [0, 1].
+* passes: forward + backward passes per clip, mean, over all route_grads. A pass is of the
+  router (attacks on the router), of one expert (tla-e), of the router and every expert
+  (route_grad all and soft), else of the router and the routed expert. Judging is not counted.
+* s: seconds it took to make the clips, with looking at them.
+* worst-of: a clip counts as broken if at least one attack of the table broke it."""
+LEGEND_DEPLOYED = """\
+Where there are engines:
+
+* made on: what the attack looked at, and how. transfer: clips made on the twin, replayed on the
+  engine. adaptive: the engine in the loop, beginning with the transfer's clip; its passes come
+  on top of the transfer's. query: the engine's answers alone.
+* queries: how often the engine was asked about a clip; judging is not counted.
+* An engine's worst-of counts the transfers and what was made against that engine; the twin's
+  counts the transfers. Saved clips that were made against another engine count for no mode.
+* twin: the twin's own worst-of.
+* gap: robust accuracy of the twin less that of the engine, in points, with its 95 % interval
+  (paired bootstrap); above 0 the engine is weaker. The gap of worst-of judges twin and engine
+  by the same clips. Some of those were sought against the engine, which favours the twin.
+* to the first: the same, against the first engine, by the same attacks."""
 
 
 def attacks(report: Mapping[str, Any]) -> str:
@@ -143,10 +151,13 @@ def agreement(report: Mapping[str, Any]) -> str:
 
 
 def sanity(report: Mapping[str, Any]) -> str:
-    """Return what the checks of the attacks themselves say; empty where none were asked for."""
+    """Return what the checks of the attacks themselves say, or why they were left out."""
     found = report.get("sanity")
     if not found:
-        return ""
+        return (
+            f"NOT CHECKED: the checks of the attacks themselves were left out: "
+            f"{report['unchecked']}. A high robust accuracy may be gradient masking."
+        )
     rows = [[c["number"], c["name"], c["verdict"], c["line"]] for c in found["checks"]]
     budget = format_eps(found["eps"], report["threat_model"]["norm"])
     title = f"sanity of the attacks, on {found['n']} clips, eps {budget}"

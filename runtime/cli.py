@@ -23,7 +23,7 @@ from vmoe import cli, latest
 from vmoe.errors import SettingError
 from vmoe.settings import opt
 
-from . import addresses, topics
+from . import addresses, misplaced, topics
 from .frames import Stop
 from .settings import StreamSettings
 
@@ -129,21 +129,11 @@ def command(
     if len(given) > 1 and given != ["source", "list"]:
         raise SettingError(f"--{given[0]} and --{given[1]} exclude each other; give one.")
     if settings.replay is not None:
-        _refuse_address(settings.replay)
+        misplaced.refuse_address(settings.replay)
         settings = dataclasses.replace(
             settings, source=(str(settings.replay),), buffer="block", max_staleness=None
         )
     _run(bundle, settings, as_json=as_json, stop=stop)
-
-
-def _refuse_address(replay: Path) -> None:
-    """Refuse an address as --replay; as a path it has lost a slash, and may hold a password."""
-    found = re.match(r"([a-z][a-z0-9+.-]+):/(.*)", str(replay), re.I | re.S)
-    if found and not replay.exists():
-        address = addresses.shown(f"{found[1]}://{found[2]}")
-        raise SettingError(
-            f"--replay is {address}; it is a video file. Use --source for addresses."
-        )
 
 
 def _is_given(settings: RunSettings, flag: str) -> bool:
@@ -162,6 +152,7 @@ def _run(named: Path | None, settings: RunSettings, *, as_json: bool, stop: Stop
     _refuse_one_file(settings, names)
     sinks = _sinks(settings, len(names), as_json=as_json, stop=stop)
     path, said = latest.bundle(named)
+    misplaced.refuse_source(path)
     from . import engine as engines
     from . import threads
     from .pipeline import Pipeline
@@ -270,7 +261,15 @@ def _counts(pipeline: Pipeline) -> list[str]:
     missed = [f"{sink.name}: {sink.failures} failures, {sink.missed} not written"
               for sink in pipeline.sinks if sink.failures]  # fmt: skip
     again = [f"server: away, {pipeline.retries} requests repeated"] if pipeline.retries else []
-    return [*lines, *pipeline.tally.lines(), *again, *missed]
+    return [*lines, *pipeline.tally.lines(), *_guarded(pipeline), *again, *missed]
+
+
+def _guarded(pipeline: Pipeline) -> list[str]:
+    """Return what the guard found, also where that is nothing; empty without a guard."""
+    if pipeline.guard_mode not in ("monitor", "enforce"):
+        return []
+    tally = pipeline.tally
+    return [f"guard ({pipeline.guard_mode}): {tally.alarms} alarms in {tally.windows} windows"]
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

@@ -152,8 +152,6 @@ class Tally:
                 f"frame by frame: {self.frames_run} frames run for {self.windows} windows, "
                 f"{self.warm_ups} whole clips among them"
             )
-        if self.alarms:
-            lines.append(f"guard: {self.alarms} alarms")
         return lines + (self._latencies(said) if self.windows else [])
 
     def _latencies(self, said: dict[str, Any]) -> list[str]:

@@ -257,7 +257,7 @@ def _train(
                 best = now.best
     except KeyboardInterrupt:
         if (folder / states.FILE).exists():
-            log.info("next: vmoe-train --out %s --resume", folder)
+            log.warning("what is finished is kept; to go on: vmoe-train --out %s --resume", folder)
         raise
     except VmoeError as e:
         last = folder / "last.safetensors"

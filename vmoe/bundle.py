@@ -34,6 +34,8 @@ SCHEMA_VERSION = 1
 MANIFEST = "vmoe.json"
 REPORT = "report.json"
 TWIN = "twin.safetensors"
+MAKE = "Make one: vmoe-export CKPT --out FOLDER"
+NAMED = 3  # bundles of a folder, where the folder itself was given
 MAX_MANIFEST_BYTES = 4 << 20
 LOWERINGS = ("split", "if", "plugin", "dense")
 MAX_EXPERTS = 256
@@ -154,6 +156,16 @@ def write_manifest(bundle: Bundle, folder: Path) -> None:
     output.write_json(folder / MANIFEST, manifest)
 
 
+def require(path: Path) -> None:
+    """Refuse a path where no bundle is.
+
+    Raises:
+        BundleError: says what is there instead, and what to name or to make.
+    """
+    if not (path / MANIFEST).is_file():
+        raise BundleError(_no_bundle(path))
+
+
 def read(path: Path) -> Bundle:
     """Read a bundle, and prove it whole before any of its graphs is parsed.
 
@@ -165,9 +177,8 @@ def read(path: Path) -> Bundle:
         EngineMismatchError: a manifest of another schema version.
         CorruptBundleError: a key or a part is missing, a byte changed, a name leaves the folder.
     """
+    require(path)
     manifest = path / MANIFEST
-    if not path.is_dir() or not manifest.is_file():
-        raise BundleError(_no_bundle(path))
     if manifest.stat().st_size > MAX_MANIFEST_BYTES:
         raise CorruptBundleError(f"{manifest} is over {MAX_MANIFEST_BYTES} bytes: no manifest.")
     values = _json(manifest)
@@ -288,8 +299,12 @@ def _no_bundle(path: Path) -> str:
         near = nearest(str(path), latest.offered())
         return f"{path} does not exist: not a bundle{near} Make one: vmoe-export CKPT --out {path}"
     if not path.is_dir():
-        return f"{path} is no folder: not a bundle. Make one: vmoe-export CKPT --out FOLDER"
-    return f"{path} holds no {MANIFEST}: not a bundle. Make one: vmoe-export CKPT --out FOLDER"
+        return f"{path} is no folder: not a bundle. {MAKE}"
+    if (path / latest.BEST).is_file():
+        return f"{path} is a training's folder: not a bundle. Make one of it: vmoe-export {path}"
+    held = sorted(str(manifest.parent) for manifest in path.glob(f"*/{MANIFEST}"))
+    advice = f"Name one in it: {', '.join(held[:NAMED])}" if held else MAKE
+    return f"{path} holds no {MANIFEST}: not a bundle. {advice}"
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from vmoe.models import ModelSettings, VideoMoE, build
 from vmoe.settings import from_mapping, to_mapping
 
 HEADER = "vmoe"
+NAME = "Name a checkpoint of vmoe-train, the folder of a training, or a bundle."
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,10 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
 def load(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
     """Read a checkpoint.
 
+    Args:
+        path: its file; or a bundle or a training's folder, for the one in it.
+        device: where the twin is put.
+
     Raises:
         VmoeError: missing, a pickle, damaged, or of another kind.
     """
@@ -143,6 +148,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise MissingDependencyError(
             "safetensors is not installed: pip install 'vmoe[train]'"
         ) from e
+    path = latest.inside(path)
     if is_pickle(path):
         raise VmoeError(
             f"{path} is a pickle, which can run code when it is read; vmoe reads safetensors only. "
@@ -153,7 +159,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata: dict[str, str] = file.metadata() or {}
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, ValueError) as e:
-        raise VmoeError(f"{path} is damaged or no safetensors file: {e}.") from e
+        advice = "Copy it again, whole." if path.suffix == ".safetensors" else NAME
+        raise VmoeError(f"{path} is damaged or no safetensors file: {e}. {advice}") from e
 
 
 def is_pickle(path: Path) -> bool:
@@ -162,15 +169,13 @@ def is_pickle(path: Path) -> bool:
     Raises:
         VmoeError: it cannot be read.
     """
+    path = latest.inside(path)
     try:
         with path.open("rb") as file:
             start = file.read(9)
     except OSError as e:
         near = "." if path.exists() else nearest(str(path), latest.offered())
-        raise VmoeError(
-            f"cannot read checkpoint {path}: {e.strerror}{near} Name a checkpoint of vmoe-train, "
-            "the folder of a training, or a bundle."
-        ) from e
+        raise VmoeError(f"cannot read checkpoint {path}: {e.strerror}{near} {NAME}") from e
     if start[8:] == b"{":  # safetensors: a length in 8 bytes, which may look like anything; JSON
         return False
     return start[:2] == b"PK" or start[:1] == b"\x80"

@@ -53,7 +53,8 @@ class Command(click.Command):
         except click.UsageError as e:
             name = f"{parent.command_path} {info_name}" if parent else info_name
             message = " ".join(e.format_message().split()).rstrip(".")
-            click.echo(f"{name}: {message}. See {name} --help.", err=True)
+            end = "" if message.endswith("?") else "."  # click asks "Did you mean --x?"
+            click.echo(f"{name}: {message}{end} See {name} --help.", err=True)
             raise click.exceptions.Exit(2) from e
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -77,7 +77,7 @@ def text(found: dict[str, Any]) -> str:
     rows = [[r["label"], r["windows"], r["right"], r["mistaken_for"]] for r in found["labels"]]
     shares = ", ".join(f"{i}: {share:.0%}" for i, share in found["expert_shares"].items())
     seen = dict.fromkeys(segment["picture"] for segment in found["segments"])
-    origin = "exported here and now" if found["exported_here"] else "the bundle that ships"
+    origin = "exported here and now" if found["exported_here"] else "as it ships"
     return "\n".join([
         "# The model that ships, against known camera moves",
         "",
@@ -86,7 +86,7 @@ def text(found: dict[str, Any]) -> str:
         f"accuracy: {report.percent(found['right'], found['windows'])} % of {found['windows']} "
         f"windows (95 % interval); {found['between_moves']} windows span two moves, not judged",
         f"experts: {shares}",
-        f"watched: {', '.join(seen)}; by {origin}",
+        f"pictures: {', '.join(seen)}; bundle: {origin}",
         f"latency: {found['infer_ms']['median']:.2f} ms median, "
         f"{found['infer_ms']['p95']:.2f} ms p95 a window, on this machine",
         "",

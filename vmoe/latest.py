@@ -9,6 +9,7 @@ from vmoe.errors import SettingError, VmoeError
 
 RUNS = Path("runs")
 STATE = "state.safetensors"  # where a training stands
+BEST = "best.safetensors"  # of a training's folder
 REJECTED = ".rejected"  # behind the name of a bundle that vmoe-export refused
 SHIPPED = Path(__file__).parent / "shipped" / "camera-motion"  # a bundle, with its twin
 CARD = SHIPPED.with_name("README.md")  # what it is, what it is worth, what it is not for
@@ -36,8 +37,8 @@ def checkpoint(named: Path | None) -> tuple[Path, str]:
             training's folder for its best checkpoint.
     """
     if named is not None:
-        return _inside(named), f"checkpoint: {named}"
-    found = _newest(RUNS.glob("**/best.safetensors"))
+        return inside(named), f"checkpoint: {named}"
+    found = _newest(RUNS.glob(f"**/{BEST}"))
     if found:
         return found, f"checkpoint: {found} (the newest under {RUNS}/)"
     return shipped() / "twin.safetensors", f"checkpoint: {SHIPPED.name} (the one that ships)"
@@ -67,10 +68,10 @@ def target(named: Path | None) -> tuple[Path, str]:
         named: what the user named, or None; a training's folder stands for its best checkpoint.
     """
     if named is not None:
-        best = named / "best.safetensors"
+        best = named / BEST
         trained = best.is_file() and not (named / "vmoe.json").exists()
         return (best if trained else named), f"target: {named}"
-    found = _newest([*_bundles(), *RUNS.glob("**/best.safetensors")])
+    found = _newest([*_bundles(), *RUNS.glob(f"**/{BEST}")])
     if found:
         return found, f"target: {found} (the newest under {RUNS}/)"
     return shipped(), f"target: {SHIPPED.name} (the one that ships)"
@@ -87,24 +88,33 @@ def shipped() -> Path:
     return SHIPPED
 
 
+def inside(named: Path) -> Path:
+    """Return the checkpoint that a path stands for.
+
+    Args:
+        named: a file, which is returned as it is; a bundle, for the twin that it carries; or a
+            training's folder, for its best checkpoint.
+
+    Raises:
+        VmoeError: a folder that holds neither.
+    """
+    if not named.is_dir():
+        return named
+    for path in (named / "twin.safetensors", named / BEST):
+        if path.is_file():
+            return path
+    raise VmoeError(f"{named} holds no checkpoint: neither a bundle's twin nor a training's best.")
+
+
 def offered() -> list[str]:
     """Return every bundle and checkpoint under runs/, for completion."""
     found = [path.parent for path in RUNS.glob("**/vmoe.json")]
-    found += RUNS.glob("**/best.safetensors")
+    found += RUNS.glob(f"**/{BEST}")
     return sorted(str(path) for path in found if not any(map(_is_left_out, path.parts)))
 
 
 def _bundles() -> list[Path]:
     return [path.parent for path in RUNS.glob("**/vmoe.json") if not _is_random(path)]
-
-
-def _inside(named: Path) -> Path:
-    if not named.is_dir():
-        return named
-    for path in (named / "twin.safetensors", named / "best.safetensors"):
-        if path.is_file():
-            return path
-    raise VmoeError(f"{named} holds no checkpoint: neither a bundle's twin nor a training's best.")
 
 
 def _is_random(manifest: Path) -> bool:

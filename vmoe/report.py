@@ -47,7 +47,8 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     p, z2 = hits / n, Z_95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z_95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # at the ends exactly, which rounding misses
+    return 0.0 if hits == 0 else centre - half, 1.0 if hits == n else centre + half
 
 
 def percent(hits: int, n: int, *, interval: bool = True) -> str:

@@ -32,6 +32,12 @@ def load(name: str) -> Any:
     return registry.load(METHODS, name, "attack")
 
 
+def every_setting() -> set[str]:
+    """Return the names of the settings that any attack has."""
+    found = registry.names(METHODS)
+    return {field.name for name in found for field in fields(load(name).Settings)}
+
+
 def settings_of(name: str, values: Mapping[str, Any]) -> Any:
     """Return the settings of an attack, with those of the values that it has.
 

@@ -12,7 +12,7 @@ from vmoe.settings import format_eps
 
 from .accuracy import Accuracy, Robust
 from .certificate import BOUND, Against, Certificate
-from .statistics import Drift, Ratio, Summary
+from .statistics import LEAST, Drift, Ratio, Summary
 
 if TYPE_CHECKING:
     from .record import Row, Streamed
@@ -64,6 +64,9 @@ def _sparsity(made: Certificate) -> Verdict:
     above = (ratio.medians > BOUND, ratio.minima > BOUND)
     extra_ms = worst.latency_ms - (worst.alone_ms or 0.0)
     cost = f"route {worst.route} costs {_figures(ratio, worst.cpu)} of router alone + expert alone"
+    if ratio.low is None:
+        says = f"{cost}: fewer than {LEAST} calls of each prove nothing. Measure longer."
+        return Verdict("unclear", made.bundle, None, says)
     if not any(above):
         if made.why is not None:
             return Verdict(
@@ -73,7 +76,7 @@ def _sparsity(made: Certificate) -> Verdict:
     if not all(above):
         says = f"{cost}: medians and minima disagree about {BOUND}. Measure longer, or alone."
         return Verdict("unclear", made.bundle, None, says)
-    if ratio.low is not None and ratio.low <= BOUND:
+    if ratio.low <= BOUND:
         says = f"{cost}: that may be noise, of {BOUND} or less. Measure longer, or alone."
         return Verdict("unclear", made.bundle, None, says)
     if worst.cpu is not None and worst.cpu.medians <= BOUND:

@@ -58,5 +58,5 @@ def line(result: Result) -> str:
     if result.gap:
         parts.append("after a break")
     if result.dropped:
-        parts.append(f"{result.dropped} frames dropped")
+        parts.append(f"{result.dropped} frame{'s' * (result.dropped != 1)} dropped")
     return "  ".join(parts)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vmoe import opencv
-from vmoe.errors import SourceError
+from vmoe.errors import SourceError, nearest
 from vmoe.runtime.frames import Frame, Stop
 
 from . import ENDED, OPENING, RUNNING, SourceSettings, _container
@@ -24,6 +24,7 @@ MISSING_SHARE = 0.02  # of a file's length, that its last frames may lack before
 UNKNOWN_FPS = 25.0  # of a file that gives neither timestamps nor a rate
 BELIEVED_FPS = 240.0  # a claim above is often a clock's rate (WebM: 1000), so it is measured
 ANY_FPS = 10000.0  # what claims more has no rate at all
+MOST_BESIDE = 1000  # names of a folder that a misspelt one is compared with
 MEASURED = 33  # first frames whose timestamps tell the rate
 
 
@@ -49,10 +50,19 @@ def open(name: str, settings: SourceSettings) -> FileSource:
         with path.open("rb") as file:
             empty = not file.read(1)
     except OSError as e:
-        raise SourceError(f"{name}: {e.strerror}. Name a video file that can be read.") from e
+        near = "." if path.exists() else nearest(path.name, ["test", *_beside(path)])
+        raise SourceError(f"{name}: {e.strerror}{near} Name a video file that can be read.") from e
     if empty:
         raise SourceError(f"{name} is empty (0 bytes); name a video file.")
     return FileSource(name, settings)
+
+
+def _beside(path: Path) -> list[str]:
+    """Return the names in a file's folder, whether or not the file is there."""
+    try:
+        return [other.name for other in itertools.islice(path.parent.iterdir(), MOST_BESIDE)]
+    except OSError:
+        return []
 
 
 class FileSource:

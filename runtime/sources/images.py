@@ -19,6 +19,7 @@ from vmoe.runtime.frames import Frame, Stop
 from . import ENDED, OPENING, RUNNING, SourceSettings
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"}  # the usual ones, for a message
 WILD = re.compile(r"[*?\[]")
 
 
@@ -42,8 +43,17 @@ def open(name: str, settings: SourceSettings) -> ImagesSource:
     if not files:
         where = f"{name} is a folder and holds" if path.is_dir() else f"{name} names"
         known = ", ".join(sorted(SUFFIXES))
-        raise SourceError(f"{where} no pictures ({known}). Name a video file, or such a folder.")
+        raise SourceError(f"{where} no pictures ({known}). {_advice(path)}")
     return ImagesSource(name, files, settings)
+
+
+def _advice(folder: Path) -> str:
+    """Return what to name in the place of a folder, or of a pattern, without pictures."""
+    inside = folder.iterdir() if folder.is_dir() else ()
+    videos = sorted(path for path in inside if path.suffix.lower() in VIDEOS)
+    if not videos:
+        return "Name a video file, or such a folder."
+    return f"Name its videos: --source {videos[0]}, or all of them in a file for --list."
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

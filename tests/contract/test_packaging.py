@@ -164,7 +164,7 @@ def test_the_cpu_extra_serves_with_no_repository_around(base: Path, built: tuple
     }
     assert report["exported_here"] is False
     assert report["right"] / report["windows"] > 0.5
-    assert "by the bundle that ships" in (tmp_path / "runs" / "demo" / "report.md").read_text()
+    assert "bundle: as it ships" in (tmp_path / "runs" / "demo" / "report.md").read_text()
 
 
 def test_it_runs_from_the_wheel_alone(wheel: zipfile.ZipFile, tmp_path: Path) -> None:

@@ -144,6 +144,13 @@ def test_missing_empty_and_garbage_files_each_say_so(tmp_path: Path) -> None:
         sources.open(str(tmp_path / "no.mp4"))
     with pytest.raises(SourceError, match="is a folder and holds no pictures"):
         sources.open(str(tmp_path))
+    (tmp_path / "street.mp4").touch()
+    with pytest.raises(SourceError, match=r"no pictures .* Name its videos: --source .*street"):
+        sources.open(str(tmp_path))
+    with pytest.raises(SourceError, match=r"No such file or directory: did you mean 'street\.mp4'"):
+        sources.open(str(tmp_path / "stret.mp4"))
+    with pytest.raises(SourceError, match=r"no/no\.mp4: No such file or directory\. Name a"):
+        sources.open("no/no.mp4")
     empty = tmp_path / "empty.mp4"
     empty.touch()
     with pytest.raises(SourceError, match="is empty"):

@@ -9,7 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -111,8 +111,9 @@ def test_bundle_side_by_side_and_replay(tiny_bundle: Path) -> None:
 
 
 def test_foreign_twin_is_named(tiny_bundle: Path) -> None:
-    other = write_twin(Path("other.safetensors"), seed=3)
-    flags = ["--twin", other, "--attack", "pgd", "--eps", "1", "--queries", "60"]
+    Path("other").mkdir()
+    write_twin(Path("other/best.safetensors"), seed=3)
+    flags = ["--twin", "other", "--attack", "pgd", "--eps", "1", "--queries", "60"]
     result = run(tiny_bundle, *QUICK, *FROZEN, *flags)
     assert "FOREIGN: the engine was exported from another twin" in result.stdout
     report = json.loads(next(Path("runs/attack").glob("*/report.json")).read_text())
@@ -151,6 +152,9 @@ def test_newest_of_runs_is_taken_and_every_run_has_a_folder_of_its_own(twin: Pat
 
 
 def test_dry_run_attacks_nothing(twin: Path) -> None:
+    planned = json.loads(run(twin, *QUICK, "--dry-run", "--json").stdout)
+    assert (planned["n"], planned["data"]) == (6, "camera-motion test")
+    assert {each["steps"] for row in planned["settings"] for each in row["each"]} == {2}
     result = run(twin, *QUICK, "--dry-run")
     assert "threat model: L-infinity, eps 8/255 (0.0314), 8 grey levels" in result.stdout
     assert not Path("runs").exists()
@@ -465,6 +469,32 @@ def test_sanity_stands_in_every_report(twin: Path) -> None:
     for text in (result.stdout, Path("runs/attack/mine/report.md").read_text()):
         assert "sanity of the attacks, on 3 clips, eps 1/255 (0.0039)" in text
         assert report["sanity"]["verdict"] in text
+
+
+def test_what_was_not_checked_or_is_no_test_is_said(twin: Path) -> None:
+    result = run(twin, *NOISE, "--eps", "1", "--split", "train")
+    report = json.loads(Path("runs/attack/mine/report.json").read_text())
+    assert report["sanity"] is None
+    assert report["unchecked"] == "--no-sanity was given"
+    for text in (result.stdout, Path("runs/attack/mine/report.md").read_text()):
+        assert "NOT CHECKED: the checks of the attacks themselves were left out: --no-" in text
+        assert "6 clips (NOT A TEST: twins are trained on this split)" in text
+
+
+def test_interrupted_while_it_is_checked_says_how_to_go_on(
+    twin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmoe.attacks.sanity.check", raises(KeyboardInterrupt()))
+    said = run(twin, *NOISE[:-1], "--eps", "1", "--out", "cut", code=130).stderr
+    assert "what is finished is kept; to go on: vmoe-attack --out cut --resume" in said
+    assert said.splitlines()[-1] == "vmoe-attack: interrupted."
+
+
+def raises(error: BaseException) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
 
 
 def test_sanity_takes_clips_until_enough_are_right(

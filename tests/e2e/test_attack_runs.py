@@ -81,7 +81,9 @@ def test_killed_at_any_point_and_gone_on_with(
         tiny_checkpoint, *flags, code=2
     ).stderr.replace("\n", " ")
     changed = run("--resume", "--out", "cut", "--steps", "3", code=2).stderr
-    assert "cut was begun with steps of pgd at eps 1/255 (0.0039), 1 2, this is 3" in changed
+    assert (
+        "cut was begun with steps of pgd at eps 1/255 (0.0039), run 1: 2; this one has 3" in changed
+    )
     result = run("--resume", "--out", "cut")
     assert "resumed: " in result.stderr
     assert_same(result_of("cut", "cut-clips"), whole)
@@ -130,10 +132,10 @@ def test_another_run_in_the_folder_is_refused(tiny_checkpoint: Path, tiny_bundle
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
     for given, why in (
-        (["--n", "4"], "cut was begun with --n 100, this is 4"),
-        (["--seed", "7"], "cut was begun with seed of pgd at eps 1/255 (0.0039), 1 0, this is 7"),
-        (["--eps", "1"], "cut was begun with --eps "),
-        ([str(tiny_bundle)], "cut was begun with engine sha256 none"),
+        (["--n", "4"], "cut was begun with --n: 100; this one has 4"),
+        (["--seed", "7"], "seed of pgd at eps 1/255 (0.0039), run 1: 0; this one has 7"),
+        (["--eps", "1"], "cut was begun with --eps: "),
+        ([str(tiny_bundle)], "cut was begun with engine sha256: none"),
     ):
         said = run(*given, "--resume", "--out", "cut", code=2).stderr.strip().splitlines()[-1]
         assert why in said

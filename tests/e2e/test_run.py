@@ -422,6 +422,22 @@ def test_bundles_that_are_none(run: Run, bundle: Path, movie: Path, tmp_path: Pa
     refused(run(tmp_path / "no", "--source", movie), 1, "not a bundle")
 
 
+@pytest.mark.parametrize(
+    ("watched", "said"),
+    [
+        ("a b.mp4", "a b.mp4 is no folder: not a bundle. To watch it: vmoe-run --source 'a b.mp4'"),
+        ("rtsp://me:sesame@cam/1", "To watch it: vmoe-run --source 'rtsp://me:***@cam/1'"),
+        ("test", "test is no folder: not a bundle. To watch it: vmoe-run --source test"),
+        ("no", "no does not exist: not a bundle"),
+    ],
+)
+def test_a_source_in_the_bundle_s_place_is_told_from_a_camera_that_is_not_there(
+    run: Run, tmp_path: Path, watched: str, said: str
+) -> None:
+    (tmp_path / "a b.mp4").touch()
+    refused(run(watched), 1, said)
+
+
 def test_settings_that_cannot_be_used(run: Run, bundle: Path, movie: Path, tmp_path: Path) -> None:
     (tmp_path / "there.mp4").write_text("mine")
     for args, why in (

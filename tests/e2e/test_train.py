@@ -21,6 +21,7 @@ from tests.twins import small
 from tests.videos import write
 from vmoe import checkpoint
 from vmoe.models.experts import tsm
+from vmoe.train import cli as train_cli
 from vmoe.train import loop, router_start
 from vmoe.train import state as states
 from vmoe.train.cli import main
@@ -89,6 +90,19 @@ def test_resumed_is_what_an_uninterrupted_run_gives_bit_for_bit(tmp_path: Path) 
     assert not list(parts.glob(".*")), "a half-written file was left"
 
 
+def test_interrupted_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def keep(*arguments: Any) -> None:
+        kept(*arguments)
+        raise KeyboardInterrupt
+
+    kept = train_cli._keep
+    monkeypatch.setattr(train_cli, "_keep", keep)
+    out = tmp_path / "cut"
+    result = train("--method", "standard", "--epochs", "2", "--no-report", "--out", str(out))
+    assert result.exit_code == 130
+    assert f"to go on: vmoe-train --out {out} --resume" in result.stderr.replace("\n", " ")
+
+
 def test_resume_of_another_recipe_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ["--method", "standard", "--epochs", "1", "--no-report", "--out", str(out)]
@@ -120,21 +134,6 @@ def test_a_training_is_named_by_its_folder_or_is_the_newest(
     assert newest.exit_code == 0, newest.output
     assert "training: runs/train/second (the newest under runs/)" in newest.output
     assert "resumed after epoch 1" in newest.output
-
-
-def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, save = tmp_path / "run", states.save
-
-    def interrupted(*arguments: Any) -> None:
-        save(*arguments)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(states, "save", interrupted)
-    talking = [a for a in SMALL if a != "--quiet"]
-    method = ["--method", "standard", "--epochs", "2", "--experts", "1"]
-    result = CliRunner().invoke(main, [*talking, *method, "--out", str(out)])
-    assert result.exit_code == 130
-    assert f"next: vmoe-train --out {out} --resume" in result.output
 
 
 def test_a_state_of_another_making_is_refused(tmp_path: Path) -> None:

@@ -62,6 +62,8 @@ def test_plan_has_every_attack_at_every_budget() -> None:
 def test_plan_refuses_what_is_not_there() -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'tlga-r'"):
         plan(["tlga"], [EPS])
+    with pytest.raises(UnknownNameError, match="attack 'stpes': did you mean 'steps'"):
+        plan(["pgd"], [EPS], stpes=100)
     with pytest.raises(UnknownNameError, match="route-grad"):
         plan(["pgd"], [EPS], ["hard"])
     with pytest.raises(SettingError, match="--steps is 0"):

@@ -146,11 +146,11 @@ def test_a_changed_setting_is_named(tmp_path: Path) -> None:
     parts.begin(out, {"--n": 5, "--eps": (0.1, 0.2), "--group": None}, {})
     parts.go_on(out, {"--n": 5, "--eps": [0.1, 0.2], "--group": None})
     for run, why in (
-        ({"--n": 6, "--eps": [0.1, 0.2], "--group": None}, "--n 5, this is 6"),
-        ({"--n": 5, "--eps": [0.1], "--group": None}, "--eps 0.1,0.2, this is 0.1"),
+        ({"--n": 6, "--eps": [0.1, 0.2], "--group": None}, "--n: 5; this one has 6"),
+        ({"--n": 5, "--eps": [0.1], "--group": None}, "--eps: 0.1,0.2; this one has 0.1"),
         ({"--n": 5, "--eps": [0.1, 0.2]}, None),
-        ({"--n": 5, "--eps": [0.1, 0.2], "--group": None, "new": 1}, "new none, this is 1"),
-        ({"--n": 5, "--eps": [0.1, 0.2], "--group": "x"}, "--group none, this is x"),
+        ({"--n": 5, "--eps": [0.1, 0.2], "--group": None, "new": 1}, "new: none; this one has 1"),
+        ({"--n": 5, "--eps": [0.1, 0.2], "--group": "x"}, "--group: none; this one has x"),
     ):
         if why is None:
             parts.go_on(out, run)

@@ -67,7 +67,7 @@ def test_the_same_run_is_heard_of(pair: tuple[Meeting, Meeting], tmp_path: Path)
 def test_another_run_is_named(pair: tuple[Meeting, Meeting], tmp_path: Path) -> None:
     first, second = pair
     first.tell(tmp_path, RUN)
-    with pytest.raises(SettingError, match="rank 0 was started with steps of pgd 3, this is 4"):
+    with pytest.raises(SettingError, match="started with steps of pgd: 3; this one has 4"):
         second.hear({**RUN, "steps of pgd": 4})
 
 

@@ -256,8 +256,12 @@ def test_a_baseline_of_another_lowering_or_clip_certifies_nothing() -> None:
 
 
 def certified(medians: float, minima: float, latency_ms: float = 50) -> Certificate:
-    worst = Ratio(medians, minima, None, None)
-    return Certificate("b", "b", None, (Route(0, latency_ms, latency_ms / medians, worst),), 0, ())
+    return of_worst(Ratio(medians, minima, minima, medians), latency_ms)
+
+
+def of_worst(worst: Ratio, latency_ms: float = 50) -> Certificate:
+    alone_ms = latency_ms / worst.medians
+    return Certificate("b", "b", None, (Route(0, latency_ms, alone_ms, worst),), 0, ())
 
 
 @pytest.mark.parametrize(
@@ -268,6 +272,8 @@ def certified(medians: float, minima: float, latency_ms: float = 50) -> Certific
         (certified(3.9, 3.8), "not sparse"),
         (certified(1.5, 1.1), "unclear"),
         (certified(2.0, 2.0, latency_ms=0.1), "unclear"),  # the host's own time
+        (of_worst(Ratio(3.9, 3.8, None, None)), "unclear"),  # fewer calls than an interval takes
+        (of_worst(Ratio(1.0, 1.0, None, None)), "unclear"),
     ],
 )
 def test_sparse_not_sparse_or_unclear(made: Certificate, name: str) -> None:

@@ -124,10 +124,15 @@ def test_parts_of_each_lowering() -> None:
 def test_no_bundle(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "a.safetensors").touch()
+    for file in ("export/one/vmoe.json", "export/two/vmoe.json", "trained/best.safetensors"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
     for path, why in (
         (tmp_path / "none", r"does not exist: not a bundle\. Make one: vmoe-export CKPT --out"),
         (tmp_path / "file", "is no folder: not a bundle"),
         (tmp_path, r"holds no vmoe\.json: not a bundle"),
+        (tmp_path / "export", r"holds no vmoe\.json: not a bundle\. Name one in it: .*one, .*two$"),
+        (tmp_path / "trained", "is a training's folder: not a bundle. Make one of it: vmoe-export"),
         (tmp_path / "a.safetensors", "is a checkpoint: not a bundle. Make one of it: vmoe-export"),
     ):
         with pytest.raises(BundleError, match=why):

@@ -257,6 +257,8 @@ def test_bad_folders_and_names(tmp_path: Path) -> None:
         cm.read_picture(tmp_path / "bad.png")
     with pytest.raises(SettingError, match=r"cannot read the picture .*no\.png: No such file"):
         cm.read_picture(tmp_path / "no.png")
+    with pytest.raises(UnknownNameError, match="data set 'ucf102': did you mean 'ucf101'"):
+        open_data("ucf102:/path", "test", SPEC)
     with pytest.raises(UnknownNameError, match="'camera-mtion': did you mean 'camera-motion'"):
         open_data("camera-mtion", "val", SPEC)
     with pytest.raises(UnknownNameError, match="split 'vla': did you mean 'val'"):

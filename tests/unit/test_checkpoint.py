@@ -89,8 +89,20 @@ def test_a_pickle_is_refused_before_it_is_read(tmp_path: Path) -> None:
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     with pytest.raises(VmoeError, match=r"cannot read checkpoint .*No such file"):
         checkpoint.load(tmp_path / "none.safetensors")
-    with pytest.raises(VmoeError, match=r"cannot read checkpoint .*Is a directory"):
+    with pytest.raises(VmoeError, match="holds no checkpoint: neither a bundle's twin nor"):
         checkpoint.load(tmp_path)
+
+
+def test_a_folder_stands_for_the_checkpoint_in_it(path: Path) -> None:
+    path.rename(path.with_name("best.safetensors"))
+    assert checkpoint.load(path.parent).labels
+    assert not checkpoint.is_pickle(path.parent)
+
+
+def test_another_kind_of_file_is_told_what_to_name(tmp_path: Path) -> None:
+    (tmp_path / "report.md").write_text("# no checkpoint")
+    with pytest.raises(VmoeError, match=r"no safetensors file: .* Name a checkpoint of vmoe-train"):
+        checkpoint.load(tmp_path / "report.md")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])

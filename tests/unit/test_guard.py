@@ -221,6 +221,13 @@ def test_after_a_calibration_the_next_command_watches(monkeypatch: pytest.Monkey
     assert (given[0].source, given[0].hop, given[0].guard_calibrate) == (("a.mp4",), 0.2, None)
 
 
+def test_a_guard_that_was_silent_is_said_too(engine: Engine) -> None:
+    pipeline = Pipeline(engine, [IteratorSource(iter([]))], StreamSettings())
+    assert cli._guarded(pipeline) == []
+    pipeline.guard_mode = MONITOR
+    assert cli._guarded(pipeline) == ["guard (monitor): 0 alarms in 0 windows"]
+
+
 def test_a_second_look_runs_the_routed_experts_alone(engine: Engine) -> None:
     clips = np.zeros((3, *engine.bundle.spec.shape), np.uint8)
     clips[1, ..., 0] = 255

@@ -43,6 +43,10 @@ def test_wilson_as_published(hits: int, n: int, low: float, high: float) -> None
     assert wilson(hits, n) == pytest.approx((low, high), abs=1e-4)
 
 
+def test_wilson_ends_at_the_ends_exactly() -> None:
+    assert all(wilson(0, n)[0] == 0 and wilson(n, n)[1] == 1 for n in range(1, 200))
+
+
 def test_nothing_measured_is_no_figure() -> None:
     assert wilson(0, 0) == (0.0, 1.0)
     assert percent(0, 0) == "-"

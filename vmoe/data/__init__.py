@@ -95,6 +95,8 @@ def open_data(
     known = registry.names("vmoe.data")
     if name not in known:
         if not Path(data).is_dir():
+            if where and "/" not in name:  # NAME:/path, of a name that is none
+                raise UnknownNameError("data set", name, known)
             if "/" in data or Path(data).exists():
                 raise SettingError(f"data {data!r} is no folder: give a folder with one per class.")
             names = ["a folder with a folder per class" if n == "folder" else n for n in known]
