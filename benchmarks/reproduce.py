@@ -293,7 +293,7 @@ def phases(run: Run, names: list[str], seeds: list[int], count: int) -> None:
 @click.option("--folder", type=click.Path(path_type=Path), help="[default: runs/reproduce/DATA]")
 @click.option(
     "--methods", default=",".join(METHODS), show_default=True,
-    help="Which to make, by commas; also the ablations of VARIANTS.",
+    help="Whose cells and tables, by commas; also the ablations of VARIANTS.",
 )  # fmt: skip
 @click.option(
     "--seeds", type=cli.ListType(click.IntRange(0)), default="0,1,2", show_default=True,
@@ -306,14 +306,14 @@ def phases(run: Run, names: list[str], seeds: list[int], count: int) -> None:
     help="Processes that share the work, each with one CPU thread.",
 )  # fmt: skip
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda:N.")
-@click.option("--tables-only", is_flag=True, help="Make no cell; the tables of what there is.")
+@click.option("--tables-only", is_flag=True, help="Make no cell, but tables of what there is.")
 @figures.result_options
 def main(
     data: str, ut: Path | None, camera: Path | None, folder: Path | None, methods: str,
     seeds: tuple[int, ...], quick: bool, large: bool, jobs: int, device: str, tables_only: bool,
     out: tuple[Path, ...], overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Make the cells that are not there yet, and the tables of all that are."""
+    """Make the cells of --methods that are not there yet, and their tables."""
     _quiet()
     figures.check_files(out, overwrite=overwrite)
     names = _chosen(methods)
@@ -332,9 +332,11 @@ def main(
         if not large:
             speed = [throughput.figure(quick=quick)]
     trials = {name: TRIALS[name][: size.trials] for name in METHODS}
-    found = reproduce_tables.gather(place, [*METHODS, *VARIANTS], seeds, trials, size)
+    found = reproduce_tables.gather(place, names, seeds, trials, size)
     if not found["rows"]:
-        raise SettingError(f"{place} holds no cell of these seeds: leave --tables-only out.")
+        raise SettingError(
+            f"{place} holds no cell of these methods and seeds: leave --tables-only out."
+        )
     found |= {"data": data}
     shown = reproduce_tables.tables(found, trials)
     if not as_json:

@@ -102,7 +102,7 @@ BAD = [
     (["--quick", "--large"], "--quick and --large are two sizes: give one of them."),
     (["--jobs", "0"], "0 is not in the range x>=1"),
     (["--device", "cuda:9"], "--device cuda:9 cannot be used here"),
-    (["--tables-only"], "holds no cell of these seeds: leave --tables-only out."),
+    (["--tables-only"], "holds no cell of these methods and seeds: leave --tables-only out."),
     (["--out", "table.txt"], "results are .json or .md"),
 ]
 
