@@ -327,7 +327,7 @@ def main(
         if data == "ut-interaction" and ut is None:
             raise SettingError("--data ut-interaction needs --ut FOLDER, of its classes.")
         run = Run(data, place, size, str(checkpoint.device(device)), ut, camera)
-        tasks.prepare(data, place, size, max(seeds), jobs)
+        tasks.prepare(data, place, size, seeds, jobs)
         phases(run, names, list(seeds), jobs)
         if not large:
             speed = [throughput.figure(quick=quick)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import re
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,52 +66,49 @@ LARGE = Size(12000, 400, 400, 8.0, 8.0, 2.0, 36, 20, 64, 200)
 def camera_motion(folder: Path, seed: int, size: Size, device: str) -> Task:
     """Return camera-motion with the test clips of a seed, as `prepare` rendered them."""
     train = _rendered(folder, "train", size.train)
-    test = _rendered(folder, "test", _test_clips(size, seed))
-    at = np.arange(size.test) + size.test * seed
-    mine = Held(test.clips[at], test.label[at], test.labels)
+    test = _rendered(folder, f"test{seed}", size.test)
     model = ModelSettings(ARCH, WIDTH, EXPERTS, len(train.labels))
     turns, val = Turns(train, len(train) // 6), _rendered(folder, "val", size.val)
     budgets = (size.tflops, size.trial_tflops)
     return Task(
-        "all", model, SPEC, turns, val, mine, EPS, *budgets, size.steps, {"batch": size.batch},
+        "all", model, SPEC, turns, val, test, EPS, *budgets, size.steps, {"batch": size.batch},
         device, size.attack_batch,
     )  # fmt: skip
 
 
-def _test_clips(size: Size, seed: int) -> int:
-    return max(3, seed + 1) * size.test
-
-
-def prepare(data: str, folder: Path, size: Size, seed: int, workers: int) -> None:
-    """Render what camera-motion's tasks take that is not there yet, of seeds up to `seed`."""
+def prepare(data: str, folder: Path, size: Size, seeds: Sequence[int], workers: int) -> None:
+    """Render what camera-motion's tasks take that is not there yet; each seed's own test clips."""
     if data != "camera-motion":
         return
-    counts = {"train": size.train, "val": size.val, "test": _test_clips(size, seed)}
-    for split, count in counts.items():
-        _render(folder / "clips", split, count, workers)
+    place = folder / "clips"
+    _render(place / f"train-{size.train}.npy", "train", range(size.train), workers)
+    _render(place / f"val-{size.val}.npy", "val", range(size.val), workers)
+    for seed in seeds:
+        mine = range(seed * size.test, (seed + 1) * size.test)
+        _render(place / f"test{seed}-{size.test}.npy", "test", mine, workers)
 
 
-def _render(folder: Path, split: str, count: int, workers: int) -> None:
-    path = folder / f"{split}-{count}.npy"
-    if path.exists():
+def _render(path: Path, split: str, which: range, workers: int) -> None:
+    label = path.with_stem(f"{path.stem}-label")
+    if path.exists() and label.exists():
         return
-    log.info("rendering %d clips of the %s split", count, split)
-    held = hold(open_data("camera-motion", split, SPEC, DataSettings(clips=count)), workers)
-    for name, array in (("-label", held.label), ("", held.clips)):
-        place = folder / f"{split}-{count}{name}.npy"
+    log.info("rendering %d clips of the %s split", len(which), split)
+    data = open_data("camera-motion", split, SPEC, DataSettings(clips=which.stop))
+    held = hold(data, workers, which.start)
+    for place, array in ((label, held.label), (path, held.clips)):
         with output.whole_file(place) as temporary, temporary.open("wb") as file:
             np.save(file, array)
 
 
-def _rendered(folder: Path, split: str, count: int) -> Held:
+def _rendered(folder: Path, name: str, count: int) -> Held:
     """Return rendered clips, mapped into memory, so that processes share them."""
-    clips = np.load(folder / f"{split}-{count}.npy", mmap_mode="r")
-    return Held(clips, np.load(folder / f"{split}-{count}-label.npy"), LABELS)
+    clips = np.load(folder / f"{name}-{count}.npy", mmap_mode="r")
+    return Held(clips, np.load(folder / f"{name}-{count}-label.npy"), LABELS)
 
 
-def hold(data: DataSet, workers: int = 1) -> Held:
-    """Read a data set into memory, by so many processes."""
-    every = range(len(data))
+def hold(data: DataSet, workers: int = 1, first: int = 0) -> Held:
+    """Read a data set into memory from clip `first` on, by so many processes."""
+    every = range(first, len(data))
     if workers == 1:
         items = [data[i] for i in every]
     else:

@@ -74,6 +74,19 @@ def test_a_gap_is_paired_by_seed_and_its_interval_holds_it() -> None:
     assert (same["points"], same["low"], same["high"]) == (0.0, 0.0, 0.0)
 
 
+def test_every_seed_has_test_clips_of_its_own_whichever_others_are_made(tmp_path: Path) -> None:
+    size = tasks.Size(train=6, val=2, test=2)
+    held = {}
+    for folder, seeds in (("all", [0, 1, 4]), ("some", [4])):
+        tasks.prepare("camera-motion", tmp_path / folder, size, seeds, 1)
+        for seed in seeds:
+            task = tasks.open_task("camera-motion", tmp_path / folder, seed, size, None, "cpu")
+            held[folder, seed] = np.asarray(task.test.clips)
+    assert np.array_equal(held["all", 4], held["some", 4])
+    every = np.concatenate([held["all", seed] for seed in (0, 1, 4)])
+    assert len(np.unique(every.reshape(6, -1), axis=0)) == 6
+
+
 def test_a_recording_of_ut_interaction_is_in_one_part_alone(tmp_path: Path) -> None:
     where = tmp_path / "ut"
     for number in range(1, 11):
