@@ -100,7 +100,7 @@ def test_inspect_shows_what_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert result.exit_code == 0, result.output
     assert "camera-motion" in result.output
     assert "expert3.onnx" in result.output
-    assert "each route over router + expert alone: minima " in result.output
+    assert "each route over router + expert alone: minima 1.1" in result.output
     assert f"model card: {latest.CARD}" in result.output
     held = json.loads(CliRunner().invoke(main, ["inspect", "--json", "--quiet"]).stdout)
     assert held["labels"] == list(LABELS)
