@@ -72,7 +72,7 @@ def main(
     here = ranks.here()
     if not here.first:
         log.setLevel("ERROR")
-    init_from = init_from and latest.checkpoint(init_from)[0]
+    init_from = init_from and latest.inside(init_from)
     if resume:
         out, said = latest.training(out)
         log.info("%s", said)
@@ -165,13 +165,13 @@ def _end(
         found = _report(plan, test, folder, where)
     if as_json:
         cli.print_json(found)
-    log.info("next: vmoe-attack %s", folder / "best.safetensors")
-    log.info("next: vmoe-export %s", folder / "best.safetensors")
+    log.info("next: vmoe-attack %s", folder / latest.BEST)
+    log.info("next: vmoe-export %s", folder / latest.BEST)
 
 
 def _report(plan: Plan, test: ClipData, folder: Path, where: torch.device) -> dict[str, Any]:
     """Measure the best epoch on the test split, which nothing has seen; write the report."""
-    best = checkpoint.load(folder / "best.safetensors", where)
+    best = checkpoint.load(folder / latest.BEST, where)
     eps, norm = plan.budget
     steps = plan.run.report_steps
     found = report.make(best, test, batch=plan.loop.batch, steps=steps, eps=eps, norm=norm)
@@ -270,8 +270,8 @@ def _keep(
 ) -> None:
     recipe = plan.mapping()
     held = checkpoint.Checkpoint(now.kept, labels, recipe, {"validation": now.rows[-1]})
-    if better or not (folder / "best.safetensors").exists():
-        checkpoint.save(held, folder / "best.safetensors")
+    if better or not (folder / latest.BEST).exists():
+        checkpoint.save(held, folder / latest.BEST)
     checkpoint.save(held, folder / "last.safetensors")
     output.write_text(folder / "results.csv", _csv(now.rows))
     states.save(now, recipe, folder)
